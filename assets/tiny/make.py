@@ -1,0 +1,442 @@
+"""Builds the embedded backbone of this folder: a Qwen3-VL of about two million parameters that can see a tabletop.
+
+    python assets/tiny/make.py                      # about 25 minutes on two cores
+    python assets/tiny/make.py --minutes 1 --out /somewhere/else
+
+It learns to answer questions (worlds/questions.py) about random scenes (worlds/tabletop.py), starting
+from nothing. What made it learn, in the order of importance: half of the samples list every thing with
+its place; a picture comes with many questions at once; matrices are trained by Muon.
+
+A sample is one prefix (system prompt, pictures) and several branches (question, answer) behind it:
+
+    prefix  | question 1  answer 1 | question 2  answer 2 | ...
+            `- each branch sees the prefix and itself, and counts its positions on from the prefix,
+
+so that every branch is exactly the prompt of a single question, at a fraction of its cost.
+
+Letters: B samples, T tokens, N images.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import sys
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+
+# Threads that wait in a loop stall each other where cores are shared (ten times slower, measured).
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import numpy as np
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import cross_entropy
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from common_backbone import mrope_positions, patchify, register_block_attention  # noqa: E402
+from worlds import tabletop  # noqa: E402
+from worlds.questions import ASK, CELLS, FIRST_TEST_SEED, ask  # noqa: E402
+from worlds.tabletop import COLOURS, FIXTURES, MOVABLES, TARGETS, Tabletop  # noqa: E402
+
+SIZE, WRIST_SIZE, PATCH, MERGE = 64, 32, 8, 2
+BATCH, QUESTIONS = 64, 7
+
+# ---------------------------------------------------------------------------------------------------
+# the prompts of the scripts, word for word
+# ---------------------------------------------------------------------------------------------------
+LEFT_SYSTEM = "You are a helpful robot brain that can understand images and texts."
+RIGHT_SYSTEM = (
+    "You are a helpful robot brain that can understand images, texts, and robot states.\n"
+    "You will be provided with observation, an instruction, and the robot state. "
+    "Take action to execute the instruction."
+)
+INSTRUCTION, ROBOT_TYPE, QUESTION = "\nInstruction: ", "\nRobot Type: ", "Question: "
+PREDICT = (
+    "\nPredict the next action for the robot based on the observation, instruction and robot type."
+)
+SYSTEM, USER = "<|im_start|>system\n", "<|im_start|>user\n"
+ASSISTANT, END = "<|im_start|>assistant\n", "<|im_end|>\n"
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+ROBOTS = ["tabletop", "widowx", "franka", "libero", "calvin"]
+
+# As in Qwen, but for one thing: a whole sentence of the templates above is one token. That cuts a
+# prompt of about 110 tokens to about 50, and with it the time of everything that this model is in.
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", SYSTEM, USER, ASSISTANT, END]
+SPECIAL += ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+PLAIN = ["<|propri|>", "<|action|>", "🔍"]
+PLAIN += [LEFT_SYSTEM, RIGHT_SYSTEM, INSTRUCTION, ROBOT_TYPE, PREDICT, QUESTION]
+PLAIN += [f"<loc_{i}>" for i in range(CELLS)] + [f"<robot_action_{i}>" for i in range(256)]
+
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{{ '<|im_start|>' + message.role + '\n' }}"
+    "{%- if message.content is string -%}{{ message.content }}{%- else -%}"
+    "{%- for part in message.content -%}"
+    "{%- if part.type == 'image' or 'image' in part -%}"
+    "<|vision_start|><|image_pad|><|vision_end|>"
+    "{%- elif 'text' in part -%}{{ part.text }}{%- endif -%}"
+    "{%- endfor -%}{%- endif -%}"
+    "{{ '<|im_end|>\n' }}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
+)
+
+
+# ---------------------------------------------------------------------------------------------------
+# tokenizer
+# ---------------------------------------------------------------------------------------------------
+def sentences():
+    """What the model will read: questions, answers, instructions, reasoning."""
+    world, rng, texts = Tabletop(), random.Random(0), []
+    for seed in range(1500):
+        world.scatter(seed)
+        for kind in ASK:
+            question = ask(world, rng, kind)
+            if question:
+                texts += [question.question, question.answer]
+    names = list(COLOURS) + list(MOVABLES + TARGETS + FIXTURES)
+    texts += [form for word in names for form in (word, " " + word, f" {word}s")] * 50
+    return texts + ROBOTS * 50 + [" " + s for s in ROBOTS] * 50 + tabletop.all_sentences()
+
+
+def build_tokenizer(texts):
+    """Byte-level BPE in which each frequent word, with or without a space before it, is one token."""
+    added = [AddedToken(t, special=True, normalized=False) for t in SPECIAL]
+    added += [AddedToken(t, special=False, normalized=False) for t in PLAIN]
+    words = Regex(r" ?[A-Za-z]+|\d| ?[^\sA-Za-z\d]+|\s+")
+    split = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(words, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    small = Tokenizer(models.BPE())
+    small.pre_tokenizer = split
+    trainer = trainers.BpeTrainer(
+        vocab_size=380, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    small.train_from_iterator(texts, trainer)
+    bpe = json.loads(small.to_str())["model"]
+    # Merging letters up to whole words would fill the vocabulary with fragments. Instead the words
+    # are entered directly, and ignore_merges makes an entered word win over its pieces.
+    counts = Counter(
+        word for text in texts for word, _ in split.pre_tokenize_str(text) if "<" not in text
+    )
+    vocab = dict(bpe["vocab"])
+    for word, n in counts.most_common(480):
+        if n >= 3:
+            vocab.setdefault(word, len(vocab))
+    tokenizer = Tokenizer(models.BPE(vocab, [tuple(m) for m in bpe["merges"]], ignore_merges=True))
+    tokenizer.pre_tokenizer, tokenizer.decoder = split, decoders.ByteLevel()
+    tokenizer.add_tokens(added)
+    return tokenizer
+
+
+# ---------------------------------------------------------------------------------------------------
+# model
+# ---------------------------------------------------------------------------------------------------
+def build_model(tokenizer, vocab_size):
+    ids = tokenizer.token_to_id
+    text = dict(
+        vocab_size=vocab_size,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=2048,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "mrope_section": [8, 4, 4],
+            "mrope_interleaved": True,
+        },
+        bos_token_id=ids("<|endoftext|>"),
+        eos_token_id=ids(END),
+        pad_token_id=ids("<|endoftext|>"),
+        tie_word_embeddings=True,
+    )
+    vision = dict(
+        depth=3,
+        hidden_size=128,
+        intermediate_size=256,
+        num_heads=4,
+        patch_size=PATCH,
+        spatial_merge_size=MERGE,
+        temporal_patch_size=2,
+        out_hidden_size=128,
+        num_position_embeddings=(SIZE // PATCH) ** 2,
+        deepstack_visual_indexes=[1],
+    )
+    config = Qwen3VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=ids("<|image_pad|>"),
+        video_token_id=ids("<|video_pad|>"),
+        vision_start_token_id=ids("<|vision_start|>"),
+        vision_end_token_id=ids("<|vision_end|>"),
+        tie_word_embeddings=True,
+    )
+    return register_block_attention(Qwen3VLForConditionalGeneration(config))
+
+
+def save(model, tokenizer, out):
+    """The folder as Hugging Face lays it out; weights in bfloat16."""
+    out.mkdir(parents=True, exist_ok=True)
+    weights = {k: v.to(torch.bfloat16) for k, v in model.state_dict().items()}
+    config = model.config.to_dict()
+    del weights["lm_head.weight"]  # tied to the embeddings
+    fresh = Qwen3VLForConditionalGeneration(Qwen3VLConfig.from_dict(config)).to(torch.bfloat16)
+    fresh.load_state_dict(weights, strict=False)
+    ids = tokenizer.token_to_id
+    fresh.generation_config.eos_token_id = [ids(END), ids("<|im_end|>"), ids("<|endoftext|>")]
+    fresh.generation_config.pad_token_id = ids("<|endoftext|>")
+    fresh.save_pretrained(out)
+    tokenizer.save(str(out / "tokenizer.json"))
+    write(
+        out / "tokenizer_config.json",
+        tokenizer_class="PreTrainedTokenizerFast",
+        eos_token=END,
+        pad_token="<|endoftext|>",
+        bos_token=None,
+        model_max_length=2048,
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+    )
+    write(
+        out / "preprocessor_config.json",
+        image_processor_type="Qwen2VLImageProcessor",
+        patch_size=PATCH,
+        merge_size=MERGE,
+        temporal_patch_size=2,
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+        min_pixels=WRIST_SIZE**2,
+        max_pixels=(4 * SIZE) ** 2,
+        size={"shortest_edge": WRIST_SIZE**2, "longest_edge": (4 * SIZE) ** 2},
+    )
+
+
+def write(path, **values):
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------
+# data
+# ---------------------------------------------------------------------------------------------------
+def user_text(rng, question, system):
+    """The user's words after the pictures."""
+    if question.kind != "instruction":
+        return QUESTION + question.question
+    if rng.random() < (0.8 if system == RIGHT_SYSTEM else 0.2):
+        return INSTRUCTION + question.question + ROBOT_TYPE + rng.choice(ROBOTS) + PREDICT
+    return INSTRUCTION + question.question
+
+
+def draw_questions(world, rng):
+    """QUESTIONS questions: the places of things in every sample, as they teach the most."""
+    kinds = ["instruction", "caption" if rng.random() < 0.5 else "instruction"]
+    kinds += [rng.choice(["point", "hand"])]
+    kinds += rng.sample([k for k in ASK if k not in ("instruction", "caption")], QUESTIONS - 3)
+    return [q for q in (ask(world, rng, kind) for kind in kinds) if q]
+
+
+def draw_scene(worlds, rng, seed):
+    """A random scene, or a moment of some task's execution."""
+    if rng.random() < 0.7:
+        return worlds[None], worlds[None].scatter(seed)["images"]
+    world = worlds[rng.choice([s for s in worlds if s])]
+    world.reset(seed, domain=rng.choice(tabletop.DOMAINS))
+    expert = tabletop.Expert(world, seed=seed)
+    for _ in range(rng.randrange(30)):
+        world.step(expert.act())
+    return world, world.observe()["images"]
+
+
+def make_batch(tokenizer, worlds, first_seed, size=BATCH):
+    """-> arrays ids, labels, branch (B, T), positions (3, B, T), pixels (patches, C), grids (N, 3), and
+    for each row its questions."""
+    encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids  # noqa: E731
+    image_id, pad_id = (tokenizer.token_to_id(t) for t in ("<|image_pad|>", "<|endoftext|>"))
+    rows, pixels, grids, asked = [], [], [], []
+    for seed in range(first_seed, first_seed + size):
+        rng = random.Random(f"questions-{seed}")
+        world, images = draw_scene(worlds, rng, seed)
+        shown = [images["static"], images["wrist"]][: rng.choice([1, 2])]
+        pads = ""
+        for image in shown:
+            pixels.append(patchify(image, PATCH, MERGE))
+            grids.append((1, image.shape[0] // PATCH, image.shape[1] // PATCH))
+            n = grids[-1][1] * grids[-1][2] // MERGE**2
+            pads += IMAGE.replace("<|image_pad|>", "<|image_pad|>" * n)
+        system = rng.choice([None, None, LEFT_SYSTEM, RIGHT_SYSTEM])
+        prefix = encode((SYSTEM + system + END if system else "") + USER + pads)
+        positions = mrope_positions(prefix, grids[-len(shown) :], image_id, MERGE)
+        row = [np.array([prefix, [-100] * len(prefix), [0] * len(prefix), *positions])]
+        questions = draw_questions(world, rng)
+        for branch, question in enumerate(questions, start=1):
+            prompt = encode(user_text(rng, question, system) + END + ASSISTANT)
+            answer = encode(question.answer + END)
+            n = len(prompt) + len(answer)
+            after = positions.max() + 1 + np.arange(n)
+            labels = [-100] * len(prompt) + answer
+            row.append(np.array([prompt + answer, labels, [branch] * n, after, after, after]))
+        rows.append(np.concatenate(row, axis=1))  # (6, T of this row)
+        asked.append(questions)
+    empty = np.array([pad_id, -100, -1, 0, 0, 0])[:, None]
+    batch = np.repeat(empty[:, None], max(r.shape[1] for r in rows), axis=2)
+    batch = np.repeat(batch, size, axis=1)  # (6, B, T)
+    for i, row in enumerate(rows):
+        batch[:, i, : row.shape[1]] = row
+    return *batch[:3], batch[3:], np.concatenate(pixels), np.array(grids), asked
+
+
+def make_worlds():
+    worlds = {None: Tabletop(size=SIZE, wrist_size=WRIST_SIZE)}
+    for suite in tabletop.SUITES:
+        worlds[suite] = Tabletop(suite, size=SIZE, wrist_size=WRIST_SIZE)
+    return worlds
+
+
+def produce(queue, path, first_seed):
+    """Runs in its own process, so that the trainer never waits for a picture."""
+    torch.set_num_threads(1)
+    tokenizer, worlds = Tokenizer.from_file(path), make_worlds()
+    for seed in range(first_seed, FIRST_TEST_SEED, BATCH):
+        queue.put(make_batch(tokenizer, worlds, seed)[:-1])
+
+
+# ---------------------------------------------------------------------------------------------------
+# training and measuring
+# ---------------------------------------------------------------------------------------------------
+def answer_logits(model, batch):
+    """-> logits and targets at the answers' tokens, and the (row, column) of each."""
+    ids, labels, branch, positions, pixels, grids = (torch.from_numpy(x) for x in batch[:6])
+    before = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
+    same = (branch[:, :, None] == branch[:, None, :]) | (branch[:, None, :] == 0)
+    hide = torch.zeros(branch.shape[0], 1, *before.shape, dtype=torch.bfloat16)  # (B, 1, T, T)
+    hide.masked_fill_(~(before & same)[:, None], torch.finfo(torch.bfloat16).min)
+    # On a CPU attention written out is faster for such short prompts than the fused kernel (by a third).
+    model.model.language_model.config._attn_implementation = "eager"
+    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        h = model.model(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=hide,
+            pixel_values=pixels,
+            image_grid_thw=grids,
+            use_cache=False,
+        ).last_hidden_state  # (B, T, 128)
+        where = (labels[:, 1:] != -100).nonzero()
+        logits = model.lm_head(h[where[:, 0], where[:, 1]])
+    return logits.float(), labels[where[:, 0], where[:, 1] + 1], where
+
+
+@torch.no_grad()
+def measure(model, tokenizer, batches=8):
+    """Accuracy of each kind of question on scenes that training never draws."""
+    worlds, right = make_worlds(), defaultdict(list)
+    names = {tokenizer.token_to_id(f"<loc_{i}>"): i for i in range(CELLS)}
+    for i in range(batches):
+        *batch, asked = make_batch(tokenizer, worlds, 2 * FIRST_TEST_SEED + i * BATCH)
+        logits, targets, where = answer_logits(model, batch)
+        guesses = logits.argmax(-1)
+        owner = torch.from_numpy(batch[2])[where[:, 0], where[:, 1]]
+        for row, questions in enumerate(asked):
+            for branch, question in enumerate(questions, start=1):
+                mine = (where[:, 0] == row) & (owner == branch)
+                score(right, question.kind, guesses[mine].tolist(), targets[mine].tolist(), names)
+    return {kind: round(float(np.mean(values)), 4) for kind, values in sorted(right.items())}
+
+
+def score(right, kind, guess, target, cells):
+    """Answers count if every token is right; captions token by token; places within one cell."""
+    if kind == "caption":
+        for g, t in zip(guess, target):
+            right["caption places" if t in cells else "caption"].append(
+                abs(cells.get(g, 99) - cells[t]) <= 1 if t in cells else g == t
+            )
+    elif kind in ("point", "instruction") or kind == "hand" and target[0] in cells:
+        label = kind if kind != "hand" else "hand place"
+        near = [abs(cells.get(g, 99) - cells[t]) <= 1 for g, t in zip(guess, target) if t in cells]
+        right[label].append(all(near))
+    else:
+        right[kind].append(guess == target)
+
+
+def optimizers(model):
+    inner = [n for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    named = dict(model.named_parameters())
+    muon = torch.optim.Muon([named[n] for n in inner], lr=0.02, weight_decay=0.1)
+    rest = [p for n, p in named.items() if n not in inner]
+    return [muon, torch.optim.AdamW(rest, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.01)]
+
+
+def train(model, tokenizer, minutes, out, seed):
+    queue = multiprocessing.get_context("spawn").Queue(maxsize=4)
+    maker = multiprocessing.get_context("spawn").Process(
+        target=produce, args=(queue, str(out / "tokenizer.json"), seed * 10_000_000), daemon=True
+    )
+    maker.start()
+    opts = optimizers(model)
+    start, step, saved = time.time(), 0, time.time()
+    queue_first = queue.get()
+    start = time.time()
+    losses = []
+    while (done := (time.time() - start) / (60 * minutes)) < 1:
+        # warm up, hold, and fall to zero over the last 60% of the time
+        scale = min(1.0, (step + 1) / 50, (1 - done) / 0.6)
+        for opt, base in zip(opts, (0.02, 3e-3)):
+            opt.param_groups[0]["lr"] = base * scale
+        batch = queue.get() if step else queue_first
+        logits, targets, _ = answer_logits(model, batch)
+        loss = cross_entropy(logits, targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for opt in opts:
+            opt.step()
+            opt.zero_grad()
+        losses.append(loss.item())
+        step += 1
+        if step % 50 == 0:
+            spent = (time.time() - start) / 60
+            print(f"step {step:5d}  {spent:5.1f} min  loss {np.mean(losses[-50:]):.4f}", flush=True)
+        if time.time() - saved > 240:
+            print(measure(model, tokenizer, batches=2), flush=True)
+            save(model, tokenizer, out)
+            saved = time.time()
+    maker.terminate()
+    return step
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--minutes", type=float, default=25.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent)
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    tokenizer = build_tokenizer(sentences())
+    model = build_model(tokenizer, tokenizer.get_vocab_size())
+    save(model, tokenizer, args.out)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{parameters:,} parameters, {tokenizer.get_vocab_size()} tokens", flush=True)
+    began = time.time()
+    steps = train(model, tokenizer, args.minutes, args.out, args.seed)
+    minutes = round((time.time() - began) / 60, 1)
+    save(model, tokenizer, args.out)
+    model = Qwen3VLForConditionalGeneration.from_pretrained(args.out, dtype=torch.float32)
+    accuracy = measure(register_block_attention(model), tokenizer, batches=30)
+    print(json.dumps(accuracy, indent=2))
+    facts = dict(minutes=minutes, seed=args.seed, steps=steps, parameters=parameters)
+    write(args.out / "accuracy.json", **facts, accuracy=accuracy)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,863 @@
+"""What every method script needs and no paper is about. A rule `# ---` opens each section.
+
+A mistake of the user raises `UserError`; `run_main` turns it into one line and exit status 2.
+"""
+
+import dataclasses
+import difflib
+import errno
+import inspect
+import json
+import math
+import os
+import pickle
+import platform
+import random
+import re
+import shlex
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+import typing
+from importlib import metadata
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, trainers
+from torch.nn.functional import scaled_dot_product_attention
+from tqdm import tqdm
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+)
+from transformers.image_processing_base import ImageProcessingMixin
+
+
+class UserError(Exception):
+    """A mistake the user can mend; the message is one line."""
+
+
+def run_main(main) -> None:
+    """Runs `main()`; what the user can mend ends in one line instead of a traceback."""
+    try:
+        main()
+    except UserError as error:
+        message = str(error)
+    except torch.OutOfMemoryError:
+        message = "the GPU is out of memory: use a smaller batch"
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        message = f"the disk is full: {error.filename or 'while writing'}"
+    except KeyboardInterrupt:
+        sys.exit(130)
+    else:
+        return
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+# --- command line ---------------------------------------------------------------------------------
+
+
+def field_notes(Config) -> dict[str, tuple[tuple[str, ...], str]]:
+    """Field -> (choices, comment), from the source; a comment `a | b | c: text` lists choices."""
+    notes = {}
+    for line in inspect.getsource(Config).splitlines():
+        code, _, comment = line.partition("  # ")
+        if field := re.match(r"\s+(\w+)\s*:", code):
+            listed = re.match(r"[\w.-]+( \| [\w.-]+)+(?=: |$)", comment)
+            notes[field[1]] = tuple(listed[0].split(" | ")) if listed else (), comment
+    return notes
+
+
+def convert(flag: str, word: str, kind, choices: tuple[str, ...]):
+    """A word of the command line as a value of type `kind`."""
+    if typing.get_origin(kind) is tuple:
+        element = typing.get_args(kind)[0]
+        return tuple(convert(flag, part, element, choices) for part in word.split(",") if part)
+    if choices and word not in choices:
+        best = nearest(word, choices)
+        raise UserError(f"{flag} takes {', '.join(choices)}; not {word!r} (did you mean {best}?)")
+    try:
+        value = kind(word)
+    except ValueError:
+        value = math.nan
+    if value != value:  # not a number, or a literal nan, which no setting means
+        name = {int: "a whole number", float: "a number"}[kind]
+        raise UserError(f"{flag} takes {name}, not {word!r}")
+    return value
+
+
+def nearest(word: str, known) -> str:
+    return difflib.get_close_matches(word, list(known), n=1, cutoff=0.0)[0]
+
+
+def usage(Config, presets: dict, ablations: dict) -> str:
+    """The -h text: a flag a line with its comment and its default."""
+    kinds, notes, defaults = typing.get_type_hints(Config), field_notes(Config), Config()
+    lines = [f"usage: {Path(sys.argv[0]).name} [--flag value ...]", ""]
+    for name, kind in kinds.items():
+        value, flag = getattr(defaults, name), name.replace("_", "-")
+        head = f"--[no-]{flag}" if kind is bool else f"--{flag} {kind.__name__}"
+        value = ",".join(map(str, value)) if isinstance(value, tuple) else value
+        lines.append(f"  {head:<24} {notes[name][1]} [{value}]")
+    lines += ["", "presets: " + ", ".join(presets)] if presets else []
+    lines += ["ablations: " + ", ".join(["list", *ablations])] if ablations else []
+    return "\n".join(lines)
+
+
+def parse(Config, presets: dict[str, dict], ablations: dict[str, dict], argv=None):
+    """Command line -> Config: defaults < preset < ablation < flags; `.explicit` names the flags.
+
+    Keys of a preset that start with "_" (a row's meaning, a paper's number) are not settings.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    kinds, notes = typing.get_type_hints(Config), field_notes(Config)
+    if "-h" in words or "--help" in words:
+        print(usage(Config, presets, ablations))
+        sys.exit(0)
+    options = {"--" + name.replace("_", "-"): (name, True) for name in kinds}
+    options |= {"--no-" + n.replace("_", "-"): (n, False) for n in kinds if kinds[n] is bool}
+    given = {}
+    while words:
+        flag, has_value, value = words.pop(0).partition("=")
+        if flag not in options:
+            raise UserError(f"unknown flag {flag} (did you mean {nearest(flag, options)}?)")
+        name, on = options[flag]
+        if kinds[name] is bool:
+            if has_value:
+                raise UserError(f"{flag} takes no value: there is --[no-]{name.replace('_', '-')}")
+            given[name] = on
+            continue
+        if not has_value:
+            if not words or words[0].startswith("--"):
+                raise UserError(f"{flag} needs a value")
+            value = words.pop(0)
+        given[name] = convert(flag, value, kinds[name], notes[name][0])
+    settings = {}
+    for table_name, table in (("preset", presets), ("ablation", ablations)):
+        row = given.get(table_name, "")
+        if row and (table_name, row) != ("ablation", "list"):
+            if row not in table:
+                best = nearest(row, table)
+                raise UserError(f"unknown {table_name} {row!r} (did you mean {best}?)")
+            settings |= {k: v for k, v in table[row].items() if not k.startswith("_")}
+    cfg = Config(**{**settings, **given})
+    cfg.explicit = tuple(given)
+    return cfg
+
+
+def resume_config(cfg, saved: dict, free: tuple[str, ...] = ()):
+    """The saved run's Config; only explicit flags named in `free` (and --resume) may differ."""
+    unknown = set(saved) - set(typing.get_type_hints(type(cfg)))
+    if unknown:
+        raise UserError(f"the checkpoint has settings of another version: {', '.join(unknown)}")
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+    explicit = getattr(cfg, "explicit", ())  # a Config that parse() did not make has none
+    for name in explicit:
+        value, flag = getattr(cfg, name), "--" + name.replace("_", "-")
+        if name not in (*free, "resume") and settings.get(name, value) != value:
+            raise UserError(f"{flag} {value} differs from {settings[name]} in the checkpoint")
+        settings[name] = value
+    merged = type(cfg)(**settings)
+    merged.explicit = explicit
+    return merged
+
+
+# --- processes ------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Dist:
+    """This process among `processes`; alone, every call is free."""
+
+    rank: int
+    processes: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, item) -> list:
+        """Every rank's item, on every rank."""
+        items = [item] * self.processes
+        if self.processes > 1:
+            torch.distributed.all_gather_object(items, item)
+        return items
+
+    def barrier(self) -> None:
+        self.gather(None)
+
+    def share(self, item):
+        """Rank 0's item, on every rank."""
+        return self.gather(item)[0]
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank as soon as one rank says so."""
+        return any(self.gather(flag))
+
+    def mean(self, values: dict[str, float]) -> dict[str, float]:
+        rows = self.gather(values)
+        return {name: sum(row[name] for row in rows) / len(rows) for name in values}
+
+    def destroy(self) -> None:
+        if self.processes > 1:
+            torch.distributed.destroy_process_group()
+
+
+def setup(cfg) -> Dist:
+    """Device, threads, seeds and, under torchrun, the process group."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    rank, processes, local_rank = (int(os.environ.get(n, n == "WORLD_SIZE")) for n in names)
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no GPU here")
+    device = torch.device("cpu")
+    if cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available()):
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    if processes > 1:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend)
+    seed_all(cfg.seed)
+    return Dist(rank, processes, device)
+
+
+def seed_all(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def autocast(device: torch.device, dtype: str):
+    """dtype: auto | bf16 | fp32; auto is bf16 where the hardware multiplies it, else fp32."""
+    on = dtype == "bf16"
+    if dtype == "auto" and device.type == "cuda":
+        on = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif dtype == "auto":
+        on = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=on)
+
+
+class Stop:
+    """Ctrl-C or SIGTERM asks the loop to save and leave; a second one ends the process at once."""
+
+    def __init__(self):
+        self.requested, self.pid = False, os.getpid()
+        self.before = {n: signal.signal(n, self.ask) for n in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(self, number, frame) -> None:
+        if os.getpid() != self.pid:  # a forked loader worker: the trainer decides when it ends
+            if number == signal.SIGTERM:
+                os._exit(143)
+            return
+        self.requested = True
+        for each in self.before:
+            signal.signal(each, signal.SIG_DFL)
+        os.write(2, b"\nstopping after this step; once more ends at once\n")
+
+    def restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+# --- checkpoints ----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Checkpoint:
+    path: Path  # <run>/checkpoints/step_00000100
+    step: int
+    tensors: dict[str, torch.Tensor]
+    meta: dict
+    train_state: dict
+    local_state: dict
+
+    @property
+    def run(self) -> Path:
+        return self.path.parent.parent
+
+
+def rng_state() -> dict:
+    """All generators of this process, in types that `torch.load(weights_only=True)` accepts."""
+    name, keys, *rest = np.random.get_state()
+    cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
+    return {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest),
+            "torch": torch.get_rng_state(), "cuda": cuda}  # fmt: skip
+
+
+def set_rng_state(state: dict) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"][0])
+
+
+def sync(path: Path) -> None:
+    """Waits until a file or folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def write_json(path: Path, content) -> None:
+    """Atomic: a reader sees the old file or the new one."""
+    text = json.dumps(content, indent=1, default=lambda array: array.tolist())
+    draft = Path(f"{path}.tmp")
+    draft.write_text(text + "\n")
+    sync(draft)
+    draft.replace(path)
+
+
+def write_state(path: Path, state: dict) -> None:
+    with open(path, "wb") as file:  # through Python's file: torch's own hides why it failed
+        torch.save(state, file)
+    sync(path)
+
+
+def write_weights(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+    """Safetensors; returns {name: owner} of tied tensors, which are stored once."""
+    owners, stored, tied = {}, {}, {}
+    for name, tensor in tensors.items():
+        owner = owners.setdefault((tensor.data_ptr(), tensor.shape, tensor.dtype), name)
+        if owner == name or tensor.numel() == 0:
+            stored[name] = tensor.detach().contiguous()
+        else:
+            tied[name] = owner
+    save_file(stored, path)
+    sync(path)
+    return tied
+
+
+def save_checkpoint(folder, step, tensors, train_state, local_state, meta, dist, keep=2) -> Path:
+    """Called on all ranks. Writes step_<step> whole or not at all, keeps the `keep` last ones.
+
+    tensors, train_state (optimizer): read on rank 0; local_state (RNG, data position): every rank.
+    """
+    final, draft = Path(folder) / f"step_{step:08d}", Path(folder) / f"tmp_{step:08d}"
+    failure = ""
+    try:
+        draft.mkdir(parents=True, exist_ok=True)
+        write_state(draft / f"rank{dist.rank}.pt", local_state)
+        if dist.main:
+            tied = write_weights(draft / "model.safetensors", tensors)
+            write_state(draft / "train.pt", train_state)
+            facts = {"step": step, "processes": dist.processes, "tied": tied}
+            write_json(draft / "meta.json", {**meta, **facts})
+    except (OSError, SafetensorError) as error:
+        failure = f"could not save {final}: {error}; checkpoints before it are intact"
+    if dist.any(bool(failure)):
+        shutil.rmtree(draft, ignore_errors=True)
+        raise UserError(failure or f"could not save {final}: another process failed to write")
+    if dist.main:
+        shutil.rmtree(final, ignore_errors=True)  # the same step, saved before a resume
+        draft.rename(final)
+        sync(final.parent)
+        others = sorted(path for path in Path(folder).glob("step_*") if path != final)
+        kept = [path for path in others if path < final][1 - keep :] if keep > 1 else []
+        for path in others:  # older ones, and later ones of a run that was resumed before them
+            if path not in kept:
+                shutil.rmtree(path)
+    dist.barrier()
+    return final
+
+
+def load_checkpoint(path, method: str, device="cpu", dist: Dist | None = None) -> Checkpoint:
+    """The newest complete checkpoint in a run folder (or one step folder).
+
+    With `dist` also what resuming needs; without, weights and meta only.
+    """
+    path = Path(path)
+    found = [path] if (path / "meta.json").exists() else []
+    found += sorted(meta.parent for meta in path.glob("checkpoints/step_*/meta.json"))
+    found += sorted(meta.parent for meta in path.glob("step_*/meta.json"))
+    if not found:
+        raise UserError(f"no checkpoint in {path}" + ("" if path.exists() else ": no such folder"))
+    path = found[-1].resolve()
+    file, train_state, local_state = path / "meta.json", {}, {}
+    try:
+        meta = json.loads(file.read_text())
+        if meta["method"] != method:
+            raise UserError(f"{path} is a checkpoint of {meta['method']}, not of {method}")
+        if dist and meta["processes"] != dist.processes:
+            raise UserError(f"{path} was written by {meta['processes']} processes; this run has "
+                            f"{dist.processes}")  # fmt: skip
+        file = path / "model.safetensors"
+        tensors = load_file(file, str(device))
+        tensors |= {name: tensors[owner] for name, owner in meta["tied"].items()}
+        if dist:
+            file = path / "train.pt"
+            train_state = torch.load(file, map_location="cpu", weights_only=True)
+            file = path / f"rank{dist.rank}.pt"
+            local_state = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"the checkpoint lacks {file}") from None
+    except (SafetensorError, ValueError, KeyError, EOFError, RuntimeError, pickle.PickleError):
+        hint = f"; remove {path} to use the one before" if len(found) > 1 else ""
+        raise UserError(f"{file} is damaged or cut short{hint}") from None
+    return Checkpoint(path, meta["step"], tensors, meta, train_state, local_state)
+
+
+# --- run folder -----------------------------------------------------------------------------------
+
+
+class Run:
+    """runs/<method>-<world>-<seed>-<time>: config.json, script copy, metrics.jsonl, result.json."""
+
+    def __init__(self, cfg, method, script, dist, total, resumed: Checkpoint | None = None):
+        self.dist, self.total, self.bar = dist, total, None
+        first = resumed.step if resumed else 0
+        if resumed:
+            folder = resumed.run
+        elif cfg.out:
+            folder = Path(cfg.out)
+            if (folder / "metrics.jsonl").exists():
+                raise UserError(f"{folder} holds a run: --resume {folder}, or another --out")
+        else:
+            stamp = time.strftime("%Y%m%d-%H%M%S")
+            name = f"{method}-{cfg.world}-{cfg.seed}-{stamp}"
+            folder = Path("runs") / re.sub(r"[^\w.-]", "-", name)
+            while folder.exists():  # two runs in one second
+                folder = folder.with_name(folder.name + "+")
+        self.folder = Path(dist.share(str(folder)))
+        if not dist.main:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        config = {"method": method, "config": dataclasses.asdict(cfg), **start_facts(first, dist)}
+        write_json(self.folder / (f"config-{first:08d}.json" if first else "config.json"), config)
+        shutil.copy(script, self.folder)
+        metrics = self.folder / "metrics.jsonl"
+        lines = metrics.read_text().splitlines(keepends=True) if first and metrics.exists() else []
+        whole = [line for line in lines if line.endswith("\n")]  # a crash may have torn the last
+        draft = metrics.with_suffix(".tmp")
+        draft.write_text("".join(line for line in whole if json.loads(line)["step"] <= first))
+        draft.replace(metrics)
+        self.file = open(metrics, "a", buffering=1)
+        self.bar = tqdm(total=total, initial=first, disable=None, leave=False)  # None: terminals
+
+    def say(self, text: str) -> None:
+        if self.dist.main:
+            tqdm.write(text)
+            sys.stdout.flush()
+
+    def record(self, step: int, values: dict) -> None:
+        if self.dist.main:
+            line = {"step": step, "time": round(time.time(), 2), **values}
+            self.file.write(json.dumps(line, default=lambda array: array.tolist()) + "\n")
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """One aligned line on the console, one line in metrics.jsonl."""
+        self.record(step, values)
+        width = len(str(self.total))
+        shown = "  ".join(f"{name} {f'{value:.4g}' if abs(value) < 1e6 else human(value):<9}"
+                          for name, value in values.items())  # fmt: skip
+        self.say(f"step {step:>{width}}/{self.total}  {shown}".rstrip())
+
+    def progress(self, step: int) -> None:
+        if self.bar is not None:
+            self.bar.update(step - self.bar.n)
+
+    def result(self, values: dict) -> None:
+        if self.dist.main:
+            write_json(self.folder / "result.json", values)
+
+    def close(self) -> None:
+        if self.dist.main:
+            self.bar.close()
+            self.file.close()
+
+
+def start_facts(step: int, dist: Dist) -> dict:
+    """What is needed to repeat a start of a run: command, commit, versions, kind of machine."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    found = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout
+    cuda = dist.device.type == "cuda"
+    return {
+        "step": step,
+        "command": shlex.join(["python", *sys.argv]),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "commit": found.strip() if found else None,
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in ("torch", "transformers", "numpy")},
+        "device": torch.cuda.get_device_name() if cuda else platform.machine() + " CPU",
+        "threads": torch.get_num_threads(),
+        "processes": dist.processes,
+    }
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+
+def ci95(successes: int, n: int) -> tuple[float, float]:
+    """95% Wilson interval of a success rate, in 0..1."""
+    if n == 0:
+        return 0.0, 1.0
+    z, rate = 1.959964, successes / n
+    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    return max(centre - half, 0.0), min(centre + half, 1.0)
+
+
+def ci95_mean(values: list[float]) -> tuple[float, float]:
+    """95% t-interval of a mean over seeds; one value says nothing about its spread: nan."""
+    free = len(values) - 1
+    if free < 1:
+        return math.nan, math.nan
+    table = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+    t = table[free - 1] if free <= 10 else 1.96 + 2.372 / free + 2.82 / free**2  # to 0.001
+    half = t * statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.fmean(values) - half, statistics.fmean(values) + half
+
+
+def lr_at(step: int, base: float, warmup: int, total: int, min_lr: float = 0.0) -> float:
+    """Linear warm-up, then half a cosine from `base` to `min_lr`; steps count from 0."""
+    if step < warmup:
+        return base * (step + 1) / warmup
+    done = min((step - warmup) / max(total - warmup, 1), 1.0)
+    return min_lr + (base - min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def param_counts(model: torch.nn.Module) -> dict[str, int]:
+    counts = {True: 0, False: 0}
+    for parameter in model.parameters():
+        counts[parameter.requires_grad] += parameter.numel()
+    return {"total": sum(counts.values()), "trainable": counts[True], "frozen": counts[False]}
+
+
+def human(n: float) -> str:
+    """1800000 -> 1.8M"""
+    for unit in ("", "K", "M", "B"):
+        if abs(n) < 999.95 or unit == "B":
+            return f"{n:.3g}{unit}"
+        n /= 1000
+
+
+def peak_memory() -> int:
+    """Bytes: the GPU's peak if there is one in use, else this process's."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+# --- backbone -------------------------------------------------------------------------------------
+
+BACKBONES = {
+    "tiny": str(Path(__file__).resolve().parent / "assets" / "tiny"),
+    "Qwen2.5-VL-3B": "Qwen/Qwen2.5-VL-3B-Instruct",
+    "Qwen2.5-VL-7B": "Qwen/Qwen2.5-VL-7B-Instruct",
+    "Qwen3-VL-2B": "Qwen/Qwen3-VL-2B-Instruct",
+    "Qwen3-VL-4B": "Qwen/Qwen3-VL-4B-Instruct",
+    "Qwen3-VL-8B": "Qwen/Qwen3-VL-8B-Instruct",
+}
+
+
+def backbone_path(name):
+    """Name, local folder or hub id -> what from_pretrained takes; an unknown name is an error that names the nearest."""
+    if name in BACKBONES:
+        return BACKBONES[name]
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").exists():
+            raise UserError(f"--backbone {name}: the folder has no config.json, so it is no checkpoint")
+        return name
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return name
+    near = difflib.get_close_matches(name, BACKBONES, 1, 0.0)[0]
+    raise UserError(
+        f"unknown --backbone {name}: did you mean {near}? (names: {', '.join(BACKBONES)}; a folder; owner/model)"
+    )
+
+
+def load_backbone(name, dtype=torch.float32):
+    """-> (Qwen3-VL or Qwen2.5-VL model with its vocabulary head, in eval mode; its Processor).
+
+    The model is the library's, untouched; only its vision tower attends to all equal-sized images in one call.
+    """
+    path = backbone_path(name)
+    try:
+        config = AutoConfig.from_pretrained(path)
+        if config.model_type not in ("qwen3_vl", "qwen2_5_vl"):
+            raise UserError(f"--backbone {name} is a {config.model_type}: use a Qwen3-VL or Qwen2.5-VL checkpoint")
+        vlm = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
+        processor = Processor(path, config)
+    except SafetensorError as error:
+        raise UserError(f"--backbone {name}: a weight file in {path} is damaged ({error}); fetch it again") from error
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"--backbone {name}: cannot load {path} ({reason}); download it once "
+            f"(`hf download {path} --local-dir DIR`) and pass --backbone DIR"
+        ) from error
+    return register_block_attention(vlm).eval(), processor
+
+
+class Processor:
+    """Text and pictures -> the arrays a Qwen-VL backbone reads; runs in the loader's workers and while acting."""
+
+    def __init__(self, path, config):
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        self.image_token_id = config.image_token_id
+        self.pad_token_id = self.tokenizer.pad_token_id
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(path)
+        size = settings.get("size") or {}
+        self.patch, self.merge = settings["patch_size"], settings["merge_size"]
+        self.temporal = settings["temporal_patch_size"]
+        self.mean, self.std = settings["image_mean"], settings["image_std"]
+        self.pixels = [
+            settings.get(key) or size[edge]
+            for key, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))
+        ]
+
+    def images(self, images):
+        """list of (height, width, 3) uint8 -> pixel_values (patches, C) float32, grids [(1, rows, columns)]."""
+        fitted = [fit(image, self.patch, self.merge, *self.pixels) for image in images]
+        grids = [(1, f.shape[0] // self.patch, f.shape[1] // self.patch) for f in fitted]
+        parts = [patchify(f, self.patch, self.merge, self.temporal, self.mean, self.std) for f in fitted]
+        return np.concatenate(parts), grids
+
+    @lru_cache(maxsize=8192)
+    def prompt(self, system, user, grids, answer=""):
+        """One conversation -> (token ids, ids of the answer and its end, or none), images first in the user's turn."""
+        content = [{"type": "image"}] * len(grids) + [{"type": "text", "text": user}]
+        messages = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
+        messages += [{"role": "user", "content": content}]
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids, sizes = [], iter(grids)
+        for token in self.tokenizer(text, add_special_tokens=False)["input_ids"]:
+            _, rows, columns = next(sizes) if token == self.image_token_id else (1, self.merge, self.merge)
+            ids += [token] * (rows * columns // self.merge**2)
+        tail = self.tokenizer(answer + self.tokenizer.eos_token, add_special_tokens=False)["input_ids"] if answer else []
+        return tuple(ids), tuple(tail)
+
+    @lru_cache(maxsize=8192)
+    def positions(self, ids, grids):
+        return mrope_positions(ids, grids, self.image_token_id, self.merge)
+
+    def pad(self, rows, grids):
+        """rows of ids, the grids of each row's images -> input_ids (B, T), real (B, T), position_ids (3, B, T); left-padded."""
+        length = max(len(ids) for ids in rows)
+        input_ids = np.full((len(rows), length), self.pad_token_id)
+        position_ids = np.zeros((3, len(rows), length), np.int64)
+        for b, ids in enumerate(rows):
+            input_ids[b, length - len(ids) :] = ids
+            position_ids[:, b, length - len(ids) :] = self.positions(tuple(ids), grids[b])
+        real = np.arange(length) >= np.array([[length - len(ids)] for ids in rows])
+        return {
+            "input_ids": torch.from_numpy(input_ids),
+            "real": torch.from_numpy(real),
+            "position_ids": torch.from_numpy(position_ids),
+        }
+
+
+def causal_mask(real):
+    """real (B, T) bool -> (B, 1, T, T) bool, True where a query may look; a padding query sees itself alone."""
+    T = real.shape[1]
+    causal = torch.ones(T, T, dtype=torch.bool, device=real.device).tril()
+    own = torch.eye(T, dtype=torch.bool, device=real.device)
+    return ((causal & real[:, None, :] & real[:, :, None]) | own)[:, None]
+
+
+def to_device(batch, device):
+    """Moves every tensor of a nested dict."""
+    if isinstance(batch, dict):
+        return {k: to_device(v, device) for k, v in batch.items()}
+    return batch.to(device, non_blocking=True) if isinstance(batch, torch.Tensor) else batch
+
+
+# --- pixels and positions -------------------------------------------------------------------------
+
+
+def fit(image, patch=16, merge=2, min_pixels=65536, max_pixels=16777216):
+    """image (H, W, 3) uint8 -> the same picture with sides that are multiples of patch * merge."""
+    height, width = image.shape[:2]
+    unit = patch * merge
+    h, w = round(height / unit) * unit, round(width / unit) * unit
+    if h * w > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        h = max(unit, math.floor(height / shrink / unit) * unit)
+        w = max(unit, math.floor(width / shrink / unit) * unit)
+    elif h * w < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        h, w = math.ceil(height * grow / unit) * unit, math.ceil(width * grow / unit) * unit
+    if (h, w) == (height, width):
+        return image
+    return np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.BICUBIC))
+
+
+def patchify(image, patch=16, merge=2, temporal=2, mean=0.5, std=0.5):
+    """image (..., H, W, 3) uint8 -> patches (..., H/P * W/P, C) float32, in merge x merge blocks.
+
+    Each value is (image / 255 - mean) / std; a still picture fills `temporal` equal frames.
+    """
+    lead, (height, width, _) = image.shape[:-3], image.shape[-3:]
+    rows, columns = height // patch // merge, width // patch // merge
+    levels = (np.arange(256.0)[:, None] * (1 / 255)).astype(np.float32)
+    levels = (levels - np.float32(mean)) / np.float32(std)  # all possible values, (256, 1 or 3)
+    x = np.broadcast_to(levels, (256, 3))[image, (0, 1, 2)]
+    x = x.reshape(-1, rows, merge, patch, columns, merge, patch, 3)
+    x = x.transpose(0, 1, 4, 2, 5, 7, 3, 6)  # (B, rows, columns, M, M, 3, P, P)
+    x = np.repeat(x[..., None, :, :], temporal, axis=-3)  # (B, rows, columns, M, M, 3, temporal, P, P)
+    return x.reshape(*lead, rows * columns * merge**2, -1)
+
+
+def mrope_positions(ids, grids, image_token_id, merge=2):
+    """ids (T,) of one prompt, grids [(1, H/P, W/P)] of its images in order -> positions (3, T) int64.
+
+    Text counts up on all three axes; an image sits at one time, with its own rows and columns, and
+    the text behind it goes on after the larger of the two. The same for Qwen2.5-VL and Qwen3-VL.
+    """
+    ids = np.asarray(ids)
+    positions = np.zeros((3, len(ids)), np.int64)
+    grids, at, now = iter(grids), 0, 0
+    while at < len(ids):
+        if ids[at] == image_token_id:
+            _, h, w = (int(n) for n in next(grids))
+            h, w = h // merge, w // merge
+            positions[0, at : at + h * w] = now
+            positions[1, at : at + h * w] = now + np.repeat(np.arange(h), w)
+            positions[2, at : at + h * w] = now + np.tile(np.arange(w), h)
+            at, now = at + h * w, now + max(h, w)
+        else:
+            positions[:, at] = now
+            at, now = at + 1, now + 1
+    return positions
+
+
+def block_attention(
+    module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **_
+):
+    """Attention inside each image: query, key, value (1, heads, all patches, D) -> (1, patches, heads, D).
+
+    All images (or windows) of one length share one call, where the library calls once per image.
+    """
+    lengths = cu_seq_lens_q.diff()
+    starts = cu_seq_lens_q[:-1]
+    packed = [x[0].transpose(0, 1) for x in (query, key, value)]  # (patches, heads, D)
+    out, order = [], []
+    for length in lengths.unique().tolist():
+        if length == 0:
+            continue
+        rows = starts[lengths == length, None] + torch.arange(length, device=starts.device)
+        q, k, v = (x[rows].transpose(1, 2) for x in packed)  # (images, heads, length, D)
+        y = attend(q, k, v, scale=scaling)
+        out.append(y.transpose(1, 2).flatten(0, 1))
+        order.append(rows.flatten())
+    return torch.cat(out)[torch.cat(order).argsort()][None], None
+
+
+def register_block_attention(model):
+    """Let the vision tower of a Qwen-VL model attend within all its images at once."""
+    # The library hands over the image boundaries only to implementations with "flash" in their name.
+    AttentionInterface.register("flash_blocks", block_attention)
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None and "vision" in getattr(config, "model_type", ""):
+            config._attn_implementation = "flash_blocks"
+    return model
+
+
+# --- attention ------------------------------------------------------------------------------------
+
+
+def attend(q, k, v, mask=None, scale=None):
+    """softmax(q k^T * scale) v for (B, heads, T, d) and a mask that broadcasts, True where a query looks.
+
+    On a GPU the library's fused kernel. On a CPU, with prompts as short as the tiny backbone's, the written-out form:
+    the fused kernel's backward pass takes five times as long in bfloat16 there.
+    """
+    if q.is_cuda:
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    scores = (q * (scale or q.shape[-1] ** -0.5)) @ k.transpose(-1, -2)
+    if mask is not None:
+        scores = scores + torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, torch.finfo(scores.dtype).min)
+    return scores.softmax(-1) @ v
+
+
+# --- action tokens --------------------------------------------------------------------------------
+
+
+def cosines(H):
+    """Orthonormal DCT-II as a matrix (H, H): coefficients = cosines(H) @ chunk, chunk = cosines(H).T @ coefficients."""
+    k, n = np.arange(H)[:, None], np.arange(H)[None]
+    basis = np.sqrt(2 / H) * np.cos(np.pi * k * (2 * n + 1) / (2 * H))
+    basis[0] /= np.sqrt(2)
+    return basis
+
+
+class Fast:
+    """Chunks (H, A) of normalised actions <-> ids of the vocabulary's <robot_action_i> tokens."""
+
+    SCALE = 10  # coefficients are rounded to tenths
+
+    def __init__(self, bpe, low, high, H, A, tokenizer):
+        self.bpe, self.low, self.high, self.H, self.A = bpe, low, high, H, A
+        self.first = tokenizer.convert_tokens_to_ids("<robot_action_0>")
+        self.end = tokenizer.eos_token_id
+
+    @staticmethod
+    def extend(vlm, tokenizer, count=2048):
+        """Gives a backbone without action tokens `count` of them."""
+        if "<robot_action_0>" not in tokenizer.get_vocab():
+            tokenizer.add_tokens([f"<robot_action_{i}>" for i in range(count)])
+            vlm.resize_token_embeddings(max(len(tokenizer), vlm.get_input_embeddings().num_embeddings))
+
+    @classmethod
+    def fit(cls, chunks, tokenizer):
+        """Learns the byte pairs from a list of chunks (H, A)."""
+        H, A = chunks[0].shape
+        rounded = np.stack([cls.SCALE * cosines(H) @ c for c in chunks]).round().astype(int)
+        low, high = int(rounded.min()), int(rounded.max())
+        size = sum(token.startswith("<robot_action_") for token in tokenizer.get_vocab())
+        bpe = Tokenizer(models.BPE())
+        alphabet = [chr(256 + i) for i in range(high - low + 1)]
+        if len(alphabet) > size:
+            raise UserError(f"--head fast: {len(alphabet)} coefficient values, but only {size} action tokens")
+        lines = ("".join(chr(256 + v - low) for v in r.ravel()) for r in rounded)
+        trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
+        bpe.train_from_iterator(lines, trainer)
+        return cls(bpe, low, high, H, A, tokenizer)
+
+    def state(self):
+        return {"bpe": self.bpe.to_str(), "low": self.low, "high": self.high, "H": self.H, "A": self.A}
+
+    @classmethod
+    def load(cls, state, tokenizer):
+        return cls(Tokenizer.from_str(state["bpe"]), *(state[k] for k in ("low", "high", "H", "A")), tokenizer)
+
+    def encode(self, chunk):
+        """(H, A) -> ids, closed by the end of turn; low frequencies of all dimensions first."""
+        values = (self.SCALE * cosines(self.H) @ chunk).round().astype(int).clip(self.low, self.high)
+        ids = self.bpe.encode("".join(chr(256 + v - self.low) for v in values.ravel())).ids
+        return tuple(self.first + i for i in ids) + (self.end,)
+
+    def decode(self, rows):
+        """(B, n) ids -> (B, H, A) float32; what the model left unsaid stays zero, as for coefficients cut off."""
+        out = np.zeros((len(rows), self.H, self.A), np.float32)
+        for chunk, row in zip(out, rows.tolist()):
+            said = row[: row.index(self.end)] if self.end in row else row
+            pieces = (self.bpe.id_to_token(i - self.first) for i in said if i >= self.first)
+            values = [ord(c) - 256 + self.low for piece in pieces if piece for c in piece][: chunk.size]
+            flat = np.zeros(chunk.size)
+            flat[: len(values)] = values
+            chunk[:] = cosines(self.H).T @ flat.reshape(self.H, self.A) / self.SCALE
+        return torch.from_numpy(out)

@@ -1,0 +1,110 @@
+"""What a person looks at: camera frames with words under them, films, contact sheets, line charts.
+
+Drawn with pillow alone. Pictures are (height, width, 3) uint8 arrays.
+"""
+
+import math
+import textwrap
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+INKS = ("#1f6fb4", "#d9541e", "#2c9a3f", "#8c4fb0", "#b8860b", "#00929a", "#c2326f", "#5a5a5a")
+
+
+def tick_marks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers that enclose [low, high]."""
+    if high - low <= 1e-9 * max(abs(low), abs(high), 1e-9):
+        low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
+    power = 10 ** math.floor(math.log10((high - low) / count))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power * count >= (high - low) * 0.999)
+    first, last = math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6)
+    return [i * step for i in range(first, last + 1)]
+
+
+def plot_curves(path, series: dict[str, list], title, xlabel, ylabel, smooth=0.0) -> None:
+    """PNG line chart of {name: [(x, y), ...]}; smooth > 0: exponential mean over the faint raw."""
+    finite = {name: [p for p in line if math.isfinite(p[1])] for name, line in series.items()}
+    series = {name: line for name, line in finite.items() if line}
+    points = [point for line in series.values() for point in line] or [(0, 0), (1, 1)]
+    x_ticks = tick_marks(min(x for x, _ in points), max(x for x, _ in points), 8)
+    y_ticks = tick_marks(min(y for _, y in points), max(y for _, y in points))
+    # Drawn at twice the size and halved at the end: smooth lines without a plotting library.
+    font, large, ink = ImageFont.load_default(26), ImageFont.load_default(34), "#333333"
+    left, top, right, bottom = 170, 90, 1400, 850
+    legend = max([font.getlength(name) for name in series], default=0)
+    sheet = Image.new("RGB", (int(right + legend + 150) // 2 * 2, 1000), "white")
+    draw = ImageDraw.Draw(sheet)
+
+    def place(x, y):
+        u = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
+        v = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
+        return left + u * (right - left), bottom - v * (bottom - top)
+
+    for x in x_ticks:
+        at = place(x, 0)[0]
+        draw.line([at, bottom, at, bottom + 10], ink, 2)
+        draw.text((at, bottom + 16), f"{x:.6g}", ink, font, "mt")
+    for y in y_ticks:
+        at = place(0, y)[1]
+        draw.line([left, at, right, at], "#dddddd", 2)
+        draw.text((left - 14, at), f"{y:.6g}", ink, font, "rm")
+    draw.line([left, top, left, bottom, right, bottom], ink, 3)
+    draw.text(((left + right) / 2, 24), title, ink, large, "mt")
+    draw.text(((left + right) / 2, 940), xlabel, ink, font, "mm")
+    draw.text((left - 14, top - 32), ylabel, ink, font, "rm")
+    for i, (name, line) in enumerate(series.items()):
+        colour, y_label, mean, means = INKS[i % len(INKS)], top + 20 + 44 * i, None, []
+        for x, y in line:
+            mean = y if mean is None else smooth * mean + (1 - smooth) * y
+            means.append(place(x, mean))
+        if smooth:
+            faint = tuple(150 + c * 105 // 255 for c in bytes.fromhex(colour[1:]))
+            draw.line([place(x, y) for x, y in line], faint, 2, "curve")
+        draw.line(means, colour, 5, "curve")
+        for x, y in means if len(means) < 30 else ():
+            draw.ellipse([x - 7, y - 7, x + 7, y + 7], colour)
+        draw.line([right + 30, y_label, right + 80, y_label], colour, 6)
+        draw.text((right + 95, y_label), name, ink, font, "lm")
+    sheet.resize((sheet.width // 2, 500), Image.Resampling.LANCZOS).save(path)
+
+
+def caption_frame(images: list, lines: list[str], scale=4, success: bool | None = None):
+    """HWC uint8 pictures at one height (the first's, times `scale`), text under them, and a
+    green (success) or red (failure) border."""
+    height, font = len(images[0]) * scale, ImageFont.load_default(14)
+    tiles = [Image.fromarray(np.asarray(image)) for image in images]
+    tiles = [t.resize((t.width * height // t.height, height), Image.NEAREST) for t in tiles]
+    width = max(sum(tile.width + 6 for tile in tiles) + 6, 280)
+    text = [part for line in lines for part in textwrap.wrap(line, width // 7) or [""]]
+    frame = Image.new("RGB", (width, height + 18 + 18 * len(text)), "white")
+    draw, x = ImageDraw.Draw(frame), 6
+    for tile in tiles:
+        frame.paste(tile, (x, 6))
+        x += tile.width + 6
+    draw.multiline_text((8, height + 9), "\n".join(text), "black", font, spacing=4)
+    if success is not None:
+        border = INKS[2] if success else INKS[1]
+        draw.rectangle([0, 0, frame.width - 1, frame.height - 1], None, border, 4)
+    return frame
+
+
+def contact_sheet(path, rows: list, scale=3) -> None:
+    """PNG with a captioned frame per (images, text), one under the other."""
+    frames = [caption_frame(images, text.splitlines(), scale) for images, text in rows]
+    sheet = Image.new("RGB", (max(f.width for f in frames), sum(f.height for f in frames)))
+    y = 0
+    for frame in frames:
+        sheet.paste(frame, (0, y))
+        y += frame.height
+    sheet.save(path)
+
+
+def save_gif(path, frames: list, fps: float = 10) -> None:
+    """Frames: pillow images or HWC uint8 arrays; smaller ones are padded with white."""
+    frames = [f if isinstance(f, Image.Image) else Image.fromarray(np.asarray(f)) for f in frames]
+    size = max(f.width for f in frames), max(f.height for f in frames)
+    padded = [Image.new("RGB", size, "white") for _ in frames]
+    for canvas, frame in zip(padded, frames, strict=True):
+        canvas.paste(frame, (0, 0))
+    padded[0].save(path, save_all=True, append_images=padded[1:], duration=1000 / fps, loop=0)
