@@ -14,6 +14,7 @@ import pickle
 import platform
 import random
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -22,8 +23,8 @@ import subprocess
 import sys
 import time
 import typing
-from importlib import metadata
 from functools import lru_cache
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -35,13 +36,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, trainers
 from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
-from transformers import (
-    AttentionInterface,
-    AutoConfig,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-)
+from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.image_processing_base import ImageProcessingMixin
+from transformers.utils.logging import disable_progress_bar
 
 
 class UserError(Exception):
@@ -51,7 +48,7 @@ class UserError(Exception):
 def run_main(main) -> None:
     """Runs `main()`; what the user can mend ends in one line instead of a traceback."""
     try:
-        main()
+        return main()
     except UserError as error:
         message = str(error)
     except torch.OutOfMemoryError:
@@ -62,8 +59,6 @@ def run_main(main) -> None:
         message = f"the disk is full: {error.filename or 'while writing'}"
     except KeyboardInterrupt:
         sys.exit(130)
-    else:
-        return
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
@@ -92,12 +87,12 @@ def convert(flag: str, word: str, kind, choices: tuple[str, ...]):
         raise UserError(f"{flag} takes {', '.join(choices)}; not {word!r} (did you mean {best}?)")
     try:
         value = kind(word)
+        if value == value:  # a literal nan is not: no setting means it
+            return value
     except ValueError:
-        value = math.nan
-    if value != value:  # not a number, or a literal nan, which no setting means
-        name = {int: "a whole number", float: "a number"}[kind]
-        raise UserError(f"{flag} takes {name}, not {word!r}")
-    return value
+        pass
+    name = {int: "a whole number", float: "a number"}[kind]
+    raise UserError(f"{flag} takes {name}, not {word!r}")
 
 
 def nearest(word: str, known) -> str:
@@ -106,13 +101,15 @@ def nearest(word: str, known) -> str:
 
 def usage(Config, presets: dict, ablations: dict) -> str:
     """The -h text: a flag a line with its comment and its default."""
-    kinds, notes, defaults = typing.get_type_hints(Config), field_notes(Config), Config()
-    lines = [f"usage: {Path(sys.argv[0]).name} [--flag value ...]", ""]
-    for name, kind in kinds.items():
+    notes, defaults, rows = field_notes(Config), Config(), []
+    for name, kind in typing.get_type_hints(Config).items():
         value, flag = getattr(defaults, name), name.replace("_", "-")
-        head = f"--[no-]{flag}" if kind is bool else f"--{flag} {kind.__name__}"
+        word = "a,b,..." if isinstance(value, tuple) else kind.__name__
         value = ",".join(map(str, value)) if isinstance(value, tuple) else value
-        lines.append(f"  {head:<24} {notes[name][1]} [{value}]")
+        rows.append((f"--[no-]{flag}" if kind is bool else f"--{flag} {word}", name, value))
+    width = max(len(head) for head, _, _ in rows)
+    lines = [f"usage: {Path(sys.argv[0]).name} [--flag value ...]", ""]
+    lines += [f"  {head:{width}}  {notes[name][1]} [{value}]" for head, name, value in rows]
     lines += ["", "presets: " + ", ".join(presets)] if presets else []
     lines += ["ablations: " + ", ".join(["list", *ablations])] if ablations else []
     return "\n".join(lines)
@@ -140,20 +137,17 @@ def parse(Config, presets: dict[str, dict], ablations: dict[str, dict], argv=Non
             if has_value:
                 raise UserError(f"{flag} takes no value: there is --[no-]{name.replace('_', '-')}")
             given[name] = on
-            continue
-        if not has_value:
-            if not words or words[0].startswith("--"):
-                raise UserError(f"{flag} needs a value")
-            value = words.pop(0)
-        given[name] = convert(flag, value, kinds[name], notes[name][0])
+        elif not has_value and (not words or words[0].startswith("--")):
+            raise UserError(f"{flag} needs a value")
+        else:
+            word = value if has_value else words.pop(0)
+            given[name] = convert(flag, word, kinds[name], notes[name][0])
     settings = {}
-    for table_name, table in (("preset", presets), ("ablation", ablations)):
-        row = given.get(table_name, "")
-        if row and (table_name, row) != ("ablation", "list"):
-            if row not in table:
-                best = nearest(row, table)
-                raise UserError(f"unknown {table_name} {row!r} (did you mean {best}?)")
-            settings |= {k: v for k, v in table[row].items() if not k.startswith("_")}
+    for kind, table in (("preset", presets), ("ablation", {**ablations, "list": {}})):
+        row = given.get(kind, "")
+        if row and row not in table:
+            raise UserError(f"unknown {kind} {row!r} (did you mean {nearest(row, table)}?)")
+        settings |= {k: v for k, v in table.get(row, {}).items() if not k.startswith("_")}
     cfg = Config(**{**settings, **given})
     cfg.explicit = tuple(given)
     return cfg
@@ -164,15 +158,14 @@ def resume_config(cfg, saved: dict, free: tuple[str, ...] = ()):
     unknown = set(saved) - set(typing.get_type_hints(type(cfg)))
     if unknown:
         raise UserError(f"the checkpoint has settings of another version: {', '.join(unknown)}")
-    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
-    explicit = getattr(cfg, "explicit", ())  # a Config that parse() did not make has none
-    for name in explicit:
-        value, flag = getattr(cfg, name), "--" + name.replace("_", "-")
-        if name not in (*free, "resume") and settings.get(name, value) != value:
-            raise UserError(f"{flag} {value} differs from {settings[name]} in the checkpoint")
-        settings[name] = value
-    merged = type(cfg)(**settings)
-    merged.explicit = explicit
+    merged = type(cfg)(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
+    merged.explicit = getattr(cfg, "explicit", ())  # a Config that parse() did not make has none
+    for name in merged.explicit:
+        value, before = getattr(cfg, name), getattr(merged, name)
+        if value != before and name in saved and name not in (*free, "resume"):
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} {value} differs from {before} in the checkpoint")
+        setattr(merged, name, value)
     return merged
 
 
@@ -220,13 +213,12 @@ class Dist:
 
 def setup(cfg) -> Dist:
     """Device, threads, seeds and, under torchrun, the process group."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    rank, processes, local_rank = (int(os.environ.get(n, n == "WORLD_SIZE")) for n in names)
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no GPU here")
-    device = torch.device("cpu")
-    if cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available()):
-        device = torch.device("cuda", local_rank)
+    if cfg.device != "cpu" and torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32
     if cfg.threads:
@@ -246,12 +238,19 @@ def seed_all(seed: int) -> None:
 
 def autocast(device: torch.device, dtype: str):
     """dtype: auto | bf16 | fp32; auto is bf16 where the hardware multiplies it, else fp32."""
-    on = dtype == "bf16"
-    if dtype == "auto" and device.type == "cuda":
-        on = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif dtype == "auto":
-        on = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    on = dtype == "bf16" or (dtype == "auto" and fast)
     return torch.autocast(device.type, torch.bfloat16, enabled=on)
+
+
+def to_device(batch, device: torch.device):
+    """Moves every tensor of a nested dict."""
+    if isinstance(batch, dict):
+        return {name: to_device(item, device) for name, item in batch.items()}
+    return batch.to(device, non_blocking=True) if isinstance(batch, torch.Tensor) else batch
 
 
 class Stop:
@@ -297,8 +296,8 @@ def rng_state() -> dict:
     """All generators of this process, in types that `torch.load(weights_only=True)` accepts."""
     name, keys, *rest = np.random.get_state()
     cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
-    return {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest),
-            "torch": torch.get_rng_state(), "cuda": cuda}  # fmt: skip
+    numpy = (name, keys.tolist(), *rest)
+    return dict(python=random.getstate(), numpy=numpy, torch=torch.get_rng_state(), cuda=cuda)
 
 
 def set_rng_state(state: dict) -> None:
@@ -369,11 +368,10 @@ def save_checkpoint(folder, step, tensors, train_state, local_state, meta, dist,
         shutil.rmtree(final, ignore_errors=True)  # the same step, saved before a resume
         draft.rename(final)
         sync(final.parent)
-        others = sorted(path for path in Path(folder).glob("step_*") if path != final)
-        kept = [path for path in others if path < final][1 - keep :] if keep > 1 else []
-        for path in others:  # older ones, and later ones of a run that was resumed before them
-            if path not in kept:
-                shutil.rmtree(path)
+        older = sorted(path for path in final.parent.glob("step_*") if path < final)
+        kept = [final, *older[len(older) + 1 - keep :]]
+        for path in set(final.parent.glob("step_*")) - set(kept):  # later: of a run resumed before
+            shutil.rmtree(path)
     dist.barrier()
     return final
 
@@ -383,21 +381,19 @@ def load_checkpoint(path, method: str, device="cpu", dist: Dist | None = None) -
 
     With `dist` also what resuming needs; without, weights and meta only.
     """
-    path = Path(path)
-    found = [path] if (path / "meta.json").exists() else []
-    found += sorted(meta.parent for meta in path.glob("checkpoints/step_*/meta.json"))
-    found += sorted(meta.parent for meta in path.glob("step_*/meta.json"))
+    places = ("meta.json", "step_*/meta.json", "checkpoints/step_*/meta.json")
+    found = sorted(meta.parent for place in places for meta in Path(path).glob(place))
     if not found:
-        raise UserError(f"no checkpoint in {path}" + ("" if path.exists() else ": no such folder"))
+        reason = "" if Path(path).exists() else ": no such folder"
+        raise UserError(f"no checkpoint in {path}{reason}")
     path = found[-1].resolve()
     file, train_state, local_state = path / "meta.json", {}, {}
     try:
         meta = json.loads(file.read_text())
         if meta["method"] != method:
             raise UserError(f"{path} is a checkpoint of {meta['method']}, not of {method}")
-        if dist and meta["processes"] != dist.processes:
-            raise UserError(f"{path} was written by {meta['processes']} processes; this run has "
-                            f"{dist.processes}")  # fmt: skip
+        if dist and (wrote := meta["processes"]) != (now := dist.processes):
+            raise UserError(f"{path} was written by {wrote} processes; this run has {now}")
         file = path / "model.safetensors"
         tensors = load_file(file, str(device))
         tensors |= {name: tensors[owner] for name, owner in meta["tied"].items()}
@@ -423,27 +419,22 @@ class Run:
     def __init__(self, cfg, method, script, dist, total, resumed: Checkpoint | None = None):
         self.dist, self.total, self.bar = dist, total, None
         first = resumed.step if resumed else 0
-        if resumed:
-            folder = resumed.run
-        elif cfg.out:
-            folder = Path(cfg.out)
-            if (folder / "metrics.jsonl").exists():
-                raise UserError(f"{folder} holds a run: --resume {folder}, or another --out")
-        else:
-            stamp = time.strftime("%Y%m%d-%H%M%S")
-            name = f"{method}-{cfg.world}-{cfg.seed}-{stamp}"
-            folder = Path("runs") / re.sub(r"[^\w.-]", "-", name)
-            while folder.exists():  # two runs in one second
-                folder = folder.with_name(folder.name + "+")
+        name = f"{method}-{cfg.world}-{cfg.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+        new = Path("runs", re.sub(r"[^\w.-]", "-", name))
+        while new.exists():  # two runs in one second
+            new = new.with_name(new.name + "+")
+        folder = resumed.run if resumed else cfg.out or new
         self.folder = Path(dist.share(str(folder)))
+        if not resumed and dist.share((self.folder / "metrics.jsonl").exists()):
+            raise UserError(f"{folder} holds a run: --resume {folder}, or another --out")
         if not dist.main:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        config = {"method": method, "config": dataclasses.asdict(cfg), **start_facts(first, dist)}
+        config = {"method": method, "config": dataclasses.asdict(cfg), **start_facts(dist)}
         write_json(self.folder / (f"config-{first:08d}.json" if first else "config.json"), config)
         shutil.copy(script, self.folder)
         metrics = self.folder / "metrics.jsonl"
-        lines = metrics.read_text().splitlines(keepends=True) if first and metrics.exists() else []
+        lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
         whole = [line for line in lines if line.endswith("\n")]  # a crash may have torn the last
         draft = metrics.with_suffix(".tmp")
         draft.write_text("".join(line for line in whole if json.loads(line)["step"] <= first))
@@ -464,10 +455,10 @@ class Run:
     def log(self, step: int, values: dict[str, float]) -> None:
         """One aligned line on the console, one line in metrics.jsonl."""
         self.record(step, values)
-        width = len(str(self.total))
-        shown = "  ".join(f"{name} {f'{value:.4g}' if abs(value) < 1e6 else human(value):<9}"
-                          for name, value in values.items())  # fmt: skip
-        self.say(f"step {step:>{width}}/{self.total}  {shown}".rstrip())
+        text = f"step {step:>{len(str(self.total))}}/{self.total}"
+        for name, value in values.items():
+            text += f"  {name} {human(value) if abs(value) >= 1e6 else f'{value:.4g}':<9}"
+        self.say(text.rstrip())
 
     def progress(self, step: int) -> None:
         if self.bar is not None:
@@ -483,16 +474,14 @@ class Run:
             self.file.close()
 
 
-def start_facts(step: int, dist: Dist) -> dict:
+def start_facts(dist: Dist) -> dict:
     """What is needed to repeat a start of a run: command, commit, versions, kind of machine."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    found = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout
+    commit = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout
     cuda = dist.device.type == "cuda"
     return {
-        "step": step,
         "command": shlex.join(["python", *sys.argv]),
-        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "commit": found.strip() if found else None,
+        "commit": (commit or "").strip(),
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in ("torch", "transformers", "numpy")},
         "device": torch.cuda.get_device_name() if cuda else platform.machine() + " CPU",
@@ -534,10 +523,9 @@ def lr_at(step: int, base: float, warmup: int, total: int, min_lr: float = 0.0) 
 
 
 def param_counts(model: torch.nn.Module) -> dict[str, int]:
-    counts = {True: 0, False: 0}
-    for parameter in model.parameters():
-        counts[parameter.requires_grad] += parameter.numel()
-    return {"total": sum(counts.values()), "trainable": counts[True], "frozen": counts[False]}
+    total = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {"total": total, "trainable": trainable, "frozen": total - trainable}
 
 
 def human(n: float) -> str:
@@ -550,14 +538,9 @@ def human(n: float) -> str:
 
 def peak_memory() -> int:
     """Bytes: the GPU's peak if there is one in use, else this process's."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated()
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return 0
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return torch.cuda.max_memory_allocated() or peak
 
 
 # --- backbone -------------------------------------------------------------------------------------
@@ -573,115 +556,98 @@ BACKBONES = {
 
 
 def backbone_path(name):
-    """Name, local folder or hub id -> what from_pretrained takes; an unknown name is an error that names the nearest."""
+    """Name, local folder or hub id -> what `from_pretrained` takes."""
     if name in BACKBONES:
         return BACKBONES[name]
-    if Path(name).is_dir():
-        if not (Path(name) / "config.json").exists():
-            raise UserError(f"--backbone {name}: the folder has no config.json, so it is no checkpoint")
+    if Path(name).is_dir() or re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         return name
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return name
-    near = difflib.get_close_matches(name, BACKBONES, 1, 0.0)[0]
-    raise UserError(
-        f"unknown --backbone {name}: did you mean {near}? (names: {', '.join(BACKBONES)}; a folder; owner/model)"
-    )
+    near, known = nearest(name, BACKBONES), ", ".join(BACKBONES)
+    raise UserError(f"unknown --backbone {name}: did you mean {near}? ({known}, DIR or OWNER/NAME)")
 
 
 def load_backbone(name, dtype=torch.float32):
-    """-> (Qwen3-VL or Qwen2.5-VL model with its vocabulary head, in eval mode; its Processor).
+    """-> (Qwen3-VL or Qwen2.5-VL with its vocabulary head, in eval mode; its Processor).
 
-    The model is the library's, untouched; only its vision tower attends to all equal-sized images in one call.
+    The model is the library's; only its vision tower attends to all equal-sized images in one call.
     """
-    path = backbone_path(name)
+    path, flag = backbone_path(name), f"--backbone {name}"
+    disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(path)
         if config.model_type not in ("qwen3_vl", "qwen2_5_vl"):
-            raise UserError(f"--backbone {name} is a {config.model_type}: use a Qwen3-VL or Qwen2.5-VL checkpoint")
+            raise UserError(f"{flag} is a {config.model_type}: take a Qwen3-VL or Qwen2.5-VL")
         vlm = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
         processor = Processor(path, config)
     except SafetensorError as error:
-        raise UserError(f"--backbone {name}: a weight file in {path} is damaged ({error}); fetch it again") from error
+        files = " or ".join(sorted(str(file) for file in Path(path).glob("*.safetensors"))) or path
+        raise UserError(f"{flag}: {files} is damaged or cut short, fetch it again") from error
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"--backbone {name}: cannot load {path} ({reason}); download it once "
-            f"(`hf download {path} --local-dir DIR`) and pass --backbone DIR"
-        ) from error
+        reason, known = str(error).partition("\n")[0], Path(path).is_dir()
+        hint = "" if known else f"; `hf download {path} --local-dir DIR`, then --backbone DIR"
+        raise UserError(f"{flag}: cannot load {path} ({reason}){hint}") from error
     return register_block_attention(vlm).eval(), processor
 
 
+@lru_cache(maxsize=8192)
+def chat_ids(tokenizer, system, user, counts, answer):
+    """One conversation, pictures of these many tokens first in the user's turn -> (ids of the
+    prompt, ids of the answer and its end, or none)."""
+    content = [{"type": "image"}] * len(counts) + [{"type": "text", "text": user}]
+    messages = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
+    messages += [{"role": "user", "content": content}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    sizes = iter(counts)
+    text = re.sub(r"<\|image_pad\|>", lambda mark: mark[0] * next(sizes), text)
+    end = answer + tokenizer.eos_token if answer else ""
+    return tuple(tuple(tokenizer.encode(t, add_special_tokens=False)) for t in (text, end))
+
+
 class Processor:
-    """Text and pictures -> the arrays a Qwen-VL backbone reads; runs in the loader's workers and while acting."""
+    """Text and pictures -> the arrays a Qwen-VL reads, in the loader's workers and when acting."""
 
     def __init__(self, path, config):
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         self.image_token_id = config.image_token_id
         self.pad_token_id = self.tokenizer.pad_token_id
         settings, _ = ImageProcessingMixin.get_image_processor_dict(path)
-        size = settings.get("size") or {}
         self.patch, self.merge = settings["patch_size"], settings["merge_size"]
         self.temporal = settings["temporal_patch_size"]
         self.mean, self.std = settings["image_mean"], settings["image_std"]
-        self.pixels = [
-            settings.get(key) or size[edge]
-            for key, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))
-        ]
+        size = settings.get("size") or {}
+        self.min_pixels = settings.get("min_pixels") or size["shortest_edge"]
+        self.max_pixels = settings.get("max_pixels") or size["longest_edge"]
 
     def images(self, images):
-        """list of (height, width, 3) uint8 -> pixel_values (patches, C) float32, grids [(1, rows, columns)]."""
-        fitted = [fit(image, self.patch, self.merge, *self.pixels) for image in images]
-        grids = [(1, f.shape[0] // self.patch, f.shape[1] // self.patch) for f in fitted]
-        parts = [patchify(f, self.patch, self.merge, self.temporal, self.mean, self.std) for f in fitted]
+        """list of (height, width, 3) uint8 -> pixel_values (patches, C) float32, their grids."""
+        grain = self.patch, self.merge
+        fitted = [fit(image, *grain, self.min_pixels, self.max_pixels) for image in images]
+        parts = [patchify(f, *grain, self.temporal, self.mean, self.std) for f in fitted]
+        grids = tuple((1, len(f) // self.patch, len(f[0]) // self.patch) for f in fitted)
         return np.concatenate(parts), grids
 
-    @lru_cache(maxsize=8192)
     def prompt(self, system, user, grids, answer=""):
-        """One conversation -> (token ids, ids of the answer and its end, or none), images first in the user's turn."""
-        content = [{"type": "image"}] * len(grids) + [{"type": "text", "text": user}]
-        messages = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
-        messages += [{"role": "user", "content": content}]
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        ids, sizes = [], iter(grids)
-        for token in self.tokenizer(text, add_special_tokens=False)["input_ids"]:
-            _, rows, columns = next(sizes) if token == self.image_token_id else (1, self.merge, self.merge)
-            ids += [token] * (rows * columns // self.merge**2)
-        tail = self.tokenizer(answer + self.tokenizer.eos_token, add_special_tokens=False)["input_ids"] if answer else []
-        return tuple(ids), tuple(tail)
+        """-> (ids of the prompt, ids of the answer and its end, or none); see `chat_ids`."""
+        counts = tuple(math.prod(grid) // self.merge**2 for grid in grids)
+        return chat_ids(self.tokenizer, system, user, counts, answer)
 
-    @lru_cache(maxsize=8192)
-    def positions(self, ids, grids):
-        return mrope_positions(ids, grids, self.image_token_id, self.merge)
+    def words(self, ids):
+        """Ids -> readable text, without padding and with each picture as one mark."""
+        text = self.tokenizer.decode(ids).replace(self.tokenizer.pad_token, "")
+        return re.sub(r"(<\|image_pad\|>)+", "<image>", text)
 
     def pad(self, rows, grids):
-        """rows of ids, the grids of each row's images -> input_ids (B, T), real (B, T), position_ids (3, B, T); left-padded."""
-        length = max(len(ids) for ids in rows)
-        input_ids = np.full((len(rows), length), self.pad_token_id)
-        position_ids = np.zeros((3, len(rows), length), np.int64)
-        for b, ids in enumerate(rows):
-            input_ids[b, length - len(ids) :] = ids
-            position_ids[:, b, length - len(ids) :] = self.positions(tuple(ids), grids[b])
-        real = np.arange(length) >= np.array([[length - len(ids)] for ids in rows])
-        return {
-            "input_ids": torch.from_numpy(input_ids),
-            "real": torch.from_numpy(real),
-            "position_ids": torch.from_numpy(position_ids),
-        }
-
-
-def causal_mask(real):
-    """real (B, T) bool -> (B, 1, T, T) bool, True where a query may look; a padding query sees itself alone."""
-    T = real.shape[1]
-    causal = torch.ones(T, T, dtype=torch.bool, device=real.device).tril()
-    own = torch.eye(T, dtype=torch.bool, device=real.device)
-    return ((causal & real[:, None, :] & real[:, :, None]) | own)[:, None]
-
-
-def to_device(batch, device):
-    """Moves every tensor of a nested dict."""
-    if isinstance(batch, dict):
-        return {k: to_device(v, device) for k, v in batch.items()}
-    return batch.to(device, non_blocking=True) if isinstance(batch, torch.Tensor) else batch
+        """Rows of ids, the grids of each row's images -> left-padded input_ids (B, T), real (B, T)
+        and position_ids (3, B, T)."""
+        B, T = len(rows), max(len(ids) for ids in rows)
+        input_ids = torch.full((B, T), self.pad_token_id)
+        real = torch.zeros(B, T, dtype=torch.bool)
+        position_ids = torch.zeros(3, B, T, dtype=torch.long)
+        for b, (ids, grid) in enumerate(zip(rows, grids)):
+            positions = mrope_positions(ids, grid, self.image_token_id, self.merge)
+            input_ids[b, -len(ids) :] = torch.tensor(ids)
+            real[b, -len(ids) :] = True
+            position_ids[:, b, -len(ids) :] = torch.from_numpy(positions)
+        return {"input_ids": input_ids, "real": real, "position_ids": position_ids}
 
 
 # --- pixels and positions -------------------------------------------------------------------------
@@ -689,19 +655,18 @@ def to_device(batch, device):
 
 def fit(image, patch=16, merge=2, min_pixels=65536, max_pixels=16777216):
     """image (H, W, 3) uint8 -> the same picture with sides that are multiples of patch * merge."""
-    height, width = image.shape[:2]
-    unit = patch * merge
-    h, w = round(height / unit) * unit, round(width / unit) * unit
-    if h * w > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
-        h = max(unit, math.floor(height / shrink / unit) * unit)
-        w = max(unit, math.floor(width / shrink / unit) * unit)
-    elif h * w < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        h, w = math.ceil(height * grow / unit) * unit, math.ceil(width * grow / unit) * unit
-    if (h, w) == (height, width):
+    sides, unit = np.array(image.shape[:2]), patch * merge
+    fitted = np.round(sides / unit) * unit
+    if fitted.prod() > max_pixels:
+        shrink = math.sqrt(sides.prod() / max_pixels)
+        fitted = np.maximum(np.floor(sides / shrink / unit), 1) * unit
+    elif fitted.prod() < min_pixels:
+        grow = math.sqrt(min_pixels / sides.prod())
+        fitted = np.ceil(sides * grow / unit) * unit
+    if (fitted == sides).all():
         return image
-    return np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.BICUBIC))
+    height, width = fitted.astype(int).tolist()
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
 
 
 def patchify(image, patch=16, merge=2, temporal=2, mean=0.5, std=0.5):
@@ -716,88 +681,84 @@ def patchify(image, patch=16, merge=2, temporal=2, mean=0.5, std=0.5):
     x = np.broadcast_to(levels, (256, 3))[image, (0, 1, 2)]
     x = x.reshape(-1, rows, merge, patch, columns, merge, patch, 3)
     x = x.transpose(0, 1, 4, 2, 5, 7, 3, 6)  # (B, rows, columns, M, M, 3, P, P)
-    x = np.repeat(x[..., None, :, :], temporal, axis=-3)  # (B, rows, columns, M, M, 3, temporal, P, P)
+    x = np.repeat(x[..., None, :, :], temporal, axis=-3)  # (..., 3, temporal, P, P)
     return x.reshape(*lead, rows * columns * merge**2, -1)
 
 
 def mrope_positions(ids, grids, image_token_id, merge=2):
-    """ids (T,) of one prompt, grids [(1, H/P, W/P)] of its images in order -> positions (3, T) int64.
+    """ids (T,) of one prompt, grids [(1, H/P, W/P)] of its images in order -> positions (3, T).
 
     Text counts up on all three axes; an image sits at one time, with its own rows and columns, and
     the text behind it goes on after the larger of the two. The same for Qwen2.5-VL and Qwen3-VL.
     """
-    ids = np.asarray(ids)
+    ids, at, now = np.asarray(ids), 0, 0
     positions = np.zeros((3, len(ids)), np.int64)
-    grids, at, now = iter(grids), 0, 0
-    while at < len(ids):
-        if ids[at] == image_token_id:
-            _, h, w = (int(n) for n in next(grids))
-            h, w = h // merge, w // merge
-            positions[0, at : at + h * w] = now
-            positions[1, at : at + h * w] = now + np.repeat(np.arange(h), w)
-            positions[2, at : at + h * w] = now + np.tile(np.arange(w), h)
-            at, now = at + h * w, now + max(h, w)
-        else:
-            positions[:, at] = now
-            at, now = at + 1, now + 1
+    for _, h, w in grids:
+        h, w = int(h) // merge, int(w) // merge
+        text = int(np.argmax(ids[at:] == image_token_id))  # tokens before the image
+        positions[:, at : at + text] = now + np.arange(text)
+        at, now = at + text, now + text
+        positions[:, at : at + h * w] = now + np.indices((1, h, w)).reshape(3, -1)
+        at, now = at + h * w, now + max(h, w)
+    positions[:, at:] = now + np.arange(len(ids) - at)
     return positions
-
-
-def block_attention(
-    module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **_
-):
-    """Attention inside each image: query, key, value (1, heads, all patches, D) -> (1, patches, heads, D).
-
-    All images (or windows) of one length share one call, where the library calls once per image.
-    """
-    lengths = cu_seq_lens_q.diff()
-    starts = cu_seq_lens_q[:-1]
-    packed = [x[0].transpose(0, 1) for x in (query, key, value)]  # (patches, heads, D)
-    out, order = [], []
-    for length in lengths.unique().tolist():
-        if length == 0:
-            continue
-        rows = starts[lengths == length, None] + torch.arange(length, device=starts.device)
-        q, k, v = (x[rows].transpose(1, 2) for x in packed)  # (images, heads, length, D)
-        y = attend(q, k, v, scale=scaling)
-        out.append(y.transpose(1, 2).flatten(0, 1))
-        order.append(rows.flatten())
-    return torch.cat(out)[torch.cat(order).argsort()][None], None
-
-
-def register_block_attention(model):
-    """Let the vision tower of a Qwen-VL model attend within all its images at once."""
-    # The library hands over the image boundaries only to implementations with "flash" in their name.
-    AttentionInterface.register("flash_blocks", block_attention)
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if config is not None and "vision" in getattr(config, "model_type", ""):
-            config._attn_implementation = "flash_blocks"
-    return model
 
 
 # --- attention ------------------------------------------------------------------------------------
 
 
 def attend(q, k, v, mask=None, scale=None):
-    """softmax(q k^T * scale) v for (B, heads, T, d) and a mask that broadcasts, True where a query looks.
+    """softmax(q k^T * scale) v for (B, heads, T, d); the mask broadcasts, True where a query looks.
 
-    On a GPU the library's fused kernel. On a CPU, with prompts as short as the tiny backbone's, the written-out form:
-    the fused kernel's backward pass takes five times as long in bfloat16 there.
+    On a GPU the library's fused kernel. On a CPU, with prompts as short as the tiny backbone's, the
+    written-out form: the fused kernel's backward pass takes five times as long in bfloat16 there.
     """
     if q.is_cuda:
         return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     scores = (q * (scale or q.shape[-1] ** -0.5)) @ k.transpose(-1, -2)
     if mask is not None:
-        scores = scores + torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, torch.finfo(scores.dtype).min)
+        lowest = torch.finfo(scores.dtype).min
+        scores = scores + torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, lowest)
     return scores.softmax(-1) @ v
+
+
+def causal_mask(real):
+    """real (B, T) bool -> (B, 1, T, T), True where a query may look; padding sees itself alone."""
+    T = real.shape[1]
+    causal = torch.ones(T, T, dtype=torch.bool, device=real.device).tril()
+    own = torch.eye(T, dtype=torch.bool, device=real.device)
+    return ((causal & real[:, None, :] & real[:, :, None]) | own)[:, None]
+
+
+def block_attention(module, q, k, v, attention_mask=None, scaling=None, cu_seq_lens_q=None, **_):
+    """Attention inside each image: (1, heads, all patches, D) -> (1, all patches, heads, D).
+
+    All images (or windows) of one length share one call, where the library calls once per image.
+    """
+    starts, lengths = cu_seq_lens_q[:-1], cu_seq_lens_q.diff()
+    packed = [x[0].transpose(0, 1) for x in (q, k, v)]  # (all patches, heads, D)
+    out, order = [], []
+    for length in lengths.unique().tolist():
+        rows = starts[lengths == length, None] + torch.arange(length, device=starts.device)
+        q, k, v = (x[rows].transpose(1, 2) for x in packed)  # (images, heads, length, D)
+        out.append(attend(q, k, v, scale=scaling).transpose(1, 2).flatten(0, 1))
+        order.append(rows.flatten())
+    return torch.cat(out)[torch.cat(order).argsort()][None], None
+
+
+def register_block_attention(model):
+    """Lets the vision tower of a Qwen-VL model attend within all its images at once."""
+    # The library tells image boundaries only to implementations with "flash" in their name.
+    AttentionInterface.register("flash_blocks", block_attention)
+    model.set_attn_implementation({"vision_config": "flash_blocks"})
+    return model
 
 
 # --- action tokens --------------------------------------------------------------------------------
 
 
 def cosines(H):
-    """Orthonormal DCT-II as a matrix (H, H): coefficients = cosines(H) @ chunk, chunk = cosines(H).T @ coefficients."""
+    """Orthonormal DCT-II (H, H): coefficients = cosines(H) @ chunk; its transpose inverts it."""
     k, n = np.arange(H)[:, None], np.arange(H)[None]
     basis = np.sqrt(2 / H) * np.cos(np.pi * k * (2 * n + 1) / (2 * H))
     basis[0] /= np.sqrt(2)
@@ -809,17 +770,26 @@ class Fast:
 
     SCALE = 10  # coefficients are rounded to tenths
 
-    def __init__(self, bpe, low, high, H, A, tokenizer):
-        self.bpe, self.low, self.high, self.H, self.A = bpe, low, high, H, A
+    def __init__(self, state, tokenizer):
+        self.kept, self.bpe = state, Tokenizer.from_str(state["bpe"])
+        self.low, self.high, self.H, self.A = (state[key] for key in ("low", "high", "H", "A"))
         self.first = tokenizer.convert_tokens_to_ids("<robot_action_0>")
         self.end = tokenizer.eos_token_id
+
+    @classmethod
+    def load(cls, state, tokenizer):
+        return cls(state, tokenizer)
+
+    def state(self):
+        return self.kept
 
     @staticmethod
     def extend(vlm, tokenizer, count=2048):
         """Gives a backbone without action tokens `count` of them."""
         if "<robot_action_0>" not in tokenizer.get_vocab():
             tokenizer.add_tokens([f"<robot_action_{i}>" for i in range(count)])
-            vlm.resize_token_embeddings(max(len(tokenizer), vlm.get_input_embeddings().num_embeddings))
+            size = max(len(tokenizer), vlm.get_input_embeddings().num_embeddings)
+            vlm.resize_token_embeddings(size)
 
     @classmethod
     def fit(cls, chunks, tokenizer):
@@ -827,37 +797,29 @@ class Fast:
         H, A = chunks[0].shape
         rounded = np.stack([cls.SCALE * cosines(H) @ c for c in chunks]).round().astype(int)
         low, high = int(rounded.min()), int(rounded.max())
+        letters = [chr(256 + i) for i in range(high - low + 1)]
         size = sum(token.startswith("<robot_action_") for token in tokenizer.get_vocab())
+        if len(letters) > size:
+            raise UserError(f"--head fast: {len(letters)} coefficient values, {size} action tokens")
+        lines = ["".join(letters[v - low] for v in values.ravel()) for values in rounded]
         bpe = Tokenizer(models.BPE())
-        alphabet = [chr(256 + i) for i in range(high - low + 1)]
-        if len(alphabet) > size:
-            raise UserError(f"--head fast: {len(alphabet)} coefficient values, but only {size} action tokens")
-        lines = ("".join(chr(256 + v - low) for v in r.ravel()) for r in rounded)
-        trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
-        bpe.train_from_iterator(lines, trainer)
-        return cls(bpe, low, high, H, A, tokenizer)
-
-    def state(self):
-        return {"bpe": self.bpe.to_str(), "low": self.low, "high": self.high, "H": self.H, "A": self.A}
-
-    @classmethod
-    def load(cls, state, tokenizer):
-        return cls(Tokenizer.from_str(state["bpe"]), *(state[k] for k in ("low", "high", "H", "A")), tokenizer)
+        how = trainers.BpeTrainer(vocab_size=size, initial_alphabet=letters, show_progress=False)
+        bpe.train_from_iterator(lines, how)
+        return cls({"bpe": bpe.to_str(), "low": low, "high": high, "H": H, "A": A}, tokenizer)
 
     def encode(self, chunk):
         """(H, A) -> ids, closed by the end of turn; low frequencies of all dimensions first."""
-        values = (self.SCALE * cosines(self.H) @ chunk).round().astype(int).clip(self.low, self.high)
-        ids = self.bpe.encode("".join(chr(256 + v - self.low) for v in values.ravel())).ids
-        return tuple(self.first + i for i in ids) + (self.end,)
+        values = (self.SCALE * cosines(self.H) @ chunk).round().clip(self.low, self.high)
+        letters = "".join(chr(256 + int(v) - self.low) for v in values.ravel())
+        return tuple(self.first + i for i in self.bpe.encode(letters).ids) + (self.end,)
 
     def decode(self, rows):
-        """(B, n) ids -> (B, H, A) float32; what the model left unsaid stays zero, as for coefficients cut off."""
-        out = np.zeros((len(rows), self.H, self.A), np.float32)
-        for chunk, row in zip(out, rows.tolist()):
-            said = row[: row.index(self.end)] if self.end in row else row
-            pieces = (self.bpe.id_to_token(i - self.first) for i in said if i >= self.first)
-            values = [ord(c) - 256 + self.low for piece in pieces if piece for c in piece][: chunk.size]
-            flat = np.zeros(chunk.size)
-            flat[: len(values)] = values
-            chunk[:] = cosines(self.H).T @ flat.reshape(self.H, self.A) / self.SCALE
-        return torch.from_numpy(out)
+        """(B, n) ids -> (B, H, A) float32; a coefficient that the model left unsaid is zero."""
+        values = np.zeros((len(rows), self.H * self.A))
+        for out, ids in zip(values, rows.tolist()):
+            said = ids[: ids.index(self.end)] if self.end in ids else ids
+            pieces = [self.bpe.id_to_token(i - self.first) for i in said if i >= self.first]
+            letters = "".join(piece or "" for piece in pieces)[: len(out)]
+            out[: len(letters)] = [ord(letter) - 256 + self.low for letter in letters]
+        chunks = cosines(self.H).T @ values.reshape(-1, self.H, self.A) / self.SCALE
+        return torch.from_numpy(chunks.astype(np.float32))

@@ -1,6 +1,6 @@
-"""Images and positions for Qwen-VL backbones, equal to the library's but without its Python loops over the batch.
+"""Images and positions for Qwen-VL backbones: the library's, without its loops over a batch.
 
-Letters: B images, H W pixels, P patch, M merge, C temporal x colour values of a patch, T tokens of a prompt.
+Letters: B images, H W pixels, P patch, M merge, C values of a patch, T tokens of a prompt.
 """
 
 import math
@@ -41,12 +41,12 @@ def patchify(image, patch=16, merge=2, temporal=2, mean=0.5, std=0.5):
     x = np.broadcast_to(levels, (256, 3))[image, (0, 1, 2)]
     x = x.reshape(-1, rows, merge, patch, columns, merge, patch, 3)
     x = x.transpose(0, 1, 4, 2, 5, 7, 3, 6)  # (B, rows, columns, M, M, 3, P, P)
-    x = np.repeat(x[..., None, :, :], temporal, axis=-3)  # (B, rows, columns, M, M, 3, temporal, P, P)
+    x = np.repeat(x[..., None, :, :], temporal, axis=-3)  # (.., 3, temporal, P, P)
     return x.reshape(*lead, rows * columns * merge**2, -1)
 
 
 def mrope_positions(ids, grids, image_token_id, merge=2):
-    """ids (T,) of one prompt, grids [(1, H/P, W/P)] of its images in order -> positions (3, T) int64.
+    """ids (T,) of one prompt, grids [(1, H/P, W/P)] of its images in order -> positions (3, T).
 
     Text counts up on all three axes; an image sits at one time, with its own rows and columns, and
     the text behind it goes on after the larger of the two. The same for Qwen2.5-VL and Qwen3-VL.
@@ -69,9 +69,9 @@ def mrope_positions(ids, grids, image_token_id, merge=2):
 
 
 def block_attention(
-    module, query, key, value, attention_mask, scaling=None, dropout=0.0, cu_seq_lens_q=None, **_
+    module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **_
 ):
-    """Attention inside each image: query, key, value (1, heads, all patches, D) -> (1, patches, heads, D).
+    """Attention inside each image: q, k, v (1, heads, patches, D) -> (1, patches, heads, D).
 
     All images (or windows) of one length share one call, where the library calls once per image.
     """
@@ -84,7 +84,7 @@ def block_attention(
             continue
         rows = starts[lengths == length, None] + torch.arange(length, device=starts.device)
         q, k, v = (x[rows].transpose(1, 2) for x in packed)  # (images, heads, length, D)
-        y = scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling)
+        y = attend(q, k, v, scale=scaling)
         out.append(y.transpose(1, 2).flatten(0, 1))
         order.append(rows.flatten())
     return torch.cat(out)[torch.cat(order).argsort()][None], None
@@ -92,10 +92,22 @@ def block_attention(
 
 def register_block_attention(model):
     """Let the vision tower of a Qwen-VL model attend within all its images at once."""
-    # The library hands over the image boundaries only to implementations with "flash" in their name.
+    # The library hands the image boundaries only to implementations with "flash" in their name.
     AttentionInterface.register("flash_blocks", block_attention)
     for module in model.modules():
         config = getattr(module, "config", None)
         if config is not None and "vision" in getattr(config, "model_type", ""):
             config._attn_implementation = "flash_blocks"
     return model
+
+
+def attend(q, k, v, mask=None, scale=None):
+    """softmax(q k^T * scale) v for (B, heads, T, d); mask broadcasts, True where a query looks."""
+    if q.is_cuda:
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    scores = (q * (scale or q.shape[-1] ** -0.5)) @ k.transpose(-1, -2)
+    if mask is not None:
+        scores = scores + torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(
+            ~mask, torch.finfo(scores.dtype).min
+        )
+    return scores.softmax(-1) @ v

@@ -1,8 +1,8 @@
 """Recordings -> training samples.
 
-recording -> `Episode` -> window (observation at t, action chunk t..t+H-1, mask of padded steps) -> normalised sample
--> batch. Sample number i is a pure function of (seed, i): resuming at any step, or on any number of processes, reads
-exactly the samples that an uninterrupted single process would have read.
+recording -> `Episode` -> window (observation at t, action chunk t..t+H-1, mask of padded steps)
+-> normalised sample -> batch. Sample i is a pure function of (seed, i): resuming at any step, or on
+any number of processes, reads the samples that one uninterrupted process would have read.
 
 Letters: T steps of an episode, H chunk length, A action, S state.
 """
@@ -25,7 +25,7 @@ CACHE = Path(os.environ.get("ONEFILE_VLA_CACHE", Path.home() / ".cache" / "onefi
 
 @dataclass
 class Episode:
-    """One demonstration. `reasoning` and `phase` (sub-goal index) are per step where a recording has them."""
+    """One demonstration; `reasoning` and `phase` (index of the sub-goal) per step, if recorded."""
 
     images: dict[str, np.ndarray]  # camera -> (T, height, width, 3) uint8
     state: np.ndarray  # (T, S) float32
@@ -40,7 +40,7 @@ class Episode:
 
 
 def record(suite, seed, size, wrist_size, noise, tries=20):
-    """One successful demonstration of the scripted expert -> Episode; a failed try is drawn again."""
+    """One successful demonstration of the scripted expert; a failed try is drawn again."""
     for attempt in range(tries):
         world = tabletop.Tabletop(suite, size, wrist_size)
         observation = world.reset(seed * tries + attempt)
@@ -56,7 +56,7 @@ def record(suite, seed, size, wrist_size, noise, tries=20):
         if world.success:
             break
     else:
-        raise RuntimeError(f"the expert of suite {suite} failed {tries} times in a row at seed {seed}")
+        raise RuntimeError(f"suite {suite}: the expert failed {tries} times at seed {seed}")
     cameras = steps[0][0]["images"]
     return Episode(
         images={name: np.stack([o["images"][name] for o, _ in steps]) for name in cameras},
@@ -73,8 +73,8 @@ def _record_many(arguments):
     return [record(suite, seed, size, wrist_size, noise) for seed in seeds]
 
 
-def demonstrations(suite="bridge", episodes=1000, seed=0, size=64, wrist_size=32, noise=0.3, quiet=False):
-    """The expert's demonstrations of a tabletop suite: made on first use in all cores, then read from the cache."""
+def demonstrations(suite, episodes=1000, seed=0, size=64, wrist_size=32, noise=0.3):
+    """The expert's demonstrations of a suite: made on first use, on all cores, then cached."""
     source = hashlib.sha256(Path(tabletop.__file__).read_bytes()).hexdigest()[:12]
     name = f"tabletop-{suite}-{episodes}-{seed}-{size}-{wrist_size}-{noise}-{source}.npz"
     path = CACHE / name
@@ -85,9 +85,9 @@ def demonstrations(suite="bridge", episodes=1000, seed=0, size=64, wrist_size=32
     jobs = [(suite, list(block), size, wrist_size, noise) for block in blocks]
     made = []
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
-        bar = tqdm(pool.map(_record_many, jobs), total=len(jobs), disable=quiet, leave=False)
-        bar.set_description(f"demonstrations of tabletop:{suite} (once, then cached)")
-        for block in bar:
+        words = f"demonstrations of tabletop:{suite} (once, then cached)"
+        done = pool.map(_record_many, jobs)
+        for block in tqdm(done, words, len(jobs), leave=False, disable=None):
             made.extend(block)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
@@ -98,11 +98,12 @@ def demonstrations(suite="bridge", episodes=1000, seed=0, size=64, wrist_size=32
 
 
 def save_demonstrations(file, episodes):
-    text = [{"instruction": e.instruction, "fps": e.fps, "reasoning": e.reasoning} for e in episodes]
-    arrays = {f"image.{c}": np.concatenate([e.images[c] for e in episodes]) for c in episodes[0].images}
+    text = [dict(instruction=e.instruction, fps=e.fps, reasoning=e.reasoning) for e in episodes]
+    cameras = episodes[0].images
+    images = {f"image.{c}": np.concatenate([e.images[c] for e in episodes]) for c in cameras}
     np.savez(
         file,
-        **arrays,
+        **images,
         state=np.concatenate([e.state for e in episodes]),
         action=np.concatenate([e.action for e in episodes]),
         phase=np.concatenate([np.asarray(e.phase, np.int16) for e in episodes]),
@@ -130,7 +131,7 @@ def load_demonstrations(path):
 
 
 def statistics(episodes):
-    """Per dimension of state and action, over all steps: q01, q99, min, max as lists (they go into the checkpoint)."""
+    """Over all steps, for each dimension of state and action: q01, q99, min, max as lists."""
     out = {}
     for key in ("state", "action"):
         x = np.concatenate([getattr(e, key) for e in episodes]).astype(np.float64)
@@ -140,7 +141,7 @@ def statistics(episodes):
 
 
 def bounds(stats, how):
-    """how: q99 | minmax -> (low, high) float32; a dimension that never moves gets a range of one around it."""
+    """how: q99 | minmax -> (low, high) float32; one to either side of what never moves."""
     low, high = ("q01", "q99") if how == "q99" else ("min", "max")
     low, high = np.array(stats[low], np.float32), np.array(stats[high], np.float32)
     still = high - low < 1e-6
@@ -163,7 +164,7 @@ def unnormalise(x, stats, how="q99"):
 
 
 def shift(image, dx, dy):
-    """The picture (height, width, 3) moved by whole pixels, its edge repeated: the augmentation of visual servoing."""
+    """The picture (height, width, 3) moved by whole pixels, its edge repeated."""
     height, width = image.shape[:2]
     rows = np.clip(np.arange(height) + dy, 0, height - 1)
     columns = np.clip(np.arange(width) + dx, 0, width - 1)
@@ -174,13 +175,20 @@ class Windows:
     """Every step of every episode as a training sample."""
 
     def __init__(self, episodes, stats, horizon, how="q99", augment=0):
-        self.episodes, self.stats, self.horizon, self.how, self.augment = episodes, stats, horizon, how, augment
+        self.episodes, self.stats, self.horizon = episodes, stats, horizon
+        self.how, self.augment = how, augment
         self.starts = np.cumsum([0] + [len(e.action) for e in episodes])
 
     def __len__(self):
         return int(self.starts[-1])
 
+    def chunks(self, every=1):
+        """Every `every`-th normalised action chunk -> list of (H, A)."""
+        rng = np.random.default_rng(0)
+        return [self.get(i, rng)["action"] for i in range(0, len(self), every)]
+
     def get(self, index, rng):
+        """-> "images", "instruction", "state" (S,), "action" (H, A), "mask" (H,) of one step."""
         e = int(np.searchsorted(self.starts, index, side="right")) - 1
         t = index - int(self.starts[e])
         episode = self.episodes[e]
@@ -200,6 +208,17 @@ class Windows:
         }
 
 
+def question_sets(names, count, size=64, wrist_size=32):
+    """The world's question sets in the forms of published benchmarks -> {name: [sample]}."""
+    return {
+        name: [
+            {"images": list(images.values()), "question": question, "answer": answer}
+            for images, question, answer, _ in questions.benchmark(name, count, 0, size, wrist_size)
+        ]
+        for name in names
+    }
+
+
 class Questions:
     """Questions about tabletop scenes, an endless supply: sample i is drawn from its own seed."""
 
@@ -210,8 +229,10 @@ class Questions:
         return 10_000_000
 
     def get(self, index, rng):
-        observation = self.world.scatter(self.seed * len(self) + index)
-        question = questions.ask(self.world, random.Random(int(rng.integers(2**31))))
+        question = None
+        while question is None:  # a scene does not allow every kind of question
+            observation = self.world.scatter(self.seed * len(self) + index)
+            question = questions.ask(self.world, random.Random(int(rng.integers(2**31))))
         return {
             "images": list(observation["images"].values()),
             "question": question.question,
@@ -220,7 +241,7 @@ class Questions:
 
 
 class Mixture:
-    """Draws sample i: a part by weight, then one of its windows uniformly; everything from (seed, i) alone."""
+    """Draws sample i, a part by weight, then one of its windows, from (seed, i) alone."""
 
     def __init__(self, parts, weights=None, seed=0):
         weights = np.array(weights if weights else [len(p) for p in parts], np.float64)
@@ -228,12 +249,13 @@ class Mixture:
 
     def __getitem__(self, i):
         rng = np.random.default_rng([self.seed, i])
-        part = self.parts[int(np.searchsorted(self.share, rng.random(), side="right").clip(0, len(self.parts) - 1))]
+        which = min(int(np.searchsorted(self.share, rng.random(), "right")), len(self.parts) - 1)
+        part = self.parts[which]
         return part.get(int(rng.integers(len(part))), rng)
 
 
 class Batches:
-    """Batch `step` of this process, collated: the map-style dataset behind the loader (one item, one batch)."""
+    """Item `step` is this process's batch of that step, `batch` samples from each mixture."""
 
     def __init__(self, mixtures, collate, batch, rank=0, processes=1):
         self.mixtures, self.collate, self.batch = mixtures, collate, batch

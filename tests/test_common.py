@@ -69,13 +69,17 @@ def test_a_wrong_command_line_is_one_line(words, message):
     assert str(error.value) == message
 
 
-def test_help_shows_each_comment_and_default(capsys):
+def test_help_shows_each_comment_and_default_in_one_column(capsys):
     with pytest.raises(SystemExit) as end:
         parse("-h")
     text = capsys.readouterr().out
     assert end.value.code == 0 and "presets: paper" in text and "ablations: list, T6b" in text
-    assert "--actions str            flow | tokens: how actions are made [flow]" in text
-    assert all("--" in text and note in text for note in ("Appendix B", "--[no-]ema", "[0.001]"))
+    assert "  --actions str     flow | tokens: how actions are made [flow]\n" in text
+    assert "  --suites a,b,...  evaluated ones [a]\n" in text
+    assert "  --[no-]ema        average the weights [True]\n" in text
+    flags = [line for line in text.splitlines() if line.startswith("  --")]
+    assert len(flags) == len(Config.__dataclass_fields__)
+    assert all(line[18:20] == "  " != line[20:22] for line in flags)
 
 
 def test_errors_end_in_one_line_and_status_2(capsys):
@@ -262,10 +266,10 @@ def test_pictures_open_again(tmp_path):
 
 
 def test_tick_marks_are_round_and_enclose():
-    assert common.tick_marks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
-    assert common.tick_marks(-3, 47) == [-10, 0, 10, 20, 30, 40, 50]
+    assert pictures.tick_marks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+    assert pictures.tick_marks(-3, 47) == [-10, 0, 10, 20, 30, 40, 50]
     for low, high in ((0, 0), (5, 5), (1e-9, 2e-9), (-1e6, 3e5), (0.999, 1.001)):
-        ticks = common.tick_marks(low, high)
+        ticks = pictures.tick_marks(low, high)
         assert ticks[0] <= low and high <= ticks[-1] and 2 <= len(ticks) <= 8
 
 

@@ -3,6 +3,7 @@
 Drawn with pillow alone. Pictures are (height, width, 3) uint8 arrays.
 """
 
+import json
 import math
 import textwrap
 
@@ -108,3 +109,18 @@ def save_gif(path, frames: list, fps: float = 10) -> None:
     for canvas, frame in zip(padded, frames, strict=True):
         canvas.paste(frame, (0, 0))
     padded[0].save(path, save_all=True, append_images=padded[1:], duration=1000 / fps, loop=0)
+
+
+def draw_run(folder, losses) -> None:
+    """A run's metrics.jsonl -> loss.png and, if abilities were measured, forgetting.png."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    curves = {k: [(r["step"], r[k]) for r in lines if k in r] for k in losses}
+    curves = {k: points for k, points in curves.items() if points}
+    if curves:
+        plot_curves(folder / "loss.png", curves, "training loss", "step", "loss", smooth=0.8)
+    asked = [(r["step"], r["abilities"]) for r in lines if "abilities" in r]
+    if len(asked) > 1:
+        names = [(side, name) for side, scores in asked[0][1].items() for name in scores]
+        curves = {f"{n} ({s})": [(step, a[s][n]) for step, a in asked] for s, n in names}
+        title = "general abilities along action training"
+        plot_curves(folder / "forgetting.png", curves, title, "step", "accuracy")

@@ -1,12 +1,12 @@
 """Questions about a tabletop scene, and four small benchmarks in the form of published ones.
 
     world = Tabletop(); world.scatter(seed=3)
-    ask(world, random.Random(0), "relation")  ->  Question("relation", "where is the red ball ...", "left", ...)
+    ask(world, random.Random(0), "relation")  ->  Question("relation", "where is ...", "left", ...)
     for images, question, answer, options in benchmark("pope", n=200, seed=0): ...
 
-Places are written with 32 words per axis, <loc_0> .. <loc_31>: x to the right, y away from the viewer, z up.
-A scene does not allow every question (nobody can ask for the left one of a single thing): an `ask_*`
-function then returns None.
+Places are written with 32 words per axis, <loc_0> .. <loc_31>: x to the right, y away from the
+viewer, z up. A scene does not allow every question (a single thing is on no side of another):
+an `ask_*` function then returns None.
 """
 
 import random
@@ -34,9 +34,9 @@ class Question:
     choices: tuple = ()  # all answers of that kind, where they are few
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # reading the scene
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def name(thing):
     if thing.colour == "gray":
         return "gray box"
@@ -71,11 +71,17 @@ def place(thing):
 
 
 def side_of(a, b):
-    """Where a is, seen from b, and how clearly: the larger difference less the smaller one."""
+    """Where a is, seen from b."""
     dx, dy = a.x - b.x, a.y - b.y
     if abs(dx) > abs(dy):
-        return ("left" if dx < 0 else "right"), abs(dx) - abs(dy)
-    return ("front" if dy < 0 else "behind"), abs(dy) - abs(dx)
+        return "left" if dx < 0 else "right"
+    return "front" if dy < 0 else "behind"
+
+
+def apart(a, b):
+    """Whether it is clear on which side of b a is."""
+    clear = abs(abs(a.x - b.x) - abs(a.y - b.y)) > 0.05
+    return clear and a.on is not b and b.on is not a
 
 
 def corner_of(thing):
@@ -96,9 +102,9 @@ def draw_pair(rng, things):
     return rng.sample(things, 2) if len(things) > 1 else (None, None)
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # one function per kind of question: (world, rng) -> Question or None
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def ask_colour(world, rng):
     thing = pick(rng, unique(coloured(world), lambda t: t.kind))
     if thing is None:
@@ -106,7 +112,8 @@ def ask_colour(world, rng):
     if rng.random() < 0.3:
         text = f"what colour is the thing at {place(thing)}"
     else:
-        text = pick(rng, ["what colour is the {}", "which colour does the {} have"]).format(thing.kind)
+        text = pick(rng, ["what colour is the {}", "which colour does the {} have"])
+        text = text.format(thing.kind)
     return Question("colour", text, thing.colour, tuple(COLOURS))
 
 
@@ -122,9 +129,9 @@ def ask_shape(world, rng):
 
 
 def ask_count(world, rng):
-    things = coloured(world)
+    things, numbers = coloured(world), tuple(NUMBERS)
     if rng.random() < 0.2:
-        return Question("count", "how many coloured things are there", str(len(things)), tuple(NUMBERS))
+        return Question("count", "how many coloured things are there", str(len(things)), numbers)
     if rng.random() < 0.5:
         colour = pick(rng, list(COLOURS) + [t.colour for t in things])
         n, what = sum(t.colour == colour for t in things), f"{colour} things"
@@ -132,7 +139,7 @@ def ask_count(world, rng):
         kind = pick(rng, list(MOVABLES + TARGETS) + [t.kind for t in things])
         n, what = sum(t.kind == kind for t in things), kind + "s"
     text = pick(rng, ["how many {} are there", "count the {}"]).format(what)
-    return Question("count", text, str(n), tuple(NUMBERS))
+    return Question("count", text, str(n), numbers)
 
 
 def ask_position(world, rng):
@@ -153,16 +160,16 @@ def ask_relation(world, rng):
     if a is None:
         return None
     if is_coloured(a) and rng.random() < 0.25:
-        return Question("relation", f"what is the {name(a)} on", "hand" if a is world.held else support(a))
-    side, clear = side_of(a, b)
-    if clear < 0.05 or a.on is b or b.on is a:
+        below = "hand" if a is world.held else support(a)
+        return Question("relation", f"what is the {name(a)} on", below)
+    if not apart(a, b):
         return None
     text = pick(rng, ["where is the {} seen from the {}", "on which side is the {} of the {}"])
-    return Question("relation", text.format(name(a), name(b)), side, tuple(SIDES))
+    return Question("relation", text.format(name(a), name(b)), side_of(a, b), tuple(SIDES))
 
 
 def absent(world, rng, how):
-    """The name of a thing that is not there, chosen as POPE chooses: random | popular | adversarial."""
+    """The name of a thing that is not there, chosen as in POPE: random | popular | adversarial."""
     here = {name(t) for t in coloured(world)}
     colours, kinds = list(COLOURS), list(MOVABLES + TARGETS)
     if how == "popular":  # what scenes of this world show most
@@ -179,7 +186,8 @@ def ask_exist(world, rng, answer=None, how=None):
     how = how or pick(rng, ["random", "popular", "adversarial"])
     things = coloured(world)
     what = absent(world, rng, how) if answer == "no" else things and name(pick(rng, things))
-    return Question("exist", f"is there {with_article(what)} in the image", answer, tuple(YES_NO)) if what else None
+    text = what and f"is there {with_article(what)} in the image"
+    return Question("exist", text, answer, tuple(YES_NO)) if what else None
 
 
 def options(rng, answer, others):
@@ -231,14 +239,14 @@ def choose_count(world, rng):
 
 def choose_relation(world, rng):
     a, b = draw_pair(rng, unique(coloured(world), name))
-    if a is None or side_of(a, b)[1] < 0.05 or a.on is b or b.on is a:
+    if a is None or not apart(a, b):
         return None
     text = f"where is the {name(a)} seen from the {name(b)}"
-    return multiple_choice(rng, text, side_of(a, b)[0], SIDES)
+    return multiple_choice(rng, text, side_of(a, b), SIDES)
 
 
 def choose_with_hint(world, rng):
-    """A sentence says which things have a trait; the picture says the rest (ScienceQA's context)."""
+    """A sentence says which things have a trait, the picture the rest (ScienceQA's context)."""
     trait = pick(rng, TRAITS)
     if rng.random() < 0.5:
         thing = pick(rng, unique(coloured(world), lambda t: t.colour))
@@ -280,12 +288,12 @@ def statement_pair(world, rng, about=None):
         return [f"is the number of {what.removeprefix('count the ')} {k}" for k in (n, wrong)]
     if about == "position":
         other = pick(rng, [t for t in unique(things, name) if t is not thing])
-        if other is None or side_of(thing, other)[1] < 0.05 or thing.on is other or other.on is thing:
+        if other is None or not apart(thing, other):
             return None
-        side = side_of(thing, other)[0]
+        side = side_of(thing, other)
         opposite = {"left": "right", "right": "left", "front": "behind", "behind": "front"}[side]
-        phrase = {"left": "left of", "right": "right of", "front": "in front of", "behind": "behind"}
-        return [f"is the {name(thing)} {phrase[s]} the {name(other)}" for s in (side, opposite)]
+        words = {"left": "left of", "right": "right of", "front": "in front of", "behind": "behind"}
+        return [f"is the {name(thing)} {words[s]} the {name(other)}" for s in (side, opposite)]
     thing = pick(rng, unique(things, lambda t: t.kind))
     if thing is None:
         return None
@@ -305,8 +313,8 @@ def state_pair(world, rng):
         return ["is the button pressed", "is the button up"][:: 1 if thing.pressed else -1]
     if thing is world.held:
         return None
-    wrong = pick(rng, [t for t in coloured(world) if t.kind in TARGETS and t not in (thing, thing.on)])
-    wrong = name(wrong) if wrong else "table"
+    targets = [t for t in coloured(world) if t.kind in TARGETS and t is not thing.on]
+    wrong = name(pick(rng, targets)) if targets else "table"
     if thing.kind not in MOVABLES or wrong == support(thing):
         return None
     return [f"is the {name(thing)} on the {what}" for what in (support(thing), wrong)]
@@ -353,9 +361,9 @@ def hand_place(world):
     return cell(x) + cell(y) + cell(z, TOP)
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # instructions, answered by pointing at what they speak of
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def ask_instruction(world, rng):
     """The places of the hand (x, y, z), of the thing to act on, and of where it is to go."""
     if world.goal is not None and rng.random() < 0.7:
@@ -397,7 +405,7 @@ def at(thing, dx, dy):
 
 
 def wording(rng, kind, **names):
-    """Any wording, those kept from the demonstrations too: the backbone has read more than they say."""
+    """Any wording, also those that no demonstration uses: the backbone has read more than those."""
     seen, unseen = WORDS[kind]
     return pick(rng, seen + unseen).format(**names)
 
@@ -441,9 +449,9 @@ def ask(world, rng, kind=None):
     return ASK[kind or pick(rng, list(ASK))](world, rng)
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # benchmarks
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def benchmark(name, n, seed=0, size=64, wrist_size=32):
     """Yields n times (images, question, answer, options).
 

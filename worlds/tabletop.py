@@ -6,12 +6,12 @@
     while not world.success:
         world.step(expert.act())
 
-Units: the table is [0, 1] x [0, 1]; x points right, y away from the viewer, z up. Angles are radians.
+The table is [0, 1] x [0, 1]; x points right, y away from the viewer, z up; angles are radians.
 Everything is plain Python floats and one `random.Random(seed)`, so equal seeds and equal actions
 give equal pixels.
 
 The hand has seven actions: three moves, three turns and the fingers. Each matters in some task:
-roll presses the tilted button, pitch reaches the drawer's handle, yaw fits the fingers around a bar.
+roll presses the tilted button, pitch reaches the drawer's handle, yaw fits the hand to a bar.
 """
 import math
 import random
@@ -298,7 +298,17 @@ def along(thing, length):
 
 
 def paint_thing(c, t):
-    """Draws a thing's body (for a bowl or a basket: without the front wall, see paint_front)."""
+    if t.kind in MOVABLES:
+        paint_movable(c, t)
+    elif t.kind in TARGETS:
+        paint_target(c, t)
+    elif t.kind == "drawer":
+        paint_drawer(c, t)
+    else:
+        paint_button(c, t)
+
+
+def paint_movable(c, t):
     kind, z = t.kind, t.z
     if kind == "block":
         c.box(t.x, t.y, t.yaw, 0.045, 0.045, z, z + 0.09, t.colour, 1.1)
@@ -333,7 +343,7 @@ def paint_thing(c, t):
             c.polygon([(x + k * r * across[0], y + k * r * across[1], high)
                        for x, y, k, r in ((x0, y0, 1, r0), (x1, y1, 1, r1), (x1, y1, -1, r1),
                                           (x0, y0, -1, r0))], fill)
-    elif kind == "eggplant":
+    else:  # an eggplant
         for factor, share in ((0.66, 1.0), (1.0, 0.8)):
             for length, r in ((-0.035, 0.046), (-0.01, 0.042), (0.02, 0.034), (0.042, 0.03)):
                 x, y = along(t, length)
@@ -344,7 +354,12 @@ def paint_thing(c, t):
         c.disc(x, y, z + 0.045, 0.026, c.paint("cap", 0.9))
         x, y = along(t, 0.088)
         c.disc(x, y, z + 0.045, 0.011, c.paint("cap", 0.7))
-    elif kind == "plate":
+
+
+def paint_target(c, t):
+    """Draws a receptacle; the near wall of a bowl or a basket follows in paint_front."""
+    kind, z = t.kind, t.z
+    if kind == "plate":
         c.drum(t.x, t.y, z, 0.08, z + 0.012, 0.10, t.colour, 0.66, 1.0)
         c.disc(t.x, t.y, z + 0.012, 0.068, pale(c.paint(t.colour, 1.0), 0.35))
     elif kind == "towel":
@@ -354,18 +369,14 @@ def paint_thing(c, t):
             quad = corners(t.x - d * sin, t.y + d * cos, t.yaw, 0.11, 0.016)
             c.polygon([(x, y, z + 0.008) for x, y in quad], pale(c.paint(t.colour, 1.0), 0.7))
     elif kind == "bowl":
-        c.drum(t.x, t.y, z, 0.055, z + 0.06, 0.09, t.colour, 0.78, 1.2)
+        c.drum(t.x, t.y, z, 0.068, z + 0.06, 0.09, t.colour, 0.78, 1.2)
         c.disc(t.x, t.y, z + 0.058, 0.08, c.paint(t.colour, 0.5))
         c.disc(t.x, t.y - 0.005, z + 0.03, 0.052, c.paint(t.colour, 0.62))
-    elif kind == "basket":
+    else:  # a basket
         outer, inner = corners(t.x, t.y, 0, 0.13, 0.13), corners(t.x, t.y, 0, 0.115, 0.115)
         c.prism(outer, z, z + 0.09, t.colour, 1.12)
         c.polygon([(x, y, z + 0.09) for x, y in inner], c.paint(t.colour, 0.62))
         c.polygon([(x, y, z + 0.01) for x, y in inner], c.paint(t.colour, 0.5))
-    elif kind == "drawer":
-        paint_drawer(c, t)
-    else:
-        paint_button(c, t)
 
 
 def paint_front(c, t):
@@ -385,7 +396,7 @@ def paint_front(c, t):
     else:
         angles = [math.pi + math.pi * i / 8 for i in range(9)]
         rim = [(t.x + 0.09 * math.cos(a), t.y + 0.09 * math.sin(a), t.z + 0.06) for a in angles]
-        foot = [(t.x + 0.055 * math.cos(a), t.y + 0.055 * math.sin(a), t.z) for a in angles]
+        foot = [(t.x + 0.068 * math.cos(a), t.y + 0.068 * math.sin(a), t.z) for a in angles]
         c.polygon(rim + foot[::-1], c.paint(t.colour, 0.78))
 
 
@@ -647,7 +658,7 @@ class Tabletop:
 
     @property
     def goal(self):
-        """The first goal not yet reached, such as ("put", thing, target) with their numbers, or None."""
+        """The first goal not yet reached: ("put", number of thing, number of target), or None."""
         return next((g for g, done in zip(self.goals, self.done) if not done), None)
 
     def _phrase(self, kind, **names):
@@ -773,8 +784,8 @@ class Tabletop:
                 if t.kind not in (*MOVABLES, "button") or t is self.held:
                     continue
                 top = 0.07 if t.kind == "button" else t.top
-                near = math.hypot(new[0] - t.x, new[1] - t.y) < 0.8 * (body[0] + t.radius)
-                if near and z + body[1] > top - 0.02:
+                over = math.hypot(new[0] - t.x, new[1] - t.y) < 0.8 * (body[0] + t.radius)
+                if over and z + body[1] > top - 0.02:
                     new[2] = max(new[2], top - body[1])
             new[2] = max(new[2], -body[1])
         self.pose = new
@@ -1125,7 +1136,7 @@ def build_room(world, task):
         return False
     if world.suite == "abc_d" and rng.random() < 0.4:  # as an earlier sub-task may have left it
         moved = rng.choice(found[-1:] if task == "stack" or "shove" in task else found[2::2])
-        base = rng.choice(found[:2])
+        base = rng.choice({"put_on": found[1:2], "put_in": found[:1]}.get(task, found[:2]))
         moved.x, moved.y = base.x, base.y
         world._land(moved)
     goals, phrases = [], []
@@ -1178,8 +1189,8 @@ def plan_chain(world, n):
     """Up to n sub-tasks that stay possible one after another -> [(instruction, task, goal), ...]"""
     rng, say, things = world.rng, world._phrase, world.things
     opened, pressed = things[0].opened > 0.5, False
-    place = {i: None for i, t in enumerate(things) if t.kind in MOVABLES}  # what each lies on
-    still, plan = set(place), []  # still: where it was at the beginning
+    place = {i: t.on and world._index(t.on) for i, t in enumerate(things) if t.kind in MOVABLES}
+    still, plan = {i for i in place if place[i] is None}, []  # still: on the table, not yet moved
     plate, bowl = 2, 3
     while len(plan) < n:
         free = [i for i in place if i not in place.values()]
@@ -1188,7 +1199,7 @@ def plan_chain(world, n):
             options.append(("press_button", ("press", 1)))
         for i in free:
             for j, task in ((plate, "put_on"), (bowl, "put_in")):
-                if list(place.values()).count(j) < (2 if j == plate else 1) and place[i] != j:
+                if j not in place.values():
                     options.append((task, ("put", i, j)))
             for j in free:
                 if i != j and things[i].kind == things[j].kind == "block" and place[j] != bowl:
@@ -1337,6 +1348,8 @@ class Expert:
         turn = abs(roll - p[3]) + abs(pitch - p[4]) + abs(yaw - p[5])
         share = max(0.0, min(1.0, (far + 0.1 * turn - 0.015) / width))
         z = low + (high - low) * share
+        if names[0] == "approach" and self.world.opening >= 0.5:  # close before going down
+            share, z = 1.0, high
         if share == 1.0 and p[2] < high - 0.05:  # first up, then across
             x, y = p[0], p[1]
         there = far < 0.014 and abs(p[2] - low) < 0.014 and turn < 0.15
@@ -1357,7 +1370,7 @@ class Expert:
             action, there = self._over(phases, thing.x, thing.y, low, high, 1, yaw=yaw)
             return self._go("grasp", *w.pose[:5], yaw, grip=-1) if there else action
         x, y, floor = self._spot(thing, target)
-        low, high = (h - w.offset[0] for h in (floor + 0.01, self._clearance()))
+        low, high = (h - w.offset[0] for h in (floor + 0.01, max(floor + 0.04, self._clearance())))
         action, there = self._over(("carry", "lower"), x, y, low, min(0.4, high), -1, width=0.05)
         if there:
             return self._go("release", *w.pose[:3], grip=1)
@@ -1370,11 +1383,15 @@ class Expert:
         if target.kind not in TARGETS:
             return target.x, target.y, target.top
         step = {"basket": 0.058, "towel": 0.05, "plate": 0.05, "bowl": 0.03}[target.kind]
-        there = [t for t in self.world.things if t is not thing and rests_on(t, target)]
+        there = [t for t in self.world.things if rests_on(t, target) and t is not thing]
         spots = [(0, 0)] if not there else [(a, b) for b in (1, -1) for a in (-1, 1)]
-        x, y = max(((target.x + a * step, target.y + b * step) for a, b in spots), default=None,
+        x, y = max(((target.x + a * step, target.y + b * step) for a, b in spots),
                    key=lambda p: min([math.hypot(p[0] - t.x, p[1] - t.y) for t in there] + [0.09]))
-        return x, y, target.z + FLOOR[target.kind]
+        floor = target.z + FLOOR[target.kind]
+        for t in there:  # too full: let it drop from above
+            if math.hypot(x - t.x, y - t.y) < 0.9 * (t.radius + thing.radius):
+                floor = max(floor, t.top)
+        return x, y, floor
 
     def _shut(self):
         """Fingers to close, but not low on the table where they could take hold of something."""

@@ -1,0 +1,41 @@
+"""Fixtures that the tests of the method scripts share."""
+
+import sys
+
+import pytest
+
+import data
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """Demonstrations made here go into a folder of their own, for child processes too."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("demonstrations")
+        patch.setenv("ONEFILE_VLA_CACHE", str(folder))
+        patch.setattr(data, "CACHE", folder)
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def episodes():
+    return [data.record("bridge", seed, 64, 32, 0.3) for seed in range(4)]
+
+
+@pytest.fixture
+def status(capsys, monkeypatch):
+    """Calls main(words) as the command line would -> exit status, stdout, stderr."""
+
+    def call(main, *words):
+        import common
+
+        monkeypatch.setattr(sys, "argv", ["prog", *words])
+        capsys.readouterr()
+        code = 0
+        try:
+            common.run_main(main)
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return call
