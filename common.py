@@ -1,6 +1,7 @@
 """What every method script needs and no paper is about. A rule `# ---` opens each section.
 
 A mistake of the user raises `UserError`; `run_main` turns it into one line and exit status 2.
+Letters: B batch, T tokens, D width of a head, P patch, M merge, H chunk (or height), A action.
 """
 
 import dataclasses
@@ -317,9 +318,8 @@ def sync(path: Path) -> None:
 
 def write_json(path: Path, content) -> None:
     """Atomic: a reader sees the old file or the new one."""
-    text = json.dumps(content, indent=1, default=lambda array: array.tolist())
     draft = Path(f"{path}.tmp")
-    draft.write_text(text + "\n")
+    draft.write_text(json.dumps(content, indent=1, default=lambda array: array.tolist()) + "\n")
     sync(draft)
     draft.replace(path)
 
@@ -376,7 +376,7 @@ def save_checkpoint(folder, step, tensors, train_state, local_state, meta, dist,
     return final
 
 
-def load_checkpoint(path, method: str, device="cpu", dist: Dist | None = None) -> Checkpoint:
+def load_checkpoint(path, method: str, dist: Dist | None = None) -> Checkpoint:
     """The newest complete checkpoint in a run folder (or one step folder).
 
     With `dist` also what resuming needs; without, weights and meta only.
@@ -395,7 +395,7 @@ def load_checkpoint(path, method: str, device="cpu", dist: Dist | None = None) -
         if dist and (wrote := meta["processes"]) != (now := dist.processes):
             raise UserError(f"{path} was written by {wrote} processes; this run has {now}")
         file = path / "model.safetensors"
-        tensors = load_file(file, str(device))
+        tensors = load_file(file)
         tensors |= {name: tensors[owner] for name, owner in meta["tied"].items()}
         if dist:
             file = path / "train.pt"
@@ -425,7 +425,8 @@ class Run:
             new = new.with_name(new.name + "+")
         folder = resumed.run if resumed else cfg.out or new
         self.folder = Path(dist.share(str(folder)))
-        if not resumed and dist.share((self.folder / "metrics.jsonl").exists()):
+        kept = [self.folder / name for name in ("metrics.jsonl", "result.json")]
+        if not resumed and dist.share(any(file.exists() and file.stat().st_size for file in kept)):
             raise UserError(f"{folder} holds a run: --resume {folder}, or another --out")
         if not dist.main:
             return
@@ -555,22 +556,15 @@ BACKBONES = {
 }
 
 
-def backbone_path(name):
-    """Name, local folder or hub id -> what `from_pretrained` takes."""
-    if name in BACKBONES:
-        return BACKBONES[name]
-    if Path(name).is_dir() or re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
-        return name
-    near, known = nearest(name, BACKBONES), ", ".join(BACKBONES)
-    raise UserError(f"unknown --backbone {name}: did you mean {near}? ({known}, DIR or OWNER/NAME)")
-
-
 def load_backbone(name, dtype=torch.float32):
-    """-> (Qwen3-VL or Qwen2.5-VL with its vocabulary head, in eval mode; its Processor).
+    """A name, folder or hub id -> (Qwen3-VL or Qwen2.5-VL in eval mode, its Processor).
 
     The model is the library's; only its vision tower attends to all equal-sized images in one call.
     """
-    path, flag = backbone_path(name), f"--backbone {name}"
+    path, flag = BACKBONES.get(name, name), f"--backbone {name}"
+    if not Path(path).is_dir() and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", path):
+        near, known = nearest(name, BACKBONES), ", ".join(BACKBONES)
+        raise UserError(f"unknown {flag}: did you mean {near}? ({known}, DIR or OWNER/NAME)")
     disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(path)
@@ -639,15 +633,14 @@ class Processor:
         """Rows of ids, the grids of each row's images -> left-padded input_ids (B, T), real (B, T)
         and position_ids (3, B, T)."""
         B, T = len(rows), max(len(ids) for ids in rows)
-        input_ids = torch.full((B, T), self.pad_token_id)
-        real = torch.zeros(B, T, dtype=torch.bool)
-        position_ids = torch.zeros(3, B, T, dtype=torch.long)
+        input_ids, real = np.full((B, T), self.pad_token_id), np.zeros((B, T), bool)
+        position_ids = np.zeros((3, B, T), np.int64)
         for b, (ids, grid) in enumerate(zip(rows, grids)):
-            positions = mrope_positions(ids, grid, self.image_token_id, self.merge)
-            input_ids[b, -len(ids) :] = torch.tensor(ids)
-            real[b, -len(ids) :] = True
-            position_ids[:, b, -len(ids) :] = torch.from_numpy(positions)
-        return {"input_ids": input_ids, "real": real, "position_ids": position_ids}
+            where = known_positions(tuple(ids), tuple(grid), self.image_token_id, self.merge)
+            input_ids[b, -len(ids) :], real[b, -len(ids) :] = ids, True
+            position_ids[:, b, -len(ids) :] = where
+        arrays = {"input_ids": input_ids, "real": real, "position_ids": position_ids}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 # --- pixels and positions -------------------------------------------------------------------------
@@ -702,6 +695,9 @@ def mrope_positions(ids, grids, image_token_id, merge=2):
         at, now = at + h * w, now + max(h, w)
     positions[:, at:] = now + np.arange(len(ids) - at)
     return positions
+
+
+known_positions = lru_cache(maxsize=8192)(mrope_positions)  # prompts come again and again
 
 
 # --- attention ------------------------------------------------------------------------------------

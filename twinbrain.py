@@ -575,9 +575,11 @@ def draw_noise(cfg, step, action_dim, dist):
 
 
 def masked_mean(x, mask):
-    """x (B, H, A) or (B, R, H, A), mask (B, H) True inside the episode -> mean of the inside."""
+    """x (B, H, A) or (B, R, H, A), mask (B, H) True inside the episode -> mean over each sample's
+    inside, then over samples: however the batch is split over processes, the mean is the same."""
     mask = mask[:, None, :, None] if x.dim() == 4 else mask[..., None]  # ASSUMPTION A6
-    return (x * mask).sum() / mask.expand_as(x).sum()
+    inside = mask.expand_as(x).flatten(1)
+    return ((x.flatten(1) * inside).sum(1) / inside.sum(1)).mean()
 
 
 def flow_loss(velocity, keys, a_1, mask, a_0, t):
@@ -589,10 +591,10 @@ def flow_loss(velocity, keys, a_1, mask, a_0, t):
 
 
 def feature_loss(h_student, h_teacher, real):
-    """(B, T, D) hidden states, real (B, T) -> mean over tokens of the squared distance."""
+    """(B, T, D) hidden states, real (B, T) -> mean over a prompt's tokens, then over prompts."""
     distance = (h_student.float() - h_teacher.float().detach()).square().sum(-1)  # (B, T)
     # 1/L sum_i ||H_student^i - sg(H_teacher^i)||^2
-    return (distance * real).sum() / real.sum()  # Eq. (9)
+    return ((distance * real).sum(1) / real.sum(1)).mean()  # Eq. (9)
 
 
 def answer_loss(vlm, h, labels):
@@ -725,7 +727,9 @@ def train(cfg, dist, run, model, batches, meta, resumed, measure, teacher=None):
     if dist.processes > 1:
         ddp = DistributedDataParallel(model, find_unused_parameters=unused)
     todo = range(start, cfg.steps)
-    loader = DataLoader(batches, batch_size=None, sampler=todo, num_workers=cfg.workers)
+    loader = DataLoader(  # with a generator of its own it leaves the global one alone: exact resume
+        batches, batch_size=None, sampler=todo, num_workers=cfg.workers, generator=torch.Generator()
+    )
     parameters = [p for p in model.parameters() if p.requires_grad]
     action_dim = len(meta["stats"]["action"]["q01"])  # [method]
     stop = common.Stop()

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+import transformers  # noqa: E402
 
 import common  # noqa: E402
 
@@ -40,9 +41,8 @@ def run(method, arm, seed, flags, keep):
         command = [sys.executable, str(ROOT / f"{method}.py"), *own, "--out", out]
         subprocess.run(command, check=True)
         result = json.loads((Path(out) / "result.json").read_text())
-        config = json.loads((Path(out) / "config.json").read_text())
     facts = {"command": shlex.join(["python", f"{method}.py", *own]), "machine": machine()}
-    facts |= {"torch": torch.__version__, "started": config["history"][0]["started"]}
+    facts |= {"torch": torch.__version__, "transformers": transformers.__version__}
     return {"arm": arm, "flags": " ".join(flags), **result, **facts}
 
 

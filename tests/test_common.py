@@ -220,7 +220,10 @@ def test_run_folder_and_its_resume(tmp_path, monkeypatch, capsys):
 
 def test_a_run_folder_is_not_overwritten(tmp_path):
     cfg = parse("--out", str(tmp_path / "run"))
-    common.Run(cfg, "m", __file__, ALONE, 10).close()
+    common.Run(cfg, "m", __file__, ALONE, 10).close()  # nothing came of it
+    run = common.Run(cfg, "m", __file__, ALONE, 10)
+    run.log(1, {"loss": 1.0})
+    run.close()
     with pytest.raises(common.UserError, match="holds a run"):
         common.Run(cfg, "m", __file__, ALONE, 10)
     facts = json.loads((tmp_path / "run" / "config.json").read_text())

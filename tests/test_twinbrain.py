@@ -49,7 +49,7 @@ class Case:
         self.samples = [self.windows.get(int(i), np.random.default_rng(0)) for i in rows]
         self.batch = twinbrain.sense(self.samples, cfg, self.processor, self.fast)
         if cfg.cotrain:
-            asked = [s for s in data.question_sets(["pope"], 2)["pope"]]
+            asked = data.question_sets(["pope"], 2)["pope"]
             self.batch["questions"] = twinbrain.ask(asked, self.processor)
         self.noise = twinbrain.draw_noise(cfg, 0, 7, ALONE)
         self.policy = twinbrain.Policy(
@@ -108,12 +108,12 @@ def inputs_by_hand(case, library, side, state=None):
     words = library.get_input_embeddings().weight.detach().numpy()
     for b, ids in enumerate(prompt["input_ids"].tolist()):
         for t, token in enumerate(ids):
-            is_state = state is not None and t == len(ids) - 1
-            if is_state:
+            if state is not None and t == len(ids) - 1:
                 rows.append(state[b])
+            elif token == case.processor.image_token_id:
+                rows.append(next(features))
             else:
-                is_image = token == case.processor.image_token_id
-                rows.append(next(features) if is_image else words[token])
+                rows.append(words[token])
     assert next(features, None) is None
     return np.stack(rows).reshape(*prompt["input_ids"].shape, -1)
 
@@ -167,7 +167,8 @@ def projected(attention, words, part):
     """k or v of one attention module from its input, token by token -> (B, kv heads, T, d)."""
     layer = {"k": attention.k_proj, "v": attention.v_proj}[part]
     weight, d = layer.weight.detach().numpy(), attention.head_dim
-    x, (cos, sin) = words["hidden_states"].numpy(), (c.numpy() for c in words["position_embeddings"])
+    x = words["hidden_states"].numpy()
+    cos, sin = (c.numpy() for c in words["position_embeddings"])
     out = np.zeros((x.shape[0], len(weight) // d, x.shape[1], d))
     for b, head, t in np.ndindex(out.shape[:3]):
         y = weight[head * d : (head + 1) * d] @ x[b, t]
@@ -294,7 +295,9 @@ def test_eq9_feature_loss():
     means = []
     for b in range(3):
         tokens = [i for i in range(5) if real[b, i]]
-        distance = [sum((student[b, i, d] - teacher[b, i, d]) ** 2 for d in range(4)) for i in tokens]
+        distance = [
+            sum((student[b, i, d] - teacher[b, i, d]) ** 2 for d in range(4)) for i in tokens
+        ]
         means.append(sum(distance) / len(tokens))
     h_S, h_T = (torch.from_numpy(x).requires_grad_() for x in (student, teacher))
     loss = twinbrain.feature_loss(h_S, h_T, torch.from_numpy(real))
@@ -378,7 +381,7 @@ def picture(mask):
 .#..|..#..
 .##.|..##.
 .###|..###"""),
-])  # fmt: skip
+], ids=["all", "index"])  # fmt: skip
 def test_mask_with_padding_on_the_left(visibility, want):
     real_L = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]], dtype=torch.bool)
     real_R = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], dtype=torch.bool)

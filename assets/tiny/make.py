@@ -394,8 +394,9 @@ def train(rank, workers, args):
         distributed.broadcast(done, 0)
         if done >= 1:
             break
+        scale = args.peak * min(1.0, (step + 1) / 50, (1 - done.item()) / 0.6)
         for opt, base in zip(opts, (0.02, 3e-3)):
-            opt.param_groups[0]["lr"] = base * min(1.0, (step + 1) / 50, (1 - done.item()) / 0.6)
+            opt.param_groups[0]["lr"] = base * scale
         first = args.seed * 10_000_000 + step * BATCH + rank * share
         *batch, _ = make_batch(tokenizer, worlds, first, share)
         loss = mean_loss(*answer_logits(model, batch))
@@ -449,6 +450,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--minutes", type=float, default=25.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--peak", type=float, default=1.0, help="scales both learning rates")
     parser.add_argument("--workers", type=int, default=2, help="processes, best one for each core")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent)
     parser.add_argument("--go-on", action="store_true", help="start from the weights in --out")
