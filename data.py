@@ -198,7 +198,7 @@ class Windows:
         images = [frames[t] for frames in episode.images.values()]
         if self.augment:
             moves = rng.integers(-self.augment, self.augment + 1, (len(images), 2))
-            images = [shift(im, *(m * len(im) // 64)) for im, m in zip(images, moves)]
+            images = [shift(i, *(m * len(i) / 64).astype(int)) for i, m in zip(images, moves)]
         return {
             "images": images,
             "instruction": episode.instruction,

@@ -100,17 +100,17 @@ class Config:
     heads: int = 4  # DiT attention heads (paper: 12)
     future: int = 4  # learned future tokens beside the action tokens (paper: 32)
     dropout: float = 0.0  # inside the DiT (paper: 0.2)
-    repeats: int = 8  # R, noise draws a sample (framework: 4)
+    repeats: int = 4  # R, noise draws a sample (framework: 4)
     euler: int = 4  # integration steps when acting
     # training
     batch: int = 64  # samples per process and step (paper: 16 on each of 16 GPUs)
-    lr: float = 5e-4  # backbone (paper: 1e-5)
-    lr_head: float = 1e-3  # DiT and state encoder (framework: 1e-4)
+    lr: float = 2e-3  # backbone (paper: 1e-5)
+    lr_head: float = 2e-3  # DiT and state encoder (framework: 1e-4)
     min_lr: float = 0.0  # where the cosine ends, as a share of the peak
     warmup: int = 50  # steps of linear warm-up (framework: 5000)
     weight_decay: float = 1e-8  # of AdamW
     clip: float = 1.0  # gradient norm
-    optimizer: str = "adamw"  # adamw | muon: muon takes the matrices, AdamW the rest
+    optimizer: str = "muon"  # adamw | muon: muon takes the matrices, AdamW the rest (paper: adamw)
     cotrain: float = 0.0  # weight of the question loss, questions 1:1 with actions (Figure 2; A7)
     distill: str = ""  # the teacher's run folder, for Twin-to-One (Appendix G)
     distill_weight: float = 1.0  # lambda of Eq. 10
@@ -119,7 +119,7 @@ class Config:
     threads: int = 0  # CPU threads of a process; 0: torch's choice
     workers: int = 0  # loader processes
     # demonstrations of the embedded world
-    demos: int = 1000  # episodes
+    demos: int = 2000  # episodes
     noise: float = 0.3  # disturbances while the expert demonstrates, for recovery
     size: int = 64  # static camera, pixels
     wrist_size: int = 32  # wrist camera, pixels
@@ -138,9 +138,9 @@ class Config:
 
 
 PAPER = dict(
-    backbone="Qwen3-VL-4B", steps=40_000, batch=16, lr=1e-5, lr_head=1e-4, min_lr=0.05,
-    warmup=5000, state=False, horizon=16, width=768, depth=16, heads=12, future=32, dropout=0.2,
-    repeats=4, size=224, wrist_size=112, augment=0, execute=1, ensemble=True, episodes=480,
+    backbone="Qwen3-VL-4B", steps=40_000, batch=16, optimizer="adamw", lr=1e-5, lr_head=1e-4,
+    min_lr=0.05, warmup=5000, state=False, horizon=16, width=768, depth=16, heads=12, future=32,
+    dropout=0.2, size=224, wrist_size=112, augment=0, execute=1, ensemble=True, episodes=480,
     workers=4,
 )  # fmt: skip
 LIBERO = dict(steps=100_000, horizon=8, normalise="minmax", execute=8, ensemble=False, episodes=500)
@@ -750,7 +750,7 @@ def train(cfg, dist, run, model, batches, meta, resumed, measure, teacher=None):
         for group in (group for opt in opts for group in opt.param_groups):
             floor = cfg.min_lr * group["peak"]
             group["lr"] = common.lr_at(step, group["peak"], cfg.warmup, cfg.steps, floor)
-        if cfg.qa_every and step % cfg.qa_every == 0:
+        if cfg.qa_every and step % cfg.qa_every == 0 and dist.main:
             run.record(step, {"abilities": measure()})
         model.train()
         batch = common.to_device(batch, dist.device)
@@ -782,7 +782,7 @@ def train(cfg, dist, run, model, batches, meta, resumed, measure, teacher=None):
             run.close()
             raise KeyboardInterrupt
     stop.restore()
-    if cfg.qa_every:
+    if cfg.qa_every and dist.main:
         run.record(cfg.steps, {"abilities": measure()})
     return seconds()
 
@@ -844,7 +844,7 @@ def prepare(cfg, dist, run, resumed):
     words = ", ".join(f"{name} {common.human(n)}" for name, n in counts.items())
     run.say(f"{len(episodes)} demonstrations, {len(windows)} steps; parameters: {words}")
     if dist.main and not resumed:
-        samples = [mixtures[0][i] for i in range(6)]
+        samples = [mixtures[0][i] for i in range(4)]
         ids = sense(samples, cfg, processor, fast)["right"]["input_ids"]
         texts = [processor.words(row) for row in ids]
         rows = [(s["images"], text) for s, text in zip(samples, texts)]
@@ -863,6 +863,11 @@ def check(cfg):
         raise common.UserError(f"--data {cfg.data}: only the world's demonstrations can be read")
     if cfg.ablation == "t9-student" and not cfg.distill:
         raise common.UserError("--ablation t9-student needs --distill RUN, a twin's run folder")
+    for name in ("steps", "batch", "demos", "repeats", "episodes", "parallel", "log_every"):
+        if getattr(cfg, name) < 1:
+            raise common.UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: at least 1")
+    if cfg.questions < 2 or cfg.questions % 2:
+        raise common.UserError(f"--questions {cfg.questions}: an even number, MME asks in pairs")
     if not 1 <= cfg.execute <= cfg.horizon:
         raise common.UserError(f"--execute {cfg.execute}: from 1 to --horizon {cfg.horizon}")
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoImageProcessor, AutoTokenizer, Qwen3VLForConditionalGeneration
 
-from common_backbone import mrope_positions, patchify, register_block_attention
+from common import mrope_positions, patchify, register_block_attention
 from worlds.questions import ASK, FIRST_TEST_SEED, ask, benchmark
 from worlds.tabletop import COLOURS, MOVABLES, TARGETS, Tabletop, all_sentences
 

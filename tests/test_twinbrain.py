@@ -22,7 +22,7 @@ from worlds import tabletop
 
 SMALL = Config(
     dtype="fp32", batch=2, horizon=4, width=32, depth=2, heads=2, future=2, repeats=2, execute=4,
-    augment=0,
+    augment=0, optimizer="adamw",
 )  # fmt: skip
 ALONE = common.Dist(0, 1, torch.device("cpu"))
 TINY = Path(common.BACKBONES["tiny"])
@@ -515,6 +515,22 @@ def test_muon_takes_the_matrices(episodes):
     for _ in range(10):
         last = case.step([adam, muon])[0]["action"]
     assert last < first
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_only_self_attention_mixes_the_actions(depth):
+    """Block 0 looks at the brain alone: there, an action's velocity is its own; no draw mixes."""
+    common.seed_all(0)
+    expert = twinbrain.DiT(replace(SMALL, depth=depth), 128, 7, depth)
+    keys = expert.keys([torch.randn(2, 5, 128)], torch.ones(2, 5, dtype=torch.bool))
+    x_t, t = torch.randn(2, 2, 4, 7), torch.rand(2, 2)
+    with torch.no_grad():
+        v = expert(x_t, t, keys)
+        x_t[1, 0, 2] += 1.0
+        moved = (expert(x_t, t, keys) - v).abs().amax(-1) > 1e-6  # (B, R, H)
+    want = torch.zeros(2, 2, 4, dtype=torch.bool)
+    want[1, 0, 2 if depth == 1 else slice(None)] = True
+    assert torch.equal(moved, want)
 
 
 # --- the sampler and its noise --------------------------------------------------------------------

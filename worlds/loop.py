@@ -67,32 +67,31 @@ def rollout(policy, cfg, suite, starts, film=0):
     worlds = [tabletop.Tabletop(suite, cfg.size, cfg.wrist_size) for _ in starts]
     for world, (seed, task, domain) in zip(worlds, starts):
         world.chain(seed) if task == "chain" else world.reset(seed, task, domain)
-    chunks, reached = [[] for _ in worlds], [0] * len(worlds)
-    films, age = [[] for _ in range(film)], [0] * len(worlds)
-    live = list(range(len(worlds)))
+    chunks, used = [[] for _ in worlds], [0] * len(worlds)  # plans; actions taken of the newest
+    age, reached = [0] * len(worlds), [0] * len(worlds)
+    live, films = list(range(len(worlds))), [[] for _ in range(film)]
     every = 1 if cfg.ensemble else cfg.execute
-    step = 0
     while live:
-        if step % every == 0:
-            seen = [worlds[i].observe() for i in live]
-            for i, chunk in zip(live, policy.act(seen, [worlds[i].instruction for i in live], rng)):
-                chunks[i] = (chunks[i] + [chunk])[-7:]
+        due = [i for i in live if not chunks[i] or used[i] == every]
+        if due:
+            seen, words = zip(*((worlds[i].observe(), worlds[i].instruction) for i in due))
+            for i, chunk in zip(due, policy.act(seen, words, rng)):
+                chunks[i], used[i] = (chunks[i] + [chunk])[-7:], 0
         for i in live:
             world = worlds[i]
-            world.step(blend(chunks[i]) if cfg.ensemble else chunks[i][-1][step % every])
-            age[i] += 1
+            world.step(blend(chunks[i]) if cfg.ensemble else chunks[i][-1][used[i]])
+            used[i], age[i] = used[i] + 1, age[i] + 1
             if i < film:
                 films[i].append(draw(policy, world, age[i]))
+            over = age[i] >= world.max_steps
             if world.success:
                 reached[i] += 1
-                if starts[i][1] != "chain" or not world.next_goal():
-                    age[i] = None  # done
-                else:
-                    age[i], chunks[i] = 0, [chunks[i][-1]]
-            elif age[i] >= world.max_steps:
+                over = starts[i][1] != "chain" or not world.next_goal()
+                if not over:  # the next goal of a chain: no plan for the last one outlives it
+                    chunks[i], age[i] = [], 0
+            if over:
                 age[i] = None
         live = [i for i in live if age[i] is not None]
-        step += 1
     return reached, films
 
 

@@ -117,7 +117,7 @@ def draw_run(folder, losses) -> None:
     curves = {k: [(r["step"], r[k]) for r in lines if k in r] for k in losses}
     curves = {k: points for k, points in curves.items() if points}
     if curves:
-        plot_curves(folder / "loss.png", curves, "training loss", "step", "loss", smooth=0.8)
+        plot_curves(folder / "loss.png", curves, "training loss", "step", "loss", smooth=0.6)
     asked = [(r["step"], r["abilities"]) for r in lines if "abilities" in r]
     if len(asked) > 1:
         names = [(side, name) for side, scores in asked[0][1].items() for name in scores]

@@ -93,7 +93,7 @@ class Thing:
 EYE_Y, EYE_Z = -1.16, 2.03  # the static camera stands in front of the table and looks down on it
 DOWN = math.atan2(EYE_Z - 0.05, 0.47 - EYE_Y)
 COS, SIN = math.cos(DOWN), math.sin(DOWN)
-FOCAL, MIDDLE = 2.50, 0.570  # in picture widths: focal length, height of the optical axis
+FOCAL, MIDDLE = 3.05, 0.570  # in picture widths: focal length, height of the optical axis
 WRIST_ABOVE, WRIST_FOCAL = 0.45, 1.68  # the wrist camera's height over the fingertips
 LIGHT = 2.4  # direction (angle in x, y) from which side faces get more light
 
@@ -588,8 +588,8 @@ class Tabletop:
                 base = rng.choice(under)
                 t.x, t.y = base.x + rng.uniform(-0.03, 0.03), base.y + rng.uniform(-0.03, 0.03)
                 self._land(t)
-        low = (0.12, 0.12, 0.05, -0.3, -0.3, -0.8)
-        high = (0.88, 0.88, 0.38, 0.3, 0.3, 0.8)
+        low = (0.15, 0.14, 0.05, -0.3, -0.3, -0.8)
+        high = (0.85, 0.86, 0.38, 0.3, 0.3, 0.8)
         self.pose = [rng.uniform(a, b) for a, b in zip(low, high)]
         if rng.random() < 0.5:
             self.pose[3:] = [0.0, 0.0, 0.0]
@@ -692,7 +692,7 @@ class Tabletop:
     def _add(self, rng, kind, colour, where=None, gap=0.04):
         """Adds a thing at a free place (x0, x1, y0, y1); a crowded table gets smaller gaps."""
         radius = SIZE[kind][0]
-        x0, x1, y0, y1 = where or (0.12, 0.88, 0.12, 0.84)
+        x0, x1, y0, y1 = where or (0.18, 0.82, 0.16, 0.84)
         edge = max(0.0, radius - 0.08)
         for attempt in range(400):
             space = gap if attempt < 200 else gap * (400 - attempt) / 200 - 0.02
@@ -717,7 +717,7 @@ class Tabletop:
         return self.things[-1]
 
     def _add_button(self, rng, colour):
-        thing = self._add(rng, "button", colour, (0.15, 0.85, 0.45, 0.85))
+        thing = self._add(rng, "button", colour, (0.18, 0.82, 0.45, 0.84))
         thing.tilt = rng.choice((-0.5, 0.5))
         return thing
 

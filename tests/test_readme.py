@@ -1,0 +1,57 @@
+"""What the README and the docstrings promise: commands that parse, files that exist, sizes kept."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import common
+import twinbrain
+
+ROOT = Path(twinbrain.__file__).resolve().parent
+README = (ROOT / "README.md").read_text()
+# Lines a file may have. twinbrain.py holds the paper and besides it Appendix C's four baselines,
+# Twin-to-One and the forgetting study; common.py the papers' two backbone families, FAST included.
+CAPS = {"twinbrain.py": 950, "common.py": 850, "data.py": 700, "README.md": 250}
+
+
+def commands(text):
+    """Every command line that starts one of the scripts, as its arguments."""
+    found = re.findall(r"(?:python|torchrun)[^\n`|&]*?(twinbrain\.py[^\n`|&#]*)", text)
+    return sorted({line.strip() for line in found})
+
+
+@pytest.mark.parametrize("line", commands(README + twinbrain.__doc__))
+def test_every_command_parses(line):
+    arguments = [word.strip("…,;.)") for word in shlex.split(line)[1:]]
+    if arguments not in (["-h"], ["--help"]):
+        common.parse(twinbrain.Config, twinbrain.PRESETS, twinbrain.ABLATIONS, arguments)
+
+
+def test_every_file_named_exists():
+    names = re.findall(r"`([\w./-]+\.(?:py|md|json|jsonl|png|gif))`|\]\(([\w./-]+)\)", README)
+    left_by_runs = {"result.json", "metrics.jsonl", "loss.png", "first_batch.png", "config.json"}
+    for name in {a or b for a, b in names} - left_by_runs - {"vita_vla.py", "dualvla.py"}:
+        assert (ROOT / name).exists(), name
+
+
+def test_the_two_commands_stand_alone():
+    lines = README.splitlines()
+    assert lines.count("pip install -e . && python twinbrain.py") == 1
+    assert lines.count("pip install -e '.[test]' && pytest") == 1
+
+
+def test_every_flag_named_exists():
+    known = {"--" + name.replace("_", "-") for name in twinbrain.Config.__dataclass_fields__}
+    known |= {"--no-state", "--no-deepstack", "--nproc-per-node", "--seeds", "--go-on", "--help"}
+    known |= {"--minutes", "--peak", "--local-dir", "--keep", "--rdzv-backend"}
+    for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README + twinbrain.__doc__)):
+        assert flag in known, flag
+
+
+@pytest.mark.parametrize("name", CAPS)
+def test_files_stay_within_their_caps(name):
+    lines = (ROOT / name).read_text().splitlines()
+    assert len(lines) <= CAPS[name]
+    assert all(len(line) <= 100 for line in lines) or name == "README.md"
