@@ -611,14 +611,14 @@ def test_each_head_acts(episodes, head):
 
 
 def test_fast_says_what_it_has_learned(episodes):
-    case = Case(episodes, head="fast", horizon=2, execute=2, lr=3e-3)
+    case = Case(episodes, head="fast", horizon=2, execute=2, optimizer="muon", lr=5e-3)
     sample = case.samples[0]
     said = case.fast.encode(sample["action"])
     case.batch = twinbrain.sense([sample], case.cfg, case.processor, case.fast)
     opts = twinbrain.make_optimizers(case.model, case.cfg)
     acting = {k: sample[k] for k in ("images", "instruction", "state")}
     batch, learned = twinbrain.sense([acting], case.cfg, case.processor), False
-    for step in range(60):
+    for step in range(90):
         case.step(opts)
         with torch.no_grad():
             h, labels = case.model.think(case.batch)[0], case.batch["right"]["labels"]

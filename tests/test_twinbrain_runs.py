@@ -118,7 +118,7 @@ def test_two_processes_take_the_step_of_one(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     ours = [twinbrain.__file__, *words, "--batch", "4", "--out", str(tmp_path / "two")]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*launch, *ours], capture_output=True, text=True, env=env, timeout=300)
+    done = subprocess.run([*launch, *ours], capture_output=True, text=True, env=env, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     twinbrain.main([*words, "--batch", "8", "--out", str(tmp_path / "one")])
     one, two = weights(tmp_path / "one", 3), weights(tmp_path / "two", 3)
