@@ -196,16 +196,16 @@ def sense(samples, cfg, processor, fast=None):
     pixels, grids, left, right, said = [], [], [], [], []
     for sample in samples:
         words = dict(instruction=sample["instruction"], robot=cfg.world.partition(":")[0])
-        user_R = USER_R.format(**words)
-        if cfg.head == "oft":
-            user_R += ASK_OFT.format(H=cfg.horizon, slots=SLOT * cfg.horizon)
         patches, grid = processor.images(sample["images"])
         pixels.append(patches)
         grids.append(grid)
         left.append(processor.prompt(SYSTEM_L, USER_L.format(**words), grid)[0])
-        right.append(processor.prompt(SYSTEM_R, user_R, grid)[0])
+        right.append(processor.prompt(SYSTEM_R, USER_R.format(**words), grid)[0])
         if cfg.state:
             right[-1] += (processor.pad_token_id,)  # phi(s) will stand here
+        if cfg.head == "oft":  # behind the state: a slot sees only what stands before it
+            slots = ASK_OFT.format(H=cfg.horizon, slots=SLOT * cfg.horizon)
+            right[-1] += tuple(processor.tokenizer(slots, add_special_tokens=False)["input_ids"])
         if cfg.head == "fast" and "action" in sample:
             said.append(fast.encode(sample["action"]))
             right[-1] += said[-1]
@@ -332,12 +332,13 @@ class TwinBrain(nn.Module):
             vlm.model.visual.deepstack_visual_indexes = []
             vlm.model.visual.deepstack_merger_list = nn.ModuleList()
         vlm.model.language_model.config._attn_implementation = "asymot"
+        tied = vlm.lm_head.weight is vlm.get_input_embeddings().weight
         self.left = None if cfg.brain == "vanilla" else copy.deepcopy(vlm)
         if self.left is not None:
             self.left.requires_grad_(cfg.brain == "nofreeze")  # ABLATION T5
-            self.left.lm_head.requires_grad_(False)
+            if not tied:
+                self.left.lm_head.requires_grad_(False)
         self.right = vlm
-        tied = vlm.lm_head.weight is vlm.get_input_embeddings().weight
         if not (tied or cfg.cotrain or cfg.head == "fast"):
             vlm.lm_head.requires_grad_(False)  # no loss reaches it
         text = vlm.config.get_text_config()
@@ -645,7 +646,8 @@ class Policy:
         self.model.eval()
         with common.autocast(self.device, self.cfg.dtype):
             a = self.model.act(self.batch(observations, instructions), a_0, self.fast)
-        return data.unnormalise(a.cpu().numpy(), self.stats["action"], self.cfg.normalise)
+        a = a.clamp(-1, 1).cpu().numpy()  # as training clipped them
+        return data.unnormalise(a, self.stats["action"], self.cfg.normalise)
 
     @torch.no_grad()
     def view(self, observation, instruction):
@@ -839,7 +841,10 @@ def prepare(cfg, dist, run, resumed):
         mixtures.append(data.Mixture([data.Questions(cfg.size, cfg.wrist_size)], seed=cfg.seed))
     fast = None
     if cfg.head == "fast":
-        fast = common.Fast.fit(windows.chunks(every=7), processor.tokenizer)
+        fast = (
+            common.Fast.load(resumed.meta["fast"], processor.tokenizer) if resumed
+            else common.Fast.fit(windows.chunks(every=7), processor.tokenizer)
+        )
     counts = common.param_counts(model)
     words = ", ".join(f"{name} {common.human(n)}" for name, n in counts.items())
     run.say(f"{len(episodes)} demonstrations, {len(windows)} steps; parameters: {words}")

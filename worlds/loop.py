@@ -9,7 +9,7 @@ import numpy as np
 import common
 from worlds import pictures, tabletop
 
-FIRST_TEST_SEED = 10_000_000  # demonstrations take their seeds from below
+FIRST_TEST_SEED = 10_000_000  # demonstrations of --seed s take theirs from 20_000_000 s on
 EXTRA = {"abc_d": ("chain",), "franka": ("pick_all",)}  # evaluations of one suite alone
 
 
