@@ -185,6 +185,7 @@ def test_rng_state_survives_a_file(tmp_path):
 
 
 def test_stop_waits_for_the_step_and_then_for_nothing():
+    before = signal.getsignal(signal.SIGINT)
     stop = common.Stop()
     try:
         assert not stop.requested
@@ -192,7 +193,7 @@ def test_stop_waits_for_the_step_and_then_for_nothing():
         assert stop.requested and signal.getsignal(signal.SIGINT) == signal.SIG_DFL
     finally:
         stop.restore()
-    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 def test_run_folder_and_its_resume(tmp_path, monkeypatch, capsys):
