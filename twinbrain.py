@@ -936,7 +936,7 @@ def main(argv=None):
     run.close()
     if dist.main:
         pictures.draw_run(run.folder, ("action", "feature", "answer"))
-    run.say(f"wrote {run.folder}: result.json, loss.png, rollout-*.gif, first_batch.png")
+    run.say(f"result.json, pictures and films are in {run.folder}")
     dist.destroy()
 
 
