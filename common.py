@@ -31,14 +31,17 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed
+import transformers
 from PIL import Image
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, trainers
+from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.image_processing_base import ImageProcessingMixin
+from transformers.masking_utils import sdpa_mask
 from transformers.utils.logging import disable_progress_bar
 
 
@@ -624,6 +627,10 @@ class Processor:
         counts = tuple(math.prod(grid) // self.merge**2 for grid in grids)
         return chat_ids(self.tokenizer, system, user, counts, answer)
 
+    def mark(self, n):
+        """How a picture of n tokens stands in a text."""
+        return "<|vision_start|>" + "<|image_pad|>" * n + "<|vision_end|>"
+
     def words(self, ids):
         """Ids -> readable text, without padding and with each picture as one mark."""
         text = self.tokenizer.decode(ids).replace(self.tokenizer.pad_token, "")
@@ -750,6 +757,170 @@ def register_block_attention(model):
     return model
 
 
+# --- a backbone as see() and read() ---------------------------------------------------------------
+
+
+def short_attention(module, q, k, v, mask, scaling=None, **_):
+    groups = module.num_key_value_groups
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    return attend(q, k, v, mask, scaling).transpose(1, 2), None
+
+
+AttentionInterface.register("short", short_attention)
+transformers.AttentionMaskInterface.register("short", sdpa_mask)
+
+
+class QwenVL(nn.Module):
+    """A Qwen-VL without its vocabulary head, which no loss here needs."""
+
+    def __init__(self, vlm):
+        super().__init__()
+        self.model = vlm.model
+        self.model.language_model.config._attn_implementation = "short"
+        self.width = vlm.config.get_text_config().hidden_size
+        self.model.visual.requires_grad_(False)  # frozen in every stage
+
+    @property
+    def language(self):
+        return self.model.language_model
+
+    @torch.no_grad()
+    def see(self, pixels, grids):
+        """-> list of (picture tokens, D): what goes in at the bottom, then DeepStack's layers."""
+        out = self.model.visual(pixels, grid_thw=grids, return_dict=True)
+        return [out.pooler_output, *(getattr(out, "deepstack_features", None) or [])]
+
+    def read(self, x, prompt, mask, places, seen, cache=None):
+        """x (B, T, D) embedded, places (B, T) of the pictures' tokens `seen` -> (B, T, D)."""
+        deep = {}
+        if len(seen) > 1:
+            deep = dict(visual_pos_masks=places, deepstack_visual_embeds=seen[1:])
+        return self.language(
+            inputs_embeds=x, attention_mask=mask, position_ids=prompt["position_ids"],
+            past_key_values=cache, use_cache=cache is not None, **deep,
+        ).last_hidden_state  # fmt: skip
+
+
+class Vita15(nn.Module):
+    """VITA-1.5 without audio: InternViT, two-layer projector, Qwen2.5; pixels (n, 3, h, w)."""
+
+    def __init__(self, config, vision_config):
+        super().__init__()
+        self.vision = transformers.InternVLVisionModel(vision_config)
+        self.language = transformers.Qwen2Model(config)
+        self.width, C = config.hidden_size, 4 * vision_config.hidden_size
+        self.projector = nn.Sequential(
+            nn.Linear(C, self.width), nn.GELU(), nn.Linear(self.width, self.width)
+        )
+        self.language.config._attn_implementation = "short"
+        self.vision.requires_grad_(False)
+        self.projector.requires_grad_(False)
+
+    @torch.no_grad()
+    def see(self, pixels, grids):
+        h = 0.5 * self.vision(pixels).last_hidden_state[:, 1:]  # without the class token
+        rows, columns = (int(g) // 2 for g in grids[0, 1:])
+        h = h.unflatten(1, (rows, 2, columns, 2)).transpose(2, 3)  # 2 x 2 patches become one token
+        return [self.projector(h.reshape(-1, 4 * h.shape[-1]))]
+
+    read = QwenVL.read
+
+
+class VitaProcessor(Processor):
+    """Pictures at VITA-VLA's 200 pixels (49 tokens each) and prompts for `Vita15`."""
+
+    def __init__(self, path, patch, size=200):
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        self.image_token_id = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        self.pad_token_id = self.tokenizer.convert_tokens_to_ids("<|endoftext|>")
+        self.patch, self.merge, self.size = patch, 2, size
+
+    def images(self, images):
+        shape = self.size, self.size
+        fitted = [Image.fromarray(i).resize(shape, Image.Resampling.BICUBIC) for i in images]
+        x = np.stack([np.asarray(i, np.float32) / 255 for i in fitted])
+        x = (x - np.float32((0.485, 0.456, 0.406))) / np.float32((0.229, 0.224, 0.225))
+        side = self.size // self.patch
+        return x.transpose(0, 3, 1, 2), ((1, side, side),) * len(images)
+
+    def mark(self, n):
+        return "<|image_pad|>" * n
+
+    def pad(self, rows, grids):
+        prompt = super().pad(rows, [()] * len(rows))  # text positions alone: no grids
+        return prompt | {"position_ids": prompt["position_ids"][0]}
+
+
+def vita_name(name):
+    """A released VITA-1.5 weight's name -> ours; None for what is not used (audio, lm_head)."""
+    if name.startswith(("model.audio_encoder.", "lm_head.")):
+        return None
+    if name.startswith("model.mm_projector."):
+        return name.replace("model.mm_projector", "projector")
+    head, _, rest = name.partition("model.vision_tower.vision_tower.")
+    if head:
+        return name.replace("model.", "language.", 1)
+    for old, new in (
+        ("encoder.layers", "encoder.layer"), ("class_embedding", "cls_token"),
+        ("position_embedding", "position_embeddings"), (".ls1", ".lambda_1"), (".ls2", ".lambda_2"),
+        ("patch_embedding", "patch_embeddings.projection"), (".norm1", ".layernorm_before"),
+        (".norm2", ".layernorm_after"), ("attn.proj", "attention.projection_layer"),
+        (".attn.", ".attention."),
+    ):  # fmt: skip
+        rest = rest.replace(old, new)
+    return "vision." + rest
+
+
+def load_vita(path):
+    """A folder with VITA-1.5's released files -> Vita15, VitaProcessor. A weight that is missing or
+    surplus is an error that names it."""
+    folder, tensors = Path(path), {}
+    settings = json.loads((folder / "config.json").read_text())
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():
+                if ours := vita_name(name):
+                    tensors[ours] = opened.get_tensor(name).float()
+    for name in [n for n in tensors if ".attention.qkv." in n]:  # three matrices in one
+        for part, value in zip("qkv", tensors.pop(name).chunk(3)):
+            tensors[name.replace("qkv", f"{part}_proj")] = value
+    known = {k: v for k, v in settings.items() if k in transformers.Qwen2Config().to_dict()}
+    config = transformers.Qwen2Config(**(known | {"model_type": "qwen2"}))
+    try:
+        patches = tensors["vision.embeddings.patch_embeddings.projection.weight"]
+        places = tensors["vision.embeddings.position_embeddings"].shape[1] - 1
+        hidden, patch = patches.shape[0], patches.shape[-1]
+        vision_config = transformers.InternVLVisionConfig(
+            hidden_size=hidden, num_attention_heads=max(hidden // 64, 1), attention_bias=True,
+            num_hidden_layers=len({n.split(".")[3] for n in tensors if "encoder.layer." in n}),
+            intermediate_size=tensors["vision.encoder.layer.0.mlp.fc1.bias"].shape[0],
+            patch_size=patch, image_size=round(math.sqrt(places)) * patch, use_qk_norm=False,
+            use_absolute_position_embeddings=True, use_mean_pooling=True, norm_type="layer_norm",
+            layer_norm_eps=1e-6,
+        )  # fmt: skip
+        model = Vita15(config, vision_config)
+        missing, surplus = model.load_state_dict(tensors, strict=False)
+    except (KeyError, RuntimeError) as error:
+        raise UserError(f"{path} is no VITA-1.5: {str(error).splitlines()[-1]}") from None
+    if missing or surplus:
+        what = f"lacks {missing[0]}" if missing else f"has a surplus weight, {surplus[0]}"
+        raise UserError(f"{path} does not fit VITA-1.5: it {what}")
+    return model.eval(), VitaProcessor(path, patch)
+
+
+def load_vlm(name):
+    """`--backbone` -> a VLM with see() and read(), its processor."""
+    path = {"VITA-1.5": "VITA-MLLM/VITA-1.5"}.get(name, name)
+    config = Path(path) / "config.json"
+    if config.exists() and "vita" in json.loads(config.read_text()).get("model_type", "").lower():
+        return load_vita(path)
+    if name == "VITA-1.5":
+        raise UserError(f"--backbone {name}: `hf download {path} --local-dir DIR`, then "
+                               "--backbone DIR")  # fmt: skip
+    vlm, processor = load_backbone(name)
+    return QwenVL(vlm), processor
+
+
 # --- action tokens --------------------------------------------------------------------------------
 
 
@@ -819,3 +990,46 @@ class Fast:
             out[: len(letters)] = [ord(letter) - 256 + self.low for letter in letters]
         chunks = cosines(self.H).T @ values.reshape(-1, self.H, self.A) / self.SCALE
         return torch.from_numpy(chunks.astype(np.float32))
+
+
+# --- fused linear losses --------------------------------------------------------------------------
+
+
+class LinearKL(torch.autograd.Function):
+    """Mean over n positions of KL(softmax(teacher / T) || softmax(student / T)) from hidden states.
+
+    Both logits exist for `chunk` positions at a time; the student's gradients are made on the way
+    and only scaled in the backward pass. The teacher gets none.
+    """
+
+    @staticmethod
+    def forward(ctx, h, head, h_teacher, head_teacher, T, chunk):
+        weight, weight_teacher = head.to(h.dtype), head_teacher.to(h_teacher.dtype)  # (V, D)
+        grad_h, total = torch.empty_like(h), h.new_zeros((), dtype=torch.float32)
+        grad_head = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for i in range(0, len(h), chunk):
+            part = slice(i, i + chunk)
+            log_q = ((h[part] @ weight.T).float() / T).log_softmax(-1)  # (chunk, V)
+            log_p = ((h_teacher[part] @ weight_teacher.T).float() / T).log_softmax(-1)
+            p = log_p.exp()
+            total += (p * (log_p - log_q)).sum()
+            slope = (log_q.exp() - p) / (T * len(h))  # of the mean, by the student's logits
+            grad_h[part] = slope.to(h.dtype) @ weight
+            if grad_head is not None:
+                grad_head += slope.T @ h[part].float()
+        ctx.save_for_backward(grad_h, grad_head)
+        ctx.head_dtype = head.dtype
+        return total / len(h)
+
+    @staticmethod
+    def backward(ctx, slope):
+        grad_h, grad_head = ctx.saved_tensors
+        if grad_head is not None:
+            grad_head = (slope * grad_head).to(ctx.head_dtype)
+        return (slope * grad_h).to(grad_h.dtype), grad_head, None, None, None, None
+
+
+def linear_kl(h, head, h_teacher, head_teacher, T=1.0, chunk=256):
+    """h, h_teacher (n, D) and (n, D'), heads (V, D) and (V, D') -> KL(teacher || student), mean."""
+    with torch.autocast(h.device.type, enabled=False):  # the products are chosen here
+        return LinearKL.apply(h, head, h_teacher, head_teacher.detach(), T, chunk)

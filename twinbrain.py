@@ -892,11 +892,9 @@ def list_ablations():
         print(f"{name:18} {about['_row']:45} {about['_paper'] or '-':>8}   {ours}")
 
 
-def main(argv=None):
-    cfg = common.parse(Config, PRESETS, ABLATIONS, argv)
-    if cfg.ablation == "list":
-        return list_ablations()
-    dist, resumed, policy, seconds = common.setup(cfg), None, None, 0.0
+def session(cfg, dist):
+    """Trains, or goes on with a run, or takes one as it is; then acts, asks and draws."""
+    resumed, policy, seconds = None, None, 0.0
     if cfg.resume:
         resumed = common.load_checkpoint(cfg.resume, "twinbrain", dist=dist)
         cfg = common.resume_config(cfg, resumed.meta["config"], FREE)
@@ -937,6 +935,14 @@ def main(argv=None):
     if dist.main:
         pictures.draw_run(run.folder, ("action", "feature", "answer"))
     run.say(f"result.json, pictures and films are in {run.folder}")
+
+
+def main(argv=None):
+    cfg = common.parse(Config, PRESETS, ABLATIONS, argv)
+    if cfg.ablation == "list":
+        return list_ablations()
+    dist = common.setup(cfg)
+    session(cfg, dist)
     dist.destroy()
 
 

@@ -1,7 +1,8 @@
 """Closed loop: any policy, many worlds side by side, success rates with their intervals.
 
 A policy has `act(observations, instructions, rng) -> (n, H, A)` action chunks in the world's units
-and `view(observation, instruction) -> picture or None`, a panel of its own for the films.
+and `view(observation, instruction) -> picture or None`, a panel of its own for the films. With an
+observation comes "memory", a dict for the policy's own use that lasts as long as its world's goal.
 """
 
 import numpy as np
@@ -70,11 +71,13 @@ def rollout(policy, cfg, suite, starts, film=0):
     chunks, used = [[] for _ in worlds], [0] * len(worlds)  # plans; actions taken of the newest
     age, reached = [0] * len(worlds), [0] * len(worlds)
     live, films = list(range(len(worlds))), [[] for _ in range(film)]
+    memory = [{} for _ in worlds]
     every = 1 if cfg.ensemble else cfg.execute
     while live:
         due = [i for i in live if not chunks[i] or used[i] == every]
         if due:
-            seen, words = zip(*((worlds[i].observe(), worlds[i].instruction) for i in due))
+            seen = [worlds[i].observe() | {"memory": memory[i]} for i in due]
+            words = [worlds[i].instruction for i in due]
             for i, chunk in zip(due, policy.act(seen, words, rng)):
                 chunks[i], used[i] = (chunks[i] + [chunk])[-7:], 0
         for i in live:
@@ -88,7 +91,7 @@ def rollout(policy, cfg, suite, starts, film=0):
                 reached[i] += 1
                 over = starts[i][1] != "chain" or not world.next_goal()
                 if not over:  # the next goal of a chain: no plan for the last one outlives it
-                    chunks[i], age[i] = [], 0
+                    chunks[i], age[i], memory[i] = [], 0, {}
             if over:
                 age[i] = None
         live = [i for i in live if age[i] is not None]

@@ -1,0 +1,1162 @@
+"""VITA-VLA (arXiv 2510.09607): a VLM learns to act from a small action model, in two stages.
+
+  teacher, Seer        pictures, words, state at steps 1..S
+  [ frozen encoders ] -> [ GPT-2 blocks ] -> hidden states of 3 action tokens -> [ decoder D ] -> a
+                                                      ^                               |
+                               stage 1, align: L2     |                               | reused
+                                                      v                               v
+  [ VLM: ... <img> words <state> <act> <act> <act> ...] -> a_h -> [ mapper M ] -> [ decoder D ] -> a
+                                                      stage 2, fine-tune: L1 and 0.01 BCE
+
+Conventions: arm actions are normalised to [-1, 1] between q01 and q99 and leave the decoder through
+a tanh; the gripper's label is 1 for open (> 0 in the recording), as in the released code, where the
+paper says closed. Steps are consecutive frames, oldest first. Letters: B batch, S steps of history,
+N = 3 future actions, T tokens, D width of the VLM, H width of Seer, P patches, A action.
+
+Equation map
+  Eq. 1  [img][text][state][act][act][act] per step  -> sense(), VitaVLA.embed()
+  Eq. 2  a_h, last-layer states of the action tokens -> VitaVLA.hidden()
+  Eq. 3  alignment loss                              -> align_loss()
+  (unnumbered) L_total = L_arm + 0.01 L_gripper      -> action_losses(), total_loss()
+Table map (`--ablation list`): Tables 1 and 3 and Section 4.2: two-stage, only-finetune, freeze-vlm;
+Section 3.2: separate-tokens, state-text; Appendix A.1: mapper-decoder, image-size; others: ours.
+
+Assumptions and decisions, where paper and released code differ or are silent
+  A1  Eq. 3 is the squared distance (`--align-loss mse`); the released code takes its root (`norm`).
+  A2  L_arm is the mean absolute error (`--arm-loss mae`); the released code has `smooth`.
+  A3  The gripper term counts (`--gripper-weight`); in the released code it is lost (`no-gripper`).
+  A4  One long causal sequence, a chat of S turns: a step sees all before it, act_2 sees act_1.
+  A5  History grows from one step, as at an episode's start in training; nothing is repeated.
+  A6  Labels past an episode's end leave the losses. Stage 2 starts from stage 1's `--student`.
+  A7  Executed is the prediction for now (`--act-index 0`); the paper's CALVIN code takes the next.
+  A8  The teacher stands still in stage 1: no dropout, no gradient (the released code drops out).
+  A9  On the laptop Seer's frozen encoders are the tiny backbone's vision tower and its embeddings
+      of the instruction's first words side by side (`--eyes backbone`; paper: MAE and CLIP, `mae`).
+Errata: the "3-layer MLP" connector of Section 3.2 has two layers; the 13 steps of a sample are 10
+observed and 3 future ones; Table 7's captions (b) and (c) are exchanged.
+
+  python vita_vla.py                                              # laptop: the whole chain
+  torchrun vita_vla.py --backbone Qwen3-VL-4B                     # one GPU, the embedded world
+  torchrun --nproc-per-node 8 vita_vla.py --preset calvin --teacher seer.pth   # the paper's CALVIN
+"""
+
+import dataclasses
+import json
+import math
+import time
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer, CLIPTextModelWithProjection, DynamicCache, ViTMAEModel
+
+import common
+import data
+from worlds import loop, pictures
+
+# --- Config: the defaults are the laptop's run ----------------------------------------------------
+
+
+@dataclass
+class Config:
+    backbone: str = "tiny"  # tiny, VITA-1.5, Qwen3-VL-2B/4B/8B, Qwen2.5-VL-3B/7B, folder or hub id
+    world: str = "tabletop:abc_d"  # where to act; its suite also gives the demonstrations
+    data: str = ""  # recordings to train on; empty: the world's own demonstrations
+    out: str = ""  # run folder; empty: runs/<method>-<world>-<seed>-<time>
+    steps: int = 0  # optimizer steps of a stage; 0: see teacher-steps, align-steps, finetune-steps
+    seed: int = 0  # everything random follows from it
+    resume: str = ""  # run folder (of a stage, or of the chain) to go on from, exactly
+    eval_only: str = ""  # run folder to evaluate, without training
+    ablation: str = ""  # a row of the paper's tables; `list` prints them all
+    preset: str = ""  # a named configuration, see below
+    episodes: int = 100  # evaluation episodes in each domain (paper: 1000 chains on CALVIN)
+    # what is trained
+    stage: str = "chain"  # chain | teacher | align | finetune: one stage, or all of the recipe's
+    recipe: str = "two-stage"  # two-stage | only-finetune | freeze-vlm: Section 4.1's settings
+    teacher: str = ""  # run folder of a teacher, or a released Seer checkpoint (.pth)
+    student: str = ""  # finetune: run folder of the student to start from; empty: the VLM as it is
+    freeze_vlm: bool = False  # finetune: the VLM as it is stays frozen (Section 4.2)
+    teacher_steps: int = 1500  # optimizer steps of the teacher's stage
+    align_steps: int = 600  # of stage 1 (paper: 3 epochs)
+    finetune_steps: int = 1200  # of stage 2 (paper: 2 epochs)
+    # the teacher, Seer
+    eyes: str = "backbone"  # backbone | mae: frozen encoders, the backbone's or MAE and CLIP (A9)
+    width: int = 128  # H (paper: 1024 on CALVIN, 384 on LIBERO)
+    depth: int = 4  # GPT-2 blocks (paper: 24)
+    heads: int = 4  # attention heads (paper: 16, 12)
+    queries: int = 6  # resampled tokens of a picture (paper: 16, 6)
+    foresight: int = 4  # foresight tokens of a picture, a square number (paper: 16, 9)
+    foresight_weight: float = 0.1  # of the predicted pictures' loss
+    patch: int = 8  # pixels of a predicted patch (paper: 16)
+    dropout: float = 0.0  # inside the GPT-2 blocks (paper: 0.1)
+    goal: int = 0  # pre-training on play: foresight sees the state this many steps ahead (Seer: 4)
+    # the student
+    history: int = 5  # S, observed steps (paper: 10 on CALVIN, 7 on LIBERO)
+    future: int = 3  # N, actions predicted at each step
+    tokens: str = "shared"  # shared | separate: one action token repeated, or one for each action
+    mapper: str = "mlp"  # mlp | decoder: M is three linear layers, or a transformer decoder
+    state_input: str = "encoder"  # encoder | text: the state as one token, or as digits
+    gripper_state: str = "onehot"  # onehot | raw: the last number open or not, or the last two
+    align_loss: str = "mse"  # mse | norm (A1)
+    arm_loss: str = "mae"  # mae | smooth (A2)
+    gripper_weight: float = 0.01  # of the gripper's BCE (A3)
+    # training
+    batch: int = 32  # windows per process and step (paper: 8, then 4, on each of 8 GPUs)
+    lr: float = 1e-3  # the VLM in stage 2 (paper: 1e-4)
+    lr_head: float = 2e-3  # everything else (paper: 1e-4; Seer: 1e-3)
+    min_lr: float = 0.0  # where the cosine ends, as a share of the peak
+    warmup: int = 50  # steps of linear warm-up
+    weight_decay: float = 1e-4  # of AdamW
+    clip: float = 1.0  # gradient norm (Seer: 0.1)
+    optimizer: str = "muon"  # adamw | muon: muon takes the matrices, AdamW the rest (paper: adamw)
+    dtype: str = "auto"  # auto | bf16 | fp32: arithmetic of the matrix products
+    device: str = "auto"  # auto | cpu | cuda
+    threads: int = 0  # CPU threads of a process; 0: torch's choice
+    workers: int = 0  # loader processes
+    # demonstrations of the embedded world
+    demos: int = 3000  # episodes
+    noise: float = 0.3  # disturbances while the expert demonstrates, for recovery
+    size: int = 64  # static camera, pixels (paper: 200)
+    wrist_size: int = 32  # wrist camera, pixels
+    augment: int = 2  # random shift of the pictures, in 64ths of their side
+    normalise: str = "q99"  # q99 | minmax: bounds of actions and state
+    # evaluation and logging
+    domains: tuple[str, ...] = ()  # what differs from training; empty: chain in abc_d, else all
+    execute: int = 1  # actions executed of each plan: one, as the history is made of every step
+    act_index: int = 0  # which of the N predictions is executed (A7)
+    ensemble: bool = False  # blend what the last plans say about now (paper: on LIBERO)
+    cache: bool = True  # keep keys, values and pictures of the history between control steps
+    parallel: int = 50  # episodes acted side by side
+    gifs: int = 2  # rollouts drawn in each domain
+    log_every: int = 20  # steps between log lines
+    save_every: int = 500  # steps between checkpoints
+
+
+CALVIN = dict(
+    backbone="VITA-1.5", eyes="mae", width=1024, depth=24, heads=16, queries=16, foresight=16,
+    patch=16, dropout=0.1, history=10, batch=8, lr=1e-4, lr_head=1e-4, optimizer="adamw",
+    size=200, wrist_size=84, act_index=1, episodes=1000, workers=4, augment=0,
+)  # fmt: skip
+LIBERO = dict(width=384, heads=12, queries=6, foresight=9, history=7, act_index=0, ensemble=True,
+              gripper_state="raw", episodes=500)  # fmt: skip
+PRESETS = {"calvin": CALVIN, "libero": CALVIN | LIBERO}  # Tables 5 and 6
+
+
+def row(paper, words, **overrides):
+    """An ablation: the paper's first-task success in % and average length on CALVIN, flags."""
+    return dict(_paper=paper, _row=words, **overrides)
+
+
+ABLATIONS = {
+    "two-stage": row("92.5, 3.18", "Table 1, two-stage"),
+    "only-finetune": row("86.0, 3.08", "Table 1, only-finetune", recipe="only-finetune"),
+    "freeze-vlm": row("45.3", "Section 4.2, freeze-vlm", recipe="freeze-vlm"),
+    "separate-tokens": row(None, "Section 3.2, one token for each action", tokens="separate"),
+    "state-text": row(None, "Section 3.2, the state as text", state_input="text"),
+    "mapper-decoder": row(None, "App. A.1, a decoder as mapper", mapper="decoder"),
+    "image-size": row(None, "App. A.1, larger pictures", size=96),
+    "align-norm": row(None, "released code: L2 norm in Eq. 3", align_loss="norm"),
+    "smooth-l1": row(None, "released code: smooth L1", arm_loss="smooth"),
+    "no-gripper": row(None, "released code: no gripper term", gripper_weight=0.0),
+    "ensemble": row(None, "LIBERO's temporal ensemble", ensemble=True),
+}
+
+
+# --- Prompt, and the one path from observations to tensors ----------------------------------------
+
+SYSTEM = "You are a helpful robot brain that can understand images and texts."
+STATE, ACT = "<|video_pad|>", "<|endoftext|>"  # words no instruction has: places for other vectors
+WORDS = 16  # of an instruction, as the laptop's teacher reads it
+
+
+@lru_cache(maxsize=65536)
+def encode(tokenizer, text):
+    return tuple(tokenizer.encode(text, add_special_tokens=False))
+
+
+def chat(sample, grids, cfg, processor):
+    """All steps of a sample as token ids; grids: of its pictures, step by step."""
+    cameras, ids = len(sample["images"][0]), ()
+    for i in range(len(sample["images"])):
+        text = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n" if i == 0 else ""
+        text += "<|im_start|>user\n"
+        for grid in grids[i * cameras : (i + 1) * cameras]:
+            text += processor.mark(math.prod(grid) // processor.merge**2)
+        text += f"\nInstruction: {sample['instruction']}"
+        if cfg.state_input == "text":  # ABLATION state-text
+            text += "\nState: " + " ".join(f"{v:.2f}" for v in sample["state"][i])
+        else:
+            text += STATE
+        text += "<|im_end|>\n<|im_start|>assistant\n" + ACT * cfg.future + "<|im_end|>\n"
+        # [img_1]..[img_n] [text_1]..[text_m] [state] [act_1] [act_2] [act_3]
+        ids += encode(processor.tokenizer, text)  # Eq. (1)
+    return ids
+
+
+def sense(samples, cfg, processor):
+    """Samples of n <= S steps, with "images" [n][cameras], "instruction", "state" (n, 8) and, in
+    training, "action" (n, N, A), "mask" (n, N), "goal" [n][cameras] -> batch, padded to S steps.
+    Training and acting both come through here."""
+    B, S = len(samples), max(len(s["images"]) for s in samples)
+    pixels, grids, rows, text = [], [], [], []
+    for s in samples:
+        flat = [image for step in s["images"] for image in step]
+        patches, grid = processor.images(flat)
+        pixels.append(patches)
+        grids.append(grid)
+        rows.append(chat(s, grid, cfg, processor))
+        text.append((encode(processor.tokenizer, s["instruction"]) + (0,) * WORDS)[:WORDS])
+    batch = {
+        "prompt": processor.pad(rows, grids),
+        "pixel_values": torch.from_numpy(np.concatenate(pixels)),
+        "image_grid_thw": torch.tensor([g for grid in grids for g in grid]),
+        "text": torch.tensor(text),  # (B, WORDS)
+        "steps": torch.tensor([[i < len(s["images"]) for i in range(S)] for s in samples]),
+        "state": torch.from_numpy(fill(B, S, [s["state"] for s in samples])),  # (B, S, 8)
+    }
+    if cfg.eyes == "mae":
+        batch |= mae_inputs(samples)
+    if "action" in samples[0]:
+        batch["action"] = torch.from_numpy(fill(B, S, [s["action"] for s in samples]))
+        batch["mask"] = torch.from_numpy(fill(B, S, [s["mask"] for s in samples]))  # (B, S, N)
+        goals = zip(*(step for s in samples for step in s["goal"]))  # by camera
+        batch["goal"] = [foresight_target(np.stack(g), cfg) for g in goals]  # (steps, P, p * p * 3)
+    return batch
+
+
+def fill(B, S, arrays):
+    """B arrays of (n, ...), n <= S -> (B, S, ...), zero where there is no step."""
+    out = np.zeros((B, S, *arrays[0].shape[1:]), arrays[0].dtype)
+    for place, array in zip(out, arrays):
+        place[: len(array)] = array
+    return out
+
+
+def foresight_target(images, cfg):
+    """(n, height, width, 3) uint8 -> (n, P, p * p * 3): each patch with mean 0 and deviation 1."""
+    if cfg.eyes == "mae":
+        images = clip_pixels(images).transpose(0, 2, 3, 1)
+    n, height, width, _ = images.shape
+    p = cfg.patch
+    x = images.astype(np.float32).reshape(n, height // p, p, width // p, p, 3)
+    x = x.transpose(0, 1, 3, 2, 4, 5).reshape(n, -1, p * p * 3)
+    return torch.from_numpy((x - x.mean(-1, keepdims=True)) / (x.std(-1, keepdims=True) + 1e-3))
+
+
+def clip_pixels(images, size=224):
+    """Pictures -> (n, 3, 224, 224) float32 in CLIP's normalisation, which Seer's MAE reads."""
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    fitted = [Image.fromarray(i).resize((size, size), Image.Resampling.BICUBIC) for i in images]
+    x = np.stack([np.asarray(i, np.float32) / 255 for i in fitted])
+    return ((x - np.float32(mean)) / np.float32(std)).transpose(0, 3, 1, 2)
+
+
+@lru_cache(maxsize=1)
+def clip_tokenizer():
+    return AutoTokenizer.from_pretrained(PaperEyes.CLIP)
+
+
+def mae_inputs(samples):
+    steps = [step for s in samples for step in s["images"]]
+    seen = [torch.from_numpy(clip_pixels(images)) for images in zip(*steps)]
+    words = [s["instruction"] for s in samples]
+    ids = clip_tokenizer()(words, padding="max_length", truncation=True, return_tensors="pt")
+    return {"seen": seen, "text": ids["input_ids"]}
+
+
+# --- Model: what teacher and student share --------------------------------------------------------
+
+
+def add_state_encoder(model, width):
+    """Section 3.2: the arm and the gripper each through a linear layer, joined by a third."""
+    model.arm_state_encoder = nn.Linear(6, width)
+    model.gripper_state_encoder = nn.Linear(2, width)
+    model.state_projector = nn.Linear(2 * width, width)
+
+
+def encode_state(model, state, how):
+    """Normalised state (..., 8): six of the arm, the gripper last -> (..., width)."""
+    gripper = state[..., -2:]
+    if how == "onehot":  # closed or open
+        gripper = F.one_hot((state[..., -1] > 0).long(), 2).to(state.dtype)
+    both = model.arm_state_encoder(state[..., :6]), model.gripper_state_encoder(gripper)
+    return model.state_projector(torch.cat(both, dim=-1))
+
+
+def add_decoder(model, H):
+    """Seer's action decoder, which the student takes over."""
+    half = H // 2
+    layers = nn.Linear(H, half), nn.ReLU(), nn.Linear(half, half), nn.ReLU()
+    model.action_decoder = nn.Sequential(*layers)
+    model.arm_action_decoder = nn.Sequential(nn.Linear(half, 6), nn.Tanh())
+    model.gripper_action_decoder = nn.Sequential(nn.Linear(half, 1))  # its sigmoid: in the loss
+
+
+def decode(model, h):
+    """(..., H) -> arm (..., 6) in [-1, 1], logit (...) that the gripper is to be open."""
+    h = model.action_decoder(h)
+    return model.arm_action_decoder(h).float(), model.gripper_action_decoder(h)[..., 0].float()
+
+
+DECODER = ("action_decoder.", "arm_action_decoder.", "gripper_action_decoder.")
+
+
+# --- Model: the teacher, Seer ---------------------------------------------------------------------
+
+
+def seer_mask(S, context, foresight, actions, goal=0):
+    """(S * n, S * n) True where a token looks: at the context (words, state, pictures) of its own
+    and earlier steps, an action token also at its step's foresight; nobody at anything else. With
+    goal > 0, foresight sees the state (second token) of that many steps ahead."""
+    n = context + foresight + actions
+    step, kind = torch.arange(S * n) // n, torch.arange(S * n) % n
+    sees = (step[None] <= step[:, None]) & (kind < context)[None]
+    is_foresight = (kind >= context) & (kind < context + foresight)
+    same = step[None] == step[:, None]
+    sees |= same & (kind >= context + foresight)[:, None] & is_foresight[None]
+    if goal:
+        sees |= is_foresight[:, None] & (kind == 1)[None] & (step[None] == step[:, None] + goal)
+    return sees
+
+
+class PerceiverAttention(nn.Module):
+    """The latents look at a picture's features and at themselves; names as in Seer's files."""
+
+    def __init__(self, dim, heads=8, head_dim=64):
+        super().__init__()
+        self.heads = heads
+        self.norm_media, self.norm_latents = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.to_q = nn.Linear(dim, heads * head_dim, bias=False)
+        self.to_kv = nn.Linear(dim, 2 * heads * head_dim, bias=False)
+        self.to_out = nn.Linear(heads * head_dim, dim, bias=False)
+
+    def forward(self, x, latents):
+        """x (n, P, dim), latents (n, Q, dim) -> (n, Q, dim)."""
+        x, latents = self.norm_media(x), self.norm_latents(latents)
+        k, v = self.to_kv(torch.cat([x, latents], dim=1)).chunk(2, dim=-1)
+        q, k, v = (
+            z.unflatten(-1, (self.heads, -1)).transpose(1, 2) for z in (self.to_q(latents), k, v)
+        )
+        return self.to_out(common.attend(q, k, v).transpose(1, 2).flatten(2))
+
+
+class PerceiverResampler(nn.Module):
+    """Any number of picture features -> Q tokens."""
+
+    def __init__(self, dim, queries, depth=3):
+        super().__init__()
+        self.latents = nn.Parameter(torch.randn(queries, dim))
+
+        def mlp():
+            wide = nn.Linear(dim, 4 * dim, bias=False), nn.Linear(4 * dim, dim, bias=False)
+            return nn.Sequential(nn.LayerNorm(dim), wide[0], nn.GELU(), wide[1])
+
+        self.layers = nn.ModuleList(
+            nn.ModuleList([PerceiverAttention(dim), mlp()]) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x):
+        latents = self.latents.expand(len(x), -1, -1)
+        for attention, mlp in self.layers:
+            latents = latents + attention(x, latents)
+            latents = latents + mlp(latents)
+        return self.norm(latents)
+
+
+class Attention(nn.Module):
+    def __init__(self, width, heads, fused, out):
+        super().__init__()
+        self.heads, self.fused, self.out = heads, fused, out
+        self.add_module(fused, nn.Linear(width, 3 * width))
+        self.add_module(out, nn.Linear(width, width))
+
+    def forward(self, x, mask=None):
+        q, k, v = self.get_submodule(self.fused)(x).chunk(3, dim=-1)
+        q, k, v = (z.unflatten(-1, (self.heads, -1)).transpose(1, 2) for z in (q, k, v))
+        y = common.attend(q, k, v, mask).transpose(1, 2).flatten(2)
+        return self.get_submodule(self.out)(y)
+
+
+class Block(nn.Module):
+    """A pre-norm block with the names of GPT-2 (Seer's trunk) or of timm (its image decoder)."""
+
+    GPT2 = ("ln_1", "attn", "ln_2", "mlp", "c_attn", "c_proj", "c_fc", "c_proj")
+    TIMM = ("norm1", "attn", "norm2", "mlp", "qkv", "proj", "fc1", "fc2")
+
+    def __init__(self, width, heads, names, dropout=0.0):
+        super().__init__()
+        self.names, tanh = names, "tanh" if names is Block.GPT2 else "none"
+        first, attention, second, mlp, fused, out, up, down = names
+        self.add_module(first, nn.LayerNorm(width))
+        self.add_module(attention, Attention(width, heads, fused, out))
+        self.add_module(second, nn.LayerNorm(width))
+        parts = {up: nn.Linear(width, 4 * width), "act": nn.GELU(approximate=tanh)}
+        self.add_module(mlp, nn.Sequential())
+        for name, part in (parts | {down: nn.Linear(4 * width, width)}).items():
+            self.get_submodule(mlp).add_module(name, part)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x, mask=None):
+        first, attention, second, mlp = (self.get_submodule(name) for name in self.names[:4])
+        x = x + self.dropout(attention(first(x), mask))
+        return x + self.dropout(mlp(second(x)))
+
+
+class BackboneEyes(nn.Module):
+    """ASSUMPTION A9: the VLM's frozen vision tower, and its embeddings of the instruction."""
+
+    def __init__(self, vlm):
+        super().__init__()
+        self.vlm = vlm
+        self.picture_width, self.text_width = vlm.width, WORDS * vlm.width
+
+    def forward(self, batch, cameras):
+        """-> picture features by camera [(steps, P, dim)], words (B, dim)."""
+        tokens = self.vlm.see(batch["pixel_values"], batch["image_grid_thw"])[0]
+        sizes = batch["image_grid_thw"][:cameras].prod(1)
+        sizes = (sizes * cameras * len(tokens) // batch["image_grid_thw"].prod(1).sum()).tolist()
+        steps = len(batch["image_grid_thw"]) // cameras
+        sizes = [size // cameras for size in sizes]
+        parts = tokens.unflatten(0, (steps, -1)).split(sizes, dim=1)
+        return parts, self.vlm.language.get_input_embeddings()(batch["text"]).flatten(1)
+
+
+class PaperEyes(nn.Module):
+    """The paper's: MAE ViT-B/16 sees, CLIP ViT-B/32 reads; both frozen."""
+
+    MAE, CLIP = "facebook/vit-mae-base", "openai/clip-vit-base-patch32"
+    picture_width, text_width = 768, 512
+
+    def __init__(self, vision=None, text=None):
+        super().__init__()
+        self.vision = vision or ViTMAEModel.from_pretrained(self.MAE)
+        self.text = text or CLIPTextModelWithProjection.from_pretrained(self.CLIP)
+        self.vision.config.mask_ratio = 0.0
+
+    def forward(self, batch, cameras):
+        """-> features by camera [(steps, 1 + P, 768)], the class token first; words (B, 512)."""
+        features = []
+        for pixels in batch["seen"]:
+            order = torch.arange((pixels.shape[-1] // 16) ** 2, device=pixels.device)
+            noise = order.float().expand(len(pixels), -1)  # keeps the patches in their order
+            features.append(self.vision(pixels, noise=noise).last_hidden_state)
+        return features, self.text(batch["text"]).text_embeds
+
+
+class Seer(nn.Module):
+    """Seer: from pictures, words and state of S steps to three actions and the pictures to come."""
+
+    cameras = ("primary", "wrist")
+
+    def __init__(self, cfg, eyes):
+        super().__init__()
+        H, self.cfg, self.eyes = cfg.width, cfg, eyes.requires_grad_(False)
+        E = eyes.picture_width
+        self.text_projector = nn.Linear(eyes.text_width, H)
+        add_state_encoder(self, H)
+        self.perceiver_resampler = PerceiverResampler(E, cfg.queries)
+        for camera in self.cameras:
+            self.add_module(f"image_{camera}_projector", nn.Linear(E, H))
+            self.add_module(f"cls_token_{camera}_projector", nn.Linear(E, H))
+        self.action_pred_token = nn.Parameter(torch.zeros(1, 1, cfg.future, H))
+        self.obs_tokens = nn.Parameter(torch.zeros(1, 1, 2 * cfg.foresight, H))
+        place = 0.02 * torch.randn(1, cfg.history, 1, H)
+        self.transformer_backbone_position_embedding = nn.Parameter(place)
+        self.embedding_layer_norm = nn.LayerNorm(H)
+        self.transformer_backbone = nn.Module()
+        self.transformer_backbone.h = nn.ModuleList(
+            Block(H, cfg.heads, Block.GPT2, cfg.dropout) for _ in range(cfg.depth)
+        )
+        self.transformer_backbone.ln_f = nn.LayerNorm(H)
+        add_decoder(self, H)
+        self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, H))
+        self.image_decoder_obs_pred_projector = nn.Linear(H, H)
+        heads = 16 if cfg.eyes == "mae" else cfg.heads
+        self.image_decoder = nn.Sequential(*(Block(H, heads, Block.TIMM) for _ in range(2)))
+        self.image_decoder_norm = nn.LayerNorm(H)
+        self.image_decoder_pred = nn.Linear(H, 3 * cfg.patch**2)
+
+    def context(self, batch):
+        """-> (B, S, 4 + 2 Q, H): words, state, Q tokens of each picture, a summary of each."""
+        steps = batch["steps"]  # (B, S)
+        with torch.no_grad():
+            features, words = self.eyes(batch, len(self.cameras))
+        text = self.text_projector(words)[:, None].expand(-1, steps.shape[1], -1)
+        state = encode_state(self, batch["state"], self.cfg.gripper_state)
+        tokens, summaries = [], []
+        for camera, x in zip(self.cameras, features):  # x (real steps, P, E)
+            summary, x = (x[:, :1], x[:, 1:]) if self.cfg.eyes == "mae" else (x.mean(1, True), x)
+            x = self.get_submodule(f"image_{camera}_projector")(self.perceiver_resampler(x))
+            summary = self.get_submodule(f"cls_token_{camera}_projector")(summary)
+            tokens.append(x)
+            summaries.append(summary)
+        seen = torch.cat(tokens + summaries, dim=1)
+        out = seen.new_zeros(*steps.shape, *seen.shape[1:])
+        out[steps] = seen
+        return torch.cat([text[:, :, None].to(out.dtype), state[:, :, None].to(out.dtype), out], 2)
+
+    def hidden(self, batch):
+        """-> states after the last norm: action tokens (B, S, N, H), foresight (B, S, 2 F, H)."""
+        cfg, x = self.cfg, self.context(batch)
+        B, S, A, _ = x.shape
+        more = self.obs_tokens.expand(B, S, -1, -1), self.action_pred_token.expand(B, S, -1, -1)
+        x = torch.cat([x, *(m.to(x.dtype) for m in more)], dim=2)
+        x = x + self.transformer_backbone_position_embedding[:, :S]
+        x = self.embedding_layer_norm(x.flatten(1, 2))  # (B, S * n, H)
+        mask = seer_mask(S, A, 2 * cfg.foresight, cfg.future, cfg.goal).to(x.device)
+        for block in self.transformer_backbone.h:
+            x = block(x, mask)
+        x = self.transformer_backbone.ln_f(x).unflatten(1, (S, -1))  # (B, S, n, H)
+        return x[:, :, -cfg.future :], x[:, :, A : -cfg.future]
+
+    def imagine(self, h, side):
+        """One camera's foresight states (n, F, H) -> its picture's patches (n, P, p * p * 3)."""
+        h = self.image_decoder_obs_pred_projector(h)
+        mask = self.mask_token.expand(len(h), side**2, -1)
+        width, own = h.shape[-1], math.isqrt(h.shape[1])
+        where = torch.cat([grid_code(own, width), grid_code(side, width)]).to(h)
+        h = self.image_decoder(torch.cat([h, mask.to(h.dtype)], dim=1) + where)
+        return self.image_decoder_pred(self.image_decoder_norm(h[:, -(side**2) :])).float()
+
+    def forward(self, batch, h_teacher=None):
+        """Losses of one step, by name."""
+        h, ahead = self.hidden(batch)
+        losses = action_losses(decode(self, h), batch, "smooth")
+        errors = []
+        for half, target in zip(ahead[batch["steps"]].chunk(2, dim=1), batch["goal"]):
+            picture = self.imagine(half, math.isqrt(target.shape[1]))
+            errors.append(((picture - target) ** 2).mean())
+        return losses | {"foresight": sum(errors) / 2}
+
+
+@lru_cache(maxsize=16)
+def grid_code(side, width):
+    """MAE's fixed sine and cosine positions of a square -> (side * side, width)."""
+    rate = 1 / 10000 ** (torch.arange(width // 4) / (width / 4))
+    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    waves = [v.flatten()[:, None] * rate for v in (x, y)]  # the column goes first
+    return torch.cat([part for w in waves for part in (w.sin(), w.cos())], dim=1)
+
+
+def load_seer(model, path):
+    """A released Seer checkpoint into the model: `module.` stripped, Conv1D transposed, frozen and
+    unused parts left out; anything else that does not fit is an error that names it."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)["model_state_dict"]
+    except (OSError, RuntimeError, KeyError, EOFError, ValueError) as error:
+        raise common.UserError(f"--teacher {path}: no Seer checkpoint ({error})") from None
+    unused = ("vision_encoder.", "clip_model.", "recon_", "action_pose_encoder.", "attention_mask",
+              "action_gripper_position_encoder.", "action_projector.", "image_decoder_position")
+    tensors = {}
+    for name, value in saved.items():
+        name = name.removeprefix("module.")
+        if name.startswith(unused) or name.endswith((".masked_bias", ".attn.bias")):
+            continue
+        conv = name.startswith("transformer_backbone.h.") and value.dim() == 2
+        tensors[name] = value.T.float() if conv else value.float()
+    place = "transformer_backbone_position_embedding"
+    ours = model.state_dict()
+    if place in tensors and tensors[place].shape[1] > ours[place].shape[1]:
+        tensors[place] = tensors[place][:, : ours[place].shape[1]]  # a teacher of longer windows
+    for name in [n for n in ours if not n.startswith("eyes.")] + list(tensors):
+        if name not in tensors or name not in ours or tensors[name].shape != ours[name].shape:
+            there, here = (tuple(d[name].shape) if name in d else "no" for d in (tensors, ours))
+            hint = "--width, --depth, --history, --queries, --foresight"
+            raise common.UserError(f"--teacher {path}: {name}: {there} there, {here} here ({hint})")
+    model.load_state_dict(tensors, strict=False)
+
+
+# --- Model: the student ---------------------------------------------------------------------------
+
+
+class DecoderMapper(nn.Module):
+    """ABLATION mapper-decoder: the action states look at each other, then become Seer's width."""
+
+    def __init__(self, D, H):
+        super().__init__()
+        self.enter = nn.Linear(D, H)
+        self.blocks = nn.ModuleList(Block(H, max(H // 32, 1), Block.GPT2) for _ in range(2))
+
+    def forward(self, h):
+        lead, h = h.shape[:-2], self.enter(h).flatten(0, -3)  # (B * S, N, H)
+        mask = torch.ones(h.shape[1], h.shape[1], dtype=torch.bool, device=h.device).tril()
+        for block in self.blocks:
+            h = block(h, mask)
+        return h.unflatten(0, lead)
+
+
+class VitaVLA(nn.Module):
+    """The VLM with a state token, action tokens, the mapper M and Seer's decoder."""
+
+    def __init__(self, cfg, vlm, processor):
+        super().__init__()
+        D, H, self.cfg, self.processor = vlm.width, cfg.width, cfg, processor
+        self.vlm = vlm
+        add_state_encoder(self, D)
+        count = cfg.future if cfg.tokens == "separate" else 1
+        std = vlm.language.get_input_embeddings().weight.std()  # at home among the words
+        self.action_token = nn.Parameter(std * torch.randn(count, D))
+        if cfg.mapper == "decoder":
+            self.mapper = DecoderMapper(D, H)
+        else:
+            layers = nn.Linear(D, H), nn.GELU(), nn.Linear(H, H), nn.GELU(), nn.Linear(H, H)
+            self.mapper = nn.Sequential(*layers)
+        add_decoder(self, H)
+        train_vlm = cfg.stage == "finetune" and not cfg.freeze_vlm
+        vlm.language.requires_grad_(train_vlm)
+        for name, p in self.named_parameters():
+            if name.startswith(DECODER):
+                p.requires_grad_(cfg.stage == "finetune")
+        if cfg.state_input == "text":
+            for name in ("arm_state_encoder", "gripper_state_encoder", "state_projector"):
+                self.get_submodule(name).requires_grad_(False)
+
+    def embed(self, prompt, seen, state, places):
+        """Prompt (B, T), picture tokens (n, D), states (steps, 8) in order -> (B, T, D)."""
+        x = self.vlm.language.get_input_embeddings()(prompt["input_ids"])
+        x = put(x, places, seen[0])
+        if self.cfg.state_input == "encoder":
+            token = encode_state(self, state, self.cfg.gripper_state)
+            x = put(x, self.where(prompt, STATE), token)
+        act = self.where(prompt, ACT)
+        token = self.action_token.repeat(int(act.sum()) // len(self.action_token), 1)
+        return put(x, act, token)
+
+    def where(self, prompt, word):
+        """(B, T) True at the real tokens that are this word."""
+        number = self.processor.tokenizer.convert_tokens_to_ids(word)
+        return prompt["real"] & (prompt["input_ids"] == number)
+
+    def hidden(self, batch):
+        """-> a_h (B, S, N, D), zero at steps that are not there."""
+        prompt, steps = batch["prompt"], batch["steps"]
+        seen = self.vlm.see(batch["pixel_values"], batch["image_grid_thw"])
+        places = prompt["real"] & (prompt["input_ids"] == self.processor.image_token_id)
+        x = self.embed(prompt, seen, batch["state"][steps], places)
+        h = self.vlm.read(x, prompt, common.causal_mask(prompt["real"]), places, seen)
+        a_h = h[self.where(prompt, ACT)]  # a_h = pi_last(a_q | x, t, s)  # Eq. (2)
+        out = a_h.new_zeros(*steps.shape, self.cfg.future, a_h.shape[-1])
+        out[steps] = a_h.unflatten(0, (-1, self.cfg.future))
+        return out
+
+    def forward(self, batch, h_teacher=None):
+        """Losses of one step, by name."""
+        h = self.mapper(self.hidden(batch))  # (B, S, N, H)
+        if h_teacher is not None:
+            return {"align": align_loss(h, h_teacher, batch["steps"], self.cfg.align_loss)}
+        return action_losses(decode(self, h), batch, self.cfg.arm_loss)
+
+
+def put(x, where, values):
+    """x (B, T, D) with the rows of values (n, D), in order, where (B, T) is True."""
+    return x.masked_scatter(where[..., None], values.to(x.dtype))
+
+
+# --- Loss -----------------------------------------------------------------------------------------
+
+
+def masked_mean(x, mask):
+    """x (B, S, N, ...), mask (B, S, N) -> mean over each sample's inside, then over samples."""
+    x = x.flatten(3).mean(-1) if x.dim() > 3 else x
+    return ((x * mask).flatten(1).sum(1) / mask.flatten(1).sum(1).clamp(min=1)).mean()
+
+
+def align_loss(h_VLA, h_small, steps, how):
+    """(B, S, N, H) each, steps (B, S) -> scalar."""
+    # 1/N sum_i ||M(a_h^VLA,i) - a_h^Small,i||^2
+    distance = (h_VLA.float() - h_small.float().detach()).square().sum(-1)  # Eq. (3)
+    distance = (distance + 1e-12).sqrt() if how == "norm" else distance  # ASSUMPTION A1
+    return masked_mean(distance, steps[..., None].expand_as(distance))
+
+
+def action_losses(decoded, batch, how):
+    """Arm (B, S, N, 6) and gripper logit (B, S, N) against batch["action"] (B, S, N, 7)."""
+    arm, gripper = decoded
+    target, mask = batch["action"], batch["mask"]
+    error = F.l1_loss if how == "mae" else F.smooth_l1_loss  # ASSUMPTION A2
+    arm = masked_mean(error(arm, target[..., :6], reduction="none"), mask)
+    open_ = (target[..., 6] > 0).float()
+    bce = F.binary_cross_entropy_with_logits(gripper, open_, reduction="none")
+    return {"arm": arm, "gripper": masked_mean(bce, mask)}
+
+
+def total_loss(losses, cfg):
+    """Stage 1: the distance; else L_arm + lambda L_gripper, and the teacher's pictures."""
+    if "align" in losses:
+        return losses["align"]
+    total = losses["arm"] + cfg.gripper_weight * losses["gripper"]  # ASSUMPTION A3
+    return total + cfg.foresight_weight * losses.get("foresight", 0.0)
+
+
+# --- Data: windows of S steps ---------------------------------------------------------------------
+
+
+class Histories:
+    """Every window of S consecutive steps of every episode as a training sample."""
+
+    def __init__(self, episodes, stats, cfg):
+        self.episodes, self.stats, self.cfg = episodes, stats, cfg
+        counts = [max(1, len(e.action) - cfg.history + 1) for e in episodes]
+        self.starts = np.cumsum([0] + counts)
+
+    def __len__(self):
+        return int(self.starts[-1])
+
+    def get(self, index, rng):
+        """-> "images" [n][cameras], "goal" likewise, N steps on, "instruction", "state" (n, 8),
+        "action" (n, N, A), "mask" (n, N), for n <= S steps."""
+        cfg, e = self.cfg, int(np.searchsorted(self.starts, index, side="right")) - 1
+        episode, t = self.episodes[e], index - int(self.starts[e])
+        T = len(episode.action)
+        now = np.arange(t, min(t + cfg.history, T))
+        ahead = now[:, None] + np.arange(cfg.future)  # (n, N)
+        cameras = list(episode.images.values())
+        moves = rng.integers(-cfg.augment, cfg.augment + 1, (len(cameras), 2))
+
+        def look(t):  # one shift for a whole window: its pictures fit each other
+            frames = [camera[min(t, T - 1)] for camera in cameras]
+            return [data.shift(f, *(m * len(f) / 64).astype(int)) for f, m in zip(frames, moves)]
+
+        action = episode.action[np.minimum(ahead, T - 1)]  # (n, N, A)
+        return {
+            "images": [look(t) for t in now],
+            "goal": [look(t + cfg.future) for t in now],
+            "instruction": episode.instruction,
+            "state": data.normalise(episode.state[now], self.stats["state"], cfg.normalise),
+            "action": data.normalise(action, self.stats["action"], cfg.normalise),
+            "mask": ahead < T,  # ASSUMPTION A6
+        }
+
+
+# --- Eval: acting with a memory -------------------------------------------------------------------
+
+
+class Policy:
+    """A trained teacher or student with its normalisation: what `worlds.loop` acts with."""
+
+    def __init__(self, model, cfg, processor, stats, device):
+        self.model, self.cfg, self.processor, self.stats = model, cfg, processor, stats
+        self.device = device
+
+    def remember(self, observation, words):
+        """Adds the observation to its world's memory -> sample of the last S steps."""
+        memory = observation.get("memory", {})
+        state = data.normalise(observation["state"], self.stats["state"], self.cfg.normalise)
+        step = {"images": list(observation["images"].values()), "state": state}
+        memory["steps"] = (memory.get("steps", []) + [step])[-self.cfg.history :]
+        return {
+            "images": [s["images"] for s in memory["steps"]],
+            "state": np.stack([s["state"] for s in memory["steps"]]),
+            "instruction": words,
+        }
+
+    @torch.no_grad()
+    def act(self, observations, instructions, rng):
+        """n observations and instructions -> plans (n, 1, A) in the world's units."""
+        samples = [self.remember(o, words) for o, words in zip(observations, instructions)]
+        self.model.eval()
+        with common.autocast(self.device, self.cfg.dtype):
+            h = self.last_hidden(samples, observations)  # (n, N, H)
+            arm, gripper = decode(self.model, h)
+        plans = torch.cat([arm, gripper.sigmoid()[..., None]], dim=-1).cpu().numpy()  # (n, N, 7)
+        now = np.stack([self.choose(o, plan) for o, plan in zip(observations, plans)])  # (n, 7)
+        now[:, 6] = np.where(now[:, 6] > 0.5, 1.0, -1.0)
+        return data.unnormalise(now[:, None], self.stats["action"], self.cfg.normalise)
+
+    def last_hidden(self, samples, observations):
+        """-> states of the newest step's action tokens in Seer's width (n, N, H)."""
+        student = isinstance(self.model, VitaVLA)
+        if student and self.cfg.cache:
+            return self.model.mapper(self.recall(samples, observations))
+        batch = common.to_device(sense(samples, self.cfg, self.processor), self.device)
+        h = self.model.mapper(self.model.hidden(batch)) if student else self.model.hidden(batch)[0]
+        return h[torch.arange(len(h)), batch["steps"].sum(1) - 1]
+
+    def recall(self, samples, observations):
+        """As `hidden` at the newest step, (n, N, D), but a picture is encoded once, and keys and
+        values are kept while a history grows; once its window slides, the VLM reads it anew."""
+        newest = [s | {"images": s["images"][-1:], "state": s["state"][-1:]} for s in samples]
+        batch = common.to_device(sense(newest, self.cfg, self.processor), self.device)
+        seen = self.model.vlm.see(batch["pixel_values"], batch["image_grid_thw"])
+        grids = batch["image_grid_thw"].unflatten(0, (len(samples), -1)).tolist()
+        parts = zip(*(level.unflatten(0, (len(samples), -1)) for level in seen))
+        memories = [o["memory"] for o in observations]
+        for memory, grid, mine in zip(memories, grids, parts):
+            memory["steps"][-1] |= {"grid": [tuple(g) for g in grid], "seen": mine}
+        grows = [m.get("length", 0) + 1 == len(m["steps"]) > 1 for m in memories]
+        out = [None] * len(samples)
+        for kind in (True, False):
+            group = [i for i, grow in enumerate(grows) if grow is kind]
+            if group:
+                some = [samples[i] for i in group], [memories[i] for i in group]
+                for i, h in zip(group, self.read_on(*some, kind)):
+                    out[i] = h
+        return torch.stack(out)
+
+    def read_on(self, samples, memories, grow):
+        """The VLM over the newest step of each history behind what is kept (grow), or over all of
+        it -> (n, N, D); the memories keep its keys and values."""
+        model, cfg, processor = self.model, self.cfg, self.processor
+        grids = [[g for step in m["steps"] for g in step["grid"]] for m in memories]
+        rows = [chat(s, grid, cfg, processor) for s, grid in zip(samples, grids)]
+        kept = [m["past"][0][0].shape[1] if grow else 0 for m in memories]
+        fresh = [len(row) - k for row, k in zip(rows, kept)]  # tokens to read
+        prompt = processor.pad(rows, grids)
+        W, P = max(fresh), max(kept)
+        prompt = {k: v[..., -W:] for k, v in prompt.items()}
+        prompt["real"] = torch.arange(W) >= W - torch.tensor(fresh)[:, None]  # (n, W)
+        prompt = common.to_device(prompt, self.device)
+        behind = torch.arange(P) >= P - torch.tensor(kept)[:, None]  # (n, P)
+        behind, cache = behind.to(self.device), DynamicCache()
+        for layer in range(model.vlm.language.config.num_hidden_layers if grow else 0):
+            both = zip(*(m["past"][layer] for m in memories))
+            padded = [[F.pad(x, (0, 0, P - x.shape[1], 0)) for x in xs] for xs in both]
+            cache.update(*(torch.stack(xs) for xs in padded), layer)
+        steps = [m["steps"][-1:] if grow else m["steps"] for m in memories]
+        seen = [torch.cat(x) for x in zip(*(step["seen"] for some in steps for step in some))]
+        state = [torch.from_numpy(step["state"]) for some in steps for step in some]
+        places = prompt["real"] & (prompt["input_ids"] == processor.image_token_id)
+        x = model.embed(prompt, seen, torch.stack(state).to(self.device), places)
+        mask = behind[:, None, None].expand(-1, 1, W, -1)
+        mask = torch.cat([mask, common.causal_mask(prompt["real"])], dim=-1)
+        h = model.vlm.read(x, prompt, mask, places, seen, cache)
+        real = torch.cat([behind, prompt["real"]], dim=1)
+        for i, memory in enumerate(memories):
+            memory["length"] = len(memory["steps"])
+            kept = ((layer.keys[i], layer.values[i]) for layer in cache.layers)
+            memory["past"] = [(k[:, real[i]], v[:, real[i]]) for k, v in kept]
+        acts = model.where(prompt, ACT)
+        return torch.stack([row[act][-cfg.future :] for row, act in zip(h, acts)])
+
+    def choose(self, observation, plan):
+        """plan (N, 7) of probabilities -> the action to execute now (7,)."""
+        if not self.cfg.ensemble:
+            return plan[self.cfg.act_index]
+        memory = observation.setdefault("memory", {})
+        memory["plans"] = (memory.get("plans", []) + [plan])[-len(plan) :]
+        opinions = [p[age] for age, p in enumerate(reversed(memory["plans"]))][::-1]  # oldest first
+        weights = np.exp(-0.01 * np.arange(len(opinions)))
+        return (np.stack(opinions) * (weights / weights.sum())[:, None]).sum(0)
+
+    def view(self, observation, instruction):
+        return None
+
+
+# --- Train ----------------------------------------------------------------------------------------
+
+
+def make_optimizers(model, cfg):
+    """AdamW over what trains, or Muon over the matrices and AdamW over the rest; two rates."""
+    groups = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            peak = cfg.lr if name.startswith("vlm.") else cfg.lr_head
+            tokens = any(word in name for word in ("embed", "token", "latents"))
+            muon = cfg.optimizer == "muon" and p.dim() == 2 and not tokens
+            groups.setdefault((muon, peak), []).append(p)
+    adam, muon = (
+        [{"params": p, "lr": r, "peak": r} for (m, r), p in groups.items() if m == matrices]
+        for matrices in (False, True)
+    )
+    made = [torch.optim.AdamW(adam, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)]
+    if muon:
+        same = dict(weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")
+        made.append(torch.optim.Muon(muon, **same))
+    return made
+
+
+def train(cfg, dist, run, model, batches, meta, resumed, teacher=None):
+    """The loop, flat -> seconds. meta: what acting needs to know."""
+    opts = make_optimizers(model, cfg)
+    start, before, began = 0, 0.0, time.perf_counter()
+    if resumed:
+        start, before = resumed.step, resumed.train_state["seconds"]
+        for opt, state in zip(opts, resumed.train_state["optimizers"]):
+            opt.load_state_dict(state)
+        common.set_rng_state(resumed.local_state["rng"])
+    ddp = DistributedDataParallel(model) if dist.processes > 1 else model  # [method]
+    todo = range(start, cfg.steps)
+    loader = DataLoader(  # with a generator of its own it leaves the global one alone: exact resume
+        batches, batch_size=None, sampler=todo, num_workers=cfg.workers, generator=torch.Generator()
+    )
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    stop = common.Stop()
+
+    def seconds():
+        return before + time.perf_counter() - began
+
+    def save(step):
+        frozen = ("eyes.", "vlm.vision.", "vlm.model.visual.")  # [method] those are the backbone's
+        frozen += () if cfg.stage == "finetune" and not cfg.freeze_vlm else ("vlm.",)  # [method]
+        tensors = {n: t for n, t in model.state_dict().items() if not n.startswith(frozen)}
+        state = {"optimizers": [opt.state_dict() for opt in opts], "seconds": seconds()}
+        local = {"rng": common.rng_state()}
+        common.save_checkpoint(
+            run.folder / "checkpoints", step, tensors, state, local, meta, dist
+        )
+
+    for step, batch in zip(todo, loader):
+        for group in (group for opt in opts for group in opt.param_groups):
+            floor = cfg.min_lr * group["peak"]
+            group["lr"] = common.lr_at(step, group["peak"], cfg.warmup, cfg.steps, floor)
+        model.train()
+        batch = common.to_device(batch, dist.device)
+        with common.autocast(dist.device, cfg.dtype):
+            with torch.no_grad():  # [method]
+                h_teacher = teacher and teacher.hidden(batch)[0]  # [method]
+            losses = ddp(batch, h_teacher)  # [method]
+            loss = total_loss(losses, cfg)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(parameters, cfg.clip)
+        for opt in opts:
+            opt.step()
+            opt.zero_grad(set_to_none=True)
+        run.progress(step + 1)
+        if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.steps:
+            values = dist.mean({name: float(value.detach()) for name, value in losses.items()})
+            if not math.isfinite(sum(values.values())):
+                raise common.UserError(f"the loss is not finite at step {step + 1}: lower --lr")
+            rate = (step + 1) * cfg.batch * dist.processes / seconds()
+            lr = opts[0].param_groups[0]["lr"]
+            run.log(step + 1, values | {"lr": lr, "norm": float(norm), "samples/s": rate})
+        stopping = dist.any(stop.requested)
+        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or stopping:
+            save(step + 1)
+        if stopping and step + 1 < cfg.steps:
+            run.say(f"stopped at step {step + 1}; go on with --resume {run.folder}")
+            run.close()
+            raise KeyboardInterrupt
+    stop.restore()
+    return seconds()
+
+
+# --- main -----------------------------------------------------------------------------------------
+
+FREE = (  # what a resumed or evaluated run may change
+    "steps", "episodes", "domains", "execute", "ensemble", "parallel", "gifs", "act_index",
+    "log_every", "save_every", "workers", "threads", "device", "cache", "eval_only", "out",
+)  # fmt: skip
+
+
+def build(cfg, checkpoint=None):
+    """-> teacher or student, processor; weights from backbone, teacher, --student or checkpoint."""
+    vlm, processor = common.load_vlm(cfg.backbone)
+    common.seed_all(cfg.seed)
+    if cfg.stage == "teacher":
+        model = Seer(cfg, PaperEyes() if cfg.eyes == "mae" else BackboneEyes(vlm))
+    else:
+        model = VitaVLA(cfg, vlm, processor)
+    if checkpoint:
+        fit(model, checkpoint.tensors, checkpoint.path)
+    elif cfg.stage == "finetune" and cfg.student:
+        start = common.load_checkpoint(cfg.student, "vita_vla")
+        tensors = start.tensors
+        if cfg.freeze_vlm:  # the VLM as it is, everything around it as trained
+            tensors = {n: t for n, t in tensors.items() if not n.startswith("vlm.")}
+        fit(model, tensors, start.path)
+    return model, processor
+
+
+def fit(model, tensors, path):
+    """Loads what a checkpoint holds; only frozen parts, the backbone's own, may be absent."""
+    ours = model.state_dict()
+    bad = [n for n, t in tensors.items() if n not in ours or ours[n].shape != t.shape]
+    bad += [n for n in ours if n not in tensors and not n.startswith(("eyes.", "vlm."))]
+    if bad:
+        raise common.UserError(f"{path} does not fit these flags: {bad[0]}")
+    model.load_state_dict(tensors, strict=False)
+
+
+def load_teacher(cfg, device):
+    """`--teacher`, a run folder or a released checkpoint -> Seer, frozen; it must fit the flags."""
+    if not cfg.teacher:
+        raise common.UserError("this stage needs --teacher RUN: make one with `python vita_vla.py "
+                               "--stage teacher --out RUN`")  # fmt: skip
+    if cfg.teacher.endswith((".pth", ".pt")):
+        model, _ = build(replace(cfg, stage="teacher"))
+        load_seer(model, cfg.teacher)
+        return model.to(device).eval().requires_grad_(False)
+    checkpoint = common.load_checkpoint(cfg.teacher, "vita_vla")
+    theirs = common.resume_config(Config(), checkpoint.meta["config"])
+    if theirs.stage != "teacher":
+        raise common.UserError(f"--teacher {cfg.teacher} is a run of --stage {theirs.stage}")
+    for name in ("width", "future", "history", "size", "wrist_size", "eyes", "normalise"):
+        mine, yours = getattr(cfg, name), getattr(theirs, name)
+        if mine != yours and not (name == "history" and mine < yours):
+            flag = "--" + name.replace("_", "-")
+            raise common.UserError(f"--teacher {cfg.teacher} has {flag} {yours}, this run {mine}")
+    model, _ = build(theirs, checkpoint)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def load_policy(folder, device):
+    """A run folder (or one checkpoint of it) -> Policy."""
+    checkpoint = common.load_checkpoint(folder, "vita_vla")
+    cfg = common.resume_config(Config(), checkpoint.meta["config"])
+    model, processor = build(replace(cfg, student=""), checkpoint)
+    return Policy(model.to(device).eval(), cfg, processor, checkpoint.meta["stats"], device)
+
+
+def prepare(cfg, dist, run, resumed):
+    """Demonstrations, statistics, model -> Policy, batches, meta."""
+    suite = loop.suite_of(cfg.world)
+    wanted = suite, cfg.demos, cfg.seed, cfg.size, cfg.wrist_size, cfg.noise
+    episodes = data.demonstrations(*wanted) if dist.main else None
+    dist.barrier()  # the others read what rank 0 has cached
+    episodes = episodes or data.demonstrations(*wanted)
+    stats = resumed.meta["stats"] if resumed else data.statistics(episodes)
+    model, processor = build(cfg, resumed)
+    windows = Histories(episodes, stats, cfg)
+    mixtures = [data.Mixture([windows], seed=cfg.seed)]
+    counts = common.param_counts(model)
+    words = ", ".join(f"{name} {common.human(n)}" for name, n in counts.items())
+    run.say(f"{len(episodes)} demonstrations, {len(windows)} windows; parameters: {words}")
+    if dist.main and not resumed:
+        samples = [mixtures[0][i] for i in range(4)]
+        ids = sense(samples, cfg, processor)["prompt"]["input_ids"]
+        texts = [processor.words(row) for row in ids]
+        rows = [(s["images"][-1], text) for s, text in zip(samples, texts)]
+        pictures.contact_sheet(run.folder / "first_batch.png", rows)
+    join = partial(sense, cfg=cfg, processor=processor)
+    batches = data.Batches(mixtures, join, cfg.batch, dist.rank, dist.processes)
+    meta = {"method": "vita_vla", "config": dataclasses.asdict(cfg), "stats": stats}
+    return Policy(model.to(dist.device), cfg, processor, stats, dist.device), batches, meta
+
+
+def check(cfg):
+    """What no type can say about the flags, before anything is spent on them."""
+    suite = loop.suite_of(cfg.world)
+    loop.domains_of(suite, cfg.domains)
+    if cfg.data:
+        raise common.UserError(f"--data {cfg.data}: only the world's demonstrations can be read")
+    for name in ("batch", "demos", "episodes", "parallel", "log_every", "history", "future"):
+        if getattr(cfg, name) < 1:
+            raise common.UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: at least 1")
+    if cfg.execute != 1:
+        raise common.UserError("--execute is 1 here: the history is made of every step")
+    if not 0 <= cfg.act_index < cfg.future:
+        raise common.UserError(f"--act-index {cfg.act_index}: from 0 to {cfg.future - 1}")
+    if math.isqrt(cfg.foresight) ** 2 != cfg.foresight:
+        raise common.UserError(f"--foresight {cfg.foresight}: a square number")
+    return replace(cfg, domains=cfg.domains or (("chain",) if suite == "abc_d" else ()))
+
+
+def list_ablations():
+    """Each row with the paper's number and, where a result file holds it, ours."""
+    file = Path(__file__).parent / "assets" / "results" / "vita_vla.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    print(f"{'--ablation':16} {'row':42} {'paper: % first, length':22}  ours (seeds)")
+    for name, about in ABLATIONS.items():
+        mine, ours = [r for r in lines if r["arm"] == name], "not run"
+        if mine:
+            first, length = (np.mean([r[k] for r in mine]) for k in ("success", "length"))
+            ours = f"{100 * first:.1f}, {length:.2f} ({len(mine)})"
+        print(f"{name:16} {about['_row']:42} {about['_paper'] or '-':22}  {ours}")
+
+
+STAGES = {
+    "two-stage": ("teacher", "align", "finetune"),
+    "only-finetune": ("teacher", "finetune"),
+    "freeze-vlm": ("teacher", "align", "finetune", "frozen"),
+}
+
+
+def chain(cfg, dist):
+    """Yields the Config of each stage that is still to run; each has a folder of its own in the
+    chain's, which `--resume` goes on with."""
+    if cfg.stage != "chain" or cfg.eval_only:
+        yield cfg
+        return
+    folder = Path(cfg.resume or cfg.out or f"runs/vita_vla-{time.strftime('%Y%m%d-%H%M%S')}")
+    folder = Path(dist.share(str(folder)))
+    if cfg.resume and (folder / "chain.json").exists():
+        saved = json.loads((folder / "chain.json").read_text())
+        cfg = common.resume_config(cfg, saved, FREE)
+    elif cfg.resume:  # the folder of a single stage
+        yield cfg
+        return
+    elif dist.main:
+        folder.mkdir(parents=True, exist_ok=True)
+        common.write_json(folder / "chain.json", dataclasses.asdict(cfg))
+    teacher, before = cfg.teacher, cfg.student
+    for name in STAGES[cfg.recipe]:
+        if name == "teacher" and cfg.teacher:
+            continue
+        stage = "finetune" if name == "frozen" else name
+        steps = cfg.steps or getattr(cfg, f"{stage}_steps")
+        here = replace(cfg, stage=stage, steps=steps, teacher=teacher, student=before, resume="",
+                       out=str(folder / name), freeze_vlm=name == "frozen")  # fmt: skip
+        here.explicit = ()
+        if list((folder / name).glob("checkpoints/step_*/meta.json")):
+            here.resume = str(folder / name)
+        if not (folder / name / "result.json").exists():
+            yield here
+        teacher = teacher or str(folder / "teacher")
+        before = "" if name == "teacher" else str(folder / name)
+
+
+def session(cfg, dist):
+    """Trains one stage, or goes on with it, and evaluates what acts by then."""
+    resumed, policy, seconds = None, None, 0.0
+    if cfg.resume:
+        resumed = common.load_checkpoint(cfg.resume, "vita_vla", dist=dist)
+        cfg = common.resume_config(cfg, resumed.meta["config"], FREE)
+    if cfg.eval_only:
+        policy = load_policy(cfg.eval_only, dist.device)
+        free = FREE + ("world", "seed")
+        cfg = common.resume_config(cfg, dataclasses.asdict(policy.cfg), free)
+        if cfg.out == policy.cfg.out:
+            cfg.out = str(Path(cfg.eval_only) / time.strftime("eval-%Y%m%d-%H%M%S"))
+        policy.cfg = policy.model.cfg = cfg
+    cfg.steps = cfg.steps or getattr(cfg, f"{cfg.stage}_steps")
+    cfg = check(cfg)
+    run = common.Run(cfg, "vita_vla", __file__, dist, cfg.steps, resumed)
+    run.say(f"{cfg.stage}: run folder {run.folder}; {dist.processes} process(es) on {dist.device}")
+    if not policy:
+        teacher = None
+        if cfg.stage == "align" or (cfg.stage == "finetune" and not cfg.student and cfg.teacher):
+            teacher = load_teacher(cfg, dist.device)
+        policy, batches, meta = prepare(cfg, dist, run, resumed)
+        if teacher and not resumed:  # the decoder is the teacher's
+            tensors = {n: t for n, t in teacher.state_dict().items() if n.startswith(DECODER)}
+            policy.model.load_state_dict(tensors, strict=False)
+        teacher = teacher if cfg.stage == "align" else None
+        seconds = train(cfg, dist, run, policy.model, batches, meta, resumed, teacher)
+    run.say("closed loop:")
+    results = loop.evaluate(policy, cfg, dist, run.folder, run.say)
+    first = next(iter(results.values()))
+    run.result({
+        "method": "vita_vla", "arm": cfg.ablation or cfg.recipe, "stage": cfg.stage,
+        "backbone": cfg.backbone, "world": cfg.world, "seed": cfg.seed, "steps": cfg.steps,
+        "samples": cfg.steps * cfg.batch * dist.processes, "train_seconds": round(seconds, 1),
+        "success": first["success"], "ci95": first["ci95"], "episodes": first["episodes"],
+        "length": first.get("length"), "per_task": first["per_task"], "domains": results,
+        "params": common.param_counts(policy.model),
+    })  # fmt: skip
+    run.close()
+    if dist.main:
+        pictures.draw_run(run.folder, ("arm", "gripper", "align", "foresight"))
+    run.say(f"result.json, pictures and films are in {run.folder}")
+
+
+def main(argv=None):
+    cfg = common.parse(Config, PRESETS, ABLATIONS, argv)
+    if cfg.ablation == "list":
+        return list_ablations()
+    dist = common.setup(cfg)
+    check(cfg)
+    for stage in chain(cfg, dist):
+        session(stage, dist)
+    dist.destroy()
+
+
+if __name__ == "__main__":
+    common.run_main(main)
