@@ -715,7 +715,7 @@ def make_optimizers(model, cfg):
     return made
 
 
-def train(cfg, dist, run, model, batches, meta, resumed, measure, teacher=None):
+def train(cfg, dist, run, model, batches, meta, resumed, measure, teacher=None):  # [method]
     """The loop, flat -> seconds. measure: () -> abilities; meta: what acting needs to know."""
     opts = make_optimizers(model, cfg)
     start, before, began = 0, 0.0, time.perf_counter()
@@ -724,7 +724,7 @@ def train(cfg, dist, run, model, batches, meta, resumed, measure, teacher=None):
         for opt, state in zip(opts, resumed.train_state["optimizers"]):
             opt.load_state_dict(state)
         common.set_rng_state(resumed.local_state["rng"])
-    unused = cfg.brain == "nofreeze"  # of the left brain's last layer only keys and values count
+    unused = cfg.brain == "nofreeze"  # [method] of the left's last layer only keys, values count
     ddp = model
     if dist.processes > 1:
         ddp = DistributedDataParallel(model, find_unused_parameters=unused)
@@ -752,8 +752,8 @@ def train(cfg, dist, run, model, batches, meta, resumed, measure, teacher=None):
         for group in (group for opt in opts for group in opt.param_groups):
             floor = cfg.min_lr * group["peak"]
             group["lr"] = common.lr_at(step, group["peak"], cfg.warmup, cfg.steps, floor)
-        if cfg.qa_every and step % cfg.qa_every == 0 and dist.main:
-            run.record(step, {"abilities": measure()})
+        if cfg.qa_every and step % cfg.qa_every == 0 and dist.main:  # [method]
+            run.record(step, {"abilities": measure()})  # [method]
         model.train()
         batch = common.to_device(batch, dist.device)
         with common.autocast(dist.device, cfg.dtype):
@@ -784,8 +784,8 @@ def train(cfg, dist, run, model, batches, meta, resumed, measure, teacher=None):
             run.close()
             raise KeyboardInterrupt
     stop.restore()
-    if cfg.qa_every and dist.main:
-        run.record(cfg.steps, {"abilities": measure()})
+    if cfg.qa_every and dist.main:  # [method]
+        run.record(cfg.steps, {"abilities": measure()})  # [method]
     return seconds()
 
 

@@ -873,8 +873,8 @@ def make_optimizers(model, cfg):
     return made
 
 
-def train(cfg, dist, run, model, batches, meta, resumed, teacher=None):
-    """The loop, flat -> seconds. meta: what acting needs to know."""
+def train(cfg, dist, run, model, batches, meta, resumed, teacher=None):  # [method]
+    """The loop, flat -> seconds. meta: what acting needs to know; teacher: what stage 1 follows."""
     opts = make_optimizers(model, cfg)
     start, before, began = 0, 0.0, time.perf_counter()
     if resumed:
@@ -882,7 +882,10 @@ def train(cfg, dist, run, model, batches, meta, resumed, teacher=None):
         for opt, state in zip(opts, resumed.train_state["optimizers"]):
             opt.load_state_dict(state)
         common.set_rng_state(resumed.local_state["rng"])
-    ddp = DistributedDataParallel(model) if dist.processes > 1 else model  # [method]
+    unused = False  # [method]
+    ddp = model
+    if dist.processes > 1:
+        ddp = DistributedDataParallel(model, find_unused_parameters=unused)
     todo = range(start, cfg.steps)
     loader = DataLoader(  # with a generator of its own it leaves the global one alone: exact resume
         batches, batch_size=None, sampler=todo, num_workers=cfg.workers, generator=torch.Generator()

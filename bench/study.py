@@ -53,24 +53,27 @@ def run(method, arm, seed, flags, keep, parallel):
         done.check_returncode()
         last = Path(out) / "finetune" if (Path(out) / "chain.json").exists() else Path(out)
         result = json.loads((last / "result.json").read_text())
+        lines = [json.loads(x) for x in (last / "metrics.jsonl").read_text().splitlines()]
+        if curve := [[x["step"], x["abilities"]] for x in lines if "abilities" in x]:
+            result["curve"] = curve  # Figure 2
     facts = {"command": shlex.join(["python", f"{method}.py", *own]), "machine": machine()}
     facts |= {"torch": torch.__version__, "transformers": transformers.__version__}
     return {"arm": arm, "flags": " ".join(flags), "parallel": parallel, **result, **facts}
 
 
 def table(lines):
-    """Mean over seeds in percent, with the 95% interval over seeds where there are several."""
-    arms = list(dict.fromkeys((line["arm"], line["flags"]) for line in lines))
-    heads = f"{'in-domain %':>20} {'out-of-domain %':>20} {'seconds':>8}"
-    print(f"{'arm':18} {'seeds':>5}  {heads}  flags")
-    for arm, flags in arms:
+    """Mean over seeds, with the 95% interval over seeds where there are several."""
+    second = "length" if "length" in lines[0] else "success_out"
+    heads = {"success_out": "out-of-domain %", "length": "average length"}
+    print(f"{'arm':18} {'seeds':>5}  {'success %':>20} {heads[second]:>20} {'seconds':>8}  flags")
+    for arm, flags in dict.fromkeys((line["arm"], line["flags"]) for line in lines):
         mine = [line for line in lines if (line["arm"], line["flags"]) == (arm, flags)]
         cells = []
-        for key in ("success", "success_out"):
-            values = [100 * line[key] for line in mine if line[key] is not None]
+        for key, scale in (("success", 100), (second, 100 if second == "success_out" else 1)):
+            values = [scale * line[key] for line in mine if line[key] is not None]
             mean = sum(values) / len(values) if values else float("nan")
             low, high = common.ci95_mean(values) if len(values) > 1 else (mean, mean)
-            cells.append(f"{mean:.1f} ({low:.1f} to {high:.1f})")
+            cells.append(f"{mean:.2f} ({low:.2f} to {high:.2f})")
         seconds = sum(line["train_seconds"] for line in mine) / len(mine)
         print(f"{arm:18} {len(mine):5}  {cells[0]:>20} {cells[1]:>20} {seconds:8.0f}  {flags}")
 

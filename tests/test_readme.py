@@ -1,5 +1,6 @@
 """What the README and the docstrings promise: commands that parse, files that exist, sizes kept."""
 
+import inspect
 import re
 import shlex
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 import common
 import twinbrain
+import vita_vla
 
 ROOT = Path(twinbrain.__file__).resolve().parent
 README = (ROOT / "README.md").read_text()
@@ -50,6 +52,14 @@ def test_every_flag_named_exists():
     known |= {"--minutes", "--peak", "--local-dir", "--keep", "--rdzv-backend"}
     for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README + twinbrain.__doc__)):
         assert flag in known, flag
+
+
+def test_the_loops_differ_only_where_they_say_so():
+    loops = []
+    for script in (twinbrain, vita_vla):
+        lines = inspect.getsource(script.train).splitlines()
+        loops.append([s for s in lines if "# [method]" not in s and '"""' not in s])
+    assert loops[0] == loops[1]
 
 
 @pytest.mark.parametrize("name", CAPS)
