@@ -32,6 +32,7 @@ Assumptions and decisions, where paper and released code differ or are silent
   A8  The teacher stands still in stage 1: no dropout, no gradient (the released code drops out).
   A9  On the laptop Seer's frozen encoders are the tiny backbone's vision tower and its embeddings
       of the instruction's first words side by side (`--eyes backbone`; paper: MAE and CLIP, `mae`).
+  A10 There, with 16 and 4 tokens a picture, the resampler is left out: with it, learning is slower.
 Errata: the "3-layer MLP" connector of Section 3.2 has two layers; the 13 steps of a sample are 10
 observed and 3 future ones; Table 7's captions (b) and (c) are exchanged.
 
@@ -84,21 +85,23 @@ class Config:
     student: str = ""  # finetune: run folder of the student to start from; empty: the VLM as it is
     freeze_vlm: bool = False  # finetune: the VLM as it is stays frozen (Section 4.2)
     teacher_steps: int = 1500  # optimizer steps of the teacher's stage
-    align_steps: int = 600  # of stage 1 (paper: 3 epochs)
-    finetune_steps: int = 1200  # of stage 2 (paper: 2 epochs)
+    align_steps: int = 500  # of stage 1 (paper: 3 epochs)
+    finetune_steps: int = 1000  # of stage 2 (paper: 2 epochs)
     # the teacher, Seer
     eyes: str = "backbone"  # backbone | mae: frozen encoders, the backbone's or MAE and CLIP (A9)
     width: int = 128  # H (paper: 1024 on CALVIN, 384 on LIBERO)
     depth: int = 4  # GPT-2 blocks (paper: 24)
     heads: int = 4  # attention heads (paper: 16, 12)
+    resampler: int = 0  # layers of the perceiver resampler; 0: a picture's tokens as they are (A10)
     queries: int = 6  # resampled tokens of a picture (paper: 16, 6)
     foresight: int = 4  # foresight tokens of a picture, a square number (paper: 16, 9)
     foresight_weight: float = 0.1  # of the predicted pictures' loss
+    foresight_steps: int = 1  # of a window's last steps that predict pictures; 0: all (Seer)
     patch: int = 8  # pixels of a predicted patch (paper: 16)
     dropout: float = 0.0  # inside the GPT-2 blocks (paper: 0.1)
     goal: int = 0  # pre-training on play: foresight sees the state this many steps ahead (Seer: 4)
     # the student
-    history: int = 5  # S, observed steps (paper: 10 on CALVIN, 7 on LIBERO)
+    history: int = 3  # S, observed steps (paper: 10 on CALVIN, 7 on LIBERO)
     future: int = 3  # N, actions predicted at each step
     tokens: str = "shared"  # shared | separate: one action token repeated, or one for each action
     mapper: str = "mlp"  # mlp | decoder: M is three linear layers, or a transformer decoder
@@ -106,11 +109,12 @@ class Config:
     gripper_state: str = "onehot"  # onehot | raw: the last number open or not, or the last two
     align_loss: str = "mse"  # mse | norm (A1)
     arm_loss: str = "mae"  # mae | smooth (A2)
-    gripper_weight: float = 0.01  # of the gripper's BCE (A3)
+    gripper_weight: float = 0.05  # of the gripper's BCE (paper: 0.01; A3)
     # training
-    batch: int = 32  # windows per process and step (paper: 8, then 4, on each of 8 GPUs)
+    batch: int = 48  # windows per process and step (paper: 8, then 4, on each of 8 GPUs)
     lr: float = 1e-3  # the VLM in stage 2 (paper: 1e-4)
-    lr_head: float = 2e-3  # everything else (paper: 1e-4; Seer: 1e-3)
+    lr_head: float = 2e-3  # everything else of the student (paper: 1e-4)
+    lr_teacher: float = 6e-3  # the teacher (Seer: 1e-3)
     min_lr: float = 0.0  # where the cosine ends, as a share of the peak
     warmup: int = 50  # steps of linear warm-up
     weight_decay: float = 1e-4  # of AdamW
@@ -140,9 +144,10 @@ class Config:
 
 
 CALVIN = dict(
-    backbone="VITA-1.5", eyes="mae", width=1024, depth=24, heads=16, queries=16, foresight=16,
-    patch=16, dropout=0.1, history=10, batch=8, lr=1e-4, lr_head=1e-4, optimizer="adamw",
-    size=200, wrist_size=84, act_index=1, episodes=1000, workers=4, augment=0,
+    backbone="VITA-1.5", eyes="mae", width=1024, depth=24, heads=16, resampler=3, queries=16,
+    foresight=16, patch=16, dropout=0.1, foresight_steps=0, history=10, batch=8, lr=1e-4,
+    lr_head=1e-4, lr_teacher=1e-3, gripper_weight=0.01, optimizer="adamw", size=200, wrist_size=84,
+    act_index=1, episodes=1000, workers=4, augment=0,
 )  # fmt: skip
 LIBERO = dict(width=384, heads=12, queries=6, foresight=9, history=7, act_index=0, ensemble=True,
               gripper_state="raw", episodes=500)  # fmt: skip
@@ -202,7 +207,7 @@ def chat(sample, grids, cfg, processor):
 
 def sense(samples, cfg, processor):
     """Samples of n <= S steps, with "images" [n][cameras], "instruction", "state" (n, 8) and, in
-    training, "action" (n, N, A), "mask" (n, N), "goal" [n][cameras] -> batch, padded to S steps.
+    training, "action" (n, N, A), "mask" (n, N), "goal" [n or fewer][cameras] -> batch, padded to S.
     Training and acting both come through here."""
     B, S = len(samples), max(len(s["images"]) for s in samples)
     pixels, grids, rows, text = [], [], [], []
@@ -227,7 +232,9 @@ def sense(samples, cfg, processor):
         batch["action"] = torch.from_numpy(fill(B, S, [s["action"] for s in samples]))
         batch["mask"] = torch.from_numpy(fill(B, S, [s["mask"] for s in samples]))  # (B, S, N)
         goals = zip(*(step for s in samples for step in s["goal"]))  # by camera
-        batch["goal"] = [foresight_target(np.stack(g), cfg) for g in goals]  # (steps, P, p * p * 3)
+        batch["goal"] = [foresight_target(np.stack(g), cfg) for g in goals]  # (n, P, p * p * 3)
+        last = batch["steps"].sum(1, keepdim=True) - torch.arange(S)  # 1 for a window's last step
+        batch["imagined"] = batch["steps"] & (last <= (cfg.foresight_steps or S))  # (B, S), n True
     return batch
 
 
@@ -350,7 +357,7 @@ class PerceiverAttention(nn.Module):
 class PerceiverResampler(nn.Module):
     """Any number of picture features -> Q tokens."""
 
-    def __init__(self, dim, queries, depth=3):
+    def __init__(self, dim, queries, depth):
         super().__init__()
         self.latents = nn.Parameter(torch.randn(queries, dim))
 
@@ -420,12 +427,11 @@ class BackboneEyes(nn.Module):
 
     def forward(self, batch, cameras):
         """-> picture features by camera [(steps, P, dim)], words (B, dim)."""
+        grids = batch["image_grid_thw"].prod(1)  # patches of each picture
         tokens = self.vlm.see(batch["pixel_values"], batch["image_grid_thw"])[0]
-        sizes = batch["image_grid_thw"][:cameras].prod(1)
-        sizes = (sizes * cameras * len(tokens) // batch["image_grid_thw"].prod(1).sum()).tolist()
-        steps = len(batch["image_grid_thw"]) // cameras
-        sizes = [size // cameras for size in sizes]
-        parts = tokens.unflatten(0, (steps, -1)).split(sizes, dim=1)
+        patches_of_a_token = int(grids.sum()) // len(tokens)
+        sizes = (grids[:cameras] // patches_of_a_token).tolist()
+        parts = tokens.unflatten(0, (len(grids) // cameras, -1)).split(sizes, dim=1)
         return parts, self.vlm.language.get_input_embeddings()(batch["text"]).flatten(1)
 
 
@@ -462,7 +468,8 @@ class Seer(nn.Module):
         E = eyes.picture_width
         self.text_projector = nn.Linear(eyes.text_width, H)
         add_state_encoder(self, H)
-        self.perceiver_resampler = PerceiverResampler(E, cfg.queries)
+        if cfg.resampler:
+            self.perceiver_resampler = PerceiverResampler(E, cfg.queries, cfg.resampler)
         for camera in self.cameras:
             self.add_module(f"image_{camera}_projector", nn.Linear(E, H))
             self.add_module(f"cls_token_{camera}_projector", nn.Linear(E, H))
@@ -485,7 +492,7 @@ class Seer(nn.Module):
         self.image_decoder_pred = nn.Linear(H, 3 * cfg.patch**2)
 
     def context(self, batch):
-        """-> (B, S, 4 + 2 Q, H): words, state, Q tokens of each picture, a summary of each."""
+        """-> (B, S, A, H): words, state, Q (or all) tokens of each picture, a summary of each."""
         steps = batch["steps"]  # (B, S)
         with torch.no_grad():
             features, words = self.eyes(batch, len(self.cameras))
@@ -494,7 +501,8 @@ class Seer(nn.Module):
         tokens, summaries = [], []
         for camera, x in zip(self.cameras, features):  # x (real steps, P, E)
             summary, x = (x[:, :1], x[:, 1:]) if self.cfg.eyes == "mae" else (x.mean(1, True), x)
-            x = self.get_submodule(f"image_{camera}_projector")(self.perceiver_resampler(x))
+            x = self.perceiver_resampler(x) if self.cfg.resampler else x
+            x = self.get_submodule(f"image_{camera}_projector")(x)
             summary = self.get_submodule(f"cls_token_{camera}_projector")(summary)
             tokens.append(x)
             summaries.append(summary)
@@ -531,7 +539,7 @@ class Seer(nn.Module):
         h, ahead = self.hidden(batch)
         losses = action_losses(decode(self, h), batch, "smooth")
         errors = []
-        for half, target in zip(ahead[batch["steps"]].chunk(2, dim=1), batch["goal"]):
+        for half, target in zip(ahead[batch["imagined"]].chunk(2, dim=1), batch["goal"]):
             picture = self.imagine(half, math.isqrt(target.shape[1]))
             errors.append(((picture - target) ** 2).mean())
         return losses | {"foresight": sum(errors) / 2}
@@ -711,7 +719,7 @@ class Histories:
         return int(self.starts[-1])
 
     def get(self, index, rng):
-        """-> "images" [n][cameras], "goal" likewise, N steps on, "instruction", "state" (n, 8),
+        """-> "images" [n][cameras], "goal" of the last steps, N on, "instruction", "state" (n, 8),
         "action" (n, N, A), "mask" (n, N), for n <= S steps."""
         cfg, e = self.cfg, int(np.searchsorted(self.starts, index, side="right")) - 1
         episode, t = self.episodes[e], index - int(self.starts[e])
@@ -728,7 +736,7 @@ class Histories:
         action = episode.action[np.minimum(ahead, T - 1)]  # (n, N, A)
         return {
             "images": [look(t) for t in now],
-            "goal": [look(t + cfg.future) for t in now],
+            "goal": [look(t + cfg.future) for t in now[-cfg.foresight_steps :]],
             "instruction": episode.instruction,
             "state": data.normalise(episode.state[now], self.stats["state"], cfg.normalise),
             "action": data.normalise(action, self.stats["action"], cfg.normalise),
@@ -859,6 +867,7 @@ def make_optimizers(model, cfg):
     for name, p in model.named_parameters():
         if p.requires_grad:
             peak = cfg.lr if name.startswith("vlm.") else cfg.lr_head
+            peak = cfg.lr_teacher if cfg.stage == "teacher" else peak
             tokens = any(word in name for word in ("embed", "token", "latents"))
             muon = cfg.optimizer == "muon" and p.dim() == 2 and not tokens
             groups.setdefault((muon, peak), []).append(p)

@@ -1,0 +1,709 @@
+"""data.py: recordings in the formats of others. Each dataset here is written from its layout."""
+
+import base64
+import io
+import json
+import os
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+from common import UserError
+
+TASKS = ["push the red block", "open the drawer"]
+LENGTHS = [5, 7, 4, 6]
+SIZE = 32  # of the pictures
+
+
+@pytest.fixture(autouse=True)
+def places(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(data, "DATA", tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+
+
+def picture(episode, t, camera=0):
+    """A picture that tells its episode, step and camera, also after a video codec."""
+    image = np.zeros((SIZE, SIZE, 3), np.uint8)
+    image[: SIZE // 2] = 40 * episode + 20, 30 * t + 20, 120 * camera + 40
+    image[SIZE // 2 :, : SIZE // 2] = 200
+    return image
+
+
+def png(image):
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "png")
+    return file.getvalue()
+
+
+def numbers(episode, T, width):
+    rng = np.random.default_rng([episode, width])
+    return rng.normal(size=(T, width)).astype(np.float32)
+
+
+def close(one, other):
+    return np.abs(one.astype(int) - other.astype(int)).mean() < 12
+
+
+# --- writers --------------------------------------------------------------------------------------
+
+
+def write_video(path, images, fps=10):
+    av = pytest.importorskip("av")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("mpeg4", fps)
+        stream.width = stream.height = SIZE
+        stream.pix_fmt, stream.gop_size, stream.bit_rate = "yuv420p", 3, 4_000_000
+        for image in images:
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        file.mux(stream.encode())
+
+
+def columns(episode, T, cameras, first=0, fixed=False, frame_index=True, dims=(8, 7), A=None):
+    """A parquet table of one episode; cameras: those whose pictures are in it."""
+    pa = pytest.importorskip("pyarrow")
+
+    def rows(x):
+        if fixed:
+            flat = pa.array(x.ravel(), pa.float32())
+            return pa.FixedSizeListArray.from_arrays(flat, x.shape[1])
+        return pa.array(list(x), pa.list_(pa.float32()))
+
+    out = {
+        "observation.state": rows(numbers(episode, T, dims[0])),
+        "action": rows(numbers(episode, T, dims[1]) if A is None else A),
+        "timestamp": pa.array(np.arange(T, dtype=np.float32) / 10),
+        "episode_index": pa.array([episode] * T, pa.int64()),
+        "index": pa.array(range(first, first + T), pa.int64()),
+        "task_index": pa.array([episode % 2] * T, pa.int64()),
+    }
+    if frame_index:
+        out["frame_index"] = pa.array(range(T), pa.int64())
+    for camera, key in cameras:
+        cells = [{"bytes": png(picture(episode, t, camera)), "path": ""} for t in range(T)]
+        out[key] = pa.array(cells, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    return pa.table(out)
+
+
+KEYS = ["observation.images.front", "observation.images.wrist"]
+
+
+def info(root, version, video, dims=(8, 7), **more):
+    kind = "video" if video else "image"
+    features = {key: {"dtype": kind, "shape": [SIZE, SIZE, 3], "names": None} for key in KEYS}
+    features["observation.state"] = {"dtype": "float32", "shape": [dims[0]], "names": None}
+    features["action"] = {"dtype": "float32", "shape": [dims[1]], "names": {"motors": []}}
+    about = {"codebase_version": version, "fps": 10, "chunks_size": 2, "features": features} | more
+    (root / "meta").mkdir(parents=True, exist_ok=True)
+    (root / "meta/info.json").write_text(json.dumps(about))
+
+
+def lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_v2(root, video, version="v2.1", **how):
+    """Two episodes to a chunk; how: see `columns`."""
+    pq = pytest.importorskip("pyarrow.parquet")
+    name = "episode_{episode_index:06d}"
+    info(root, version, video, how.get("dims", (8, 7)),
+         data_path="data/chunk-{episode_chunk:03d}/" + name + ".parquet",
+         video_path="videos/chunk-{episode_chunk:03d}/{video_key}/" + name + ".mp4")  # fmt: skip
+    lines(root / "meta/tasks.jsonl", [{"task_index": i, "task": t} for i, t in enumerate(TASKS)])
+    lines(root / "meta/episodes.jsonl", [{"episode_index": e, "tasks": [TASKS[e % 2]], "length": T}
+                                         for e, T in enumerate(LENGTHS)])  # fmt: skip
+    for e, T in enumerate(LENGTHS):
+        chunk = f"chunk-{e // 2:03d}"
+        (root / "data" / chunk).mkdir(parents=True, exist_ok=True)
+        table = columns(e, T, [] if video else list(enumerate(KEYS)), **how)
+        pq.write_table(table, root / f"data/{chunk}/episode_{e:06d}.parquet")
+        for c, key in enumerate(KEYS if video else []):
+            path = root / f"videos/{chunk}/{key}/episode_{e:06d}.mp4"
+            write_video(path, [picture(e, t, c) for t in range(T)])
+    return root
+
+
+def write_v3(root, video, **how):
+    """Data files hold episodes (0, 1), (2, 3); video files (0), (1, 2), (3)."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    name = "file-{file_index:03d}"
+    info(root, "v3.0", video,
+         data_path="data/chunk-{chunk_index:03d}/" + name + ".parquet",
+         video_path="videos/{video_key}/chunk-{chunk_index:03d}/" + name + ".mp4")  # fmt: skip
+    starts = np.cumsum([0, *LENGTHS]).tolist()
+    table = pa.table({"task_index": [0, 1], "__index_level_0__": TASKS})
+    pq.write_table(table, root / "meta/tasks.parquet")
+    rows, in_video = [], [(0, 0), (1, 0), (1, LENGTHS[1]), (2, 0)]
+    for e, T in enumerate(LENGTHS):
+        row = {"episode_index": e, "tasks": [TASKS[e % 2]], "length": T, "stats/x": [0.0],
+               "dataset_from_index": starts[e], "dataset_to_index": starts[e + 1],
+               "data/chunk_index": 0, "data/file_index": e // 2}  # fmt: skip
+        for key in KEYS if video else []:
+            file, before = in_video[e]
+            row |= {f"videos/{key}/chunk_index": 0, f"videos/{key}/file_index": file,
+                    f"videos/{key}/from_timestamp": before / 10,
+                    f"videos/{key}/to_timestamp": (before + T) / 10}  # fmt: skip
+        rows.append(row)
+    for k in (0, 1):  # two files of episodes as well
+        path = root / f"meta/episodes/chunk-000/file-{k:03d}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(rows[2 * k : 2 * k + 2]), path)
+        inside = [] if video else list(enumerate(KEYS))
+        both = [columns(e, LENGTHS[e], inside, starts[e], **how) for e in (2 * k, 2 * k + 1)]
+        path = root / f"data/chunk-000/file-{k:03d}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.concat_tables(both), path, row_group_size=4)  # groups cut episodes
+    for c, key in enumerate(KEYS if video else []):
+        for f, held in enumerate([[0], [1, 2], [3]]):
+            images = [picture(e, t, c) for e in held for t in range(LENGTHS[e])]
+            write_video(root / f"videos/{key}/chunk-000/file-{f:03d}.mp4", images)
+    return root
+
+
+def write_calvin(root, annotated=True, protocol=4):
+    for split, first in (("training", 100), ("validation", 500)):
+        folder = root / split
+        (folder / "lang_annotations").mkdir(parents=True)
+        for t in range(first, first + 12):
+            np.savez_compressed(
+                folder / f"episode_{t:07d}.npz", rgb_static=picture(t % 4, t % 5),
+                rgb_gripper=picture(t % 4, t % 5, 1)[:20, :20], robot_obs=numbers(t, 1, 15)[0],
+                rel_actions=np.r_[numbers(t, 1, 6)[0], 1.0 if t % 2 else -1.0])  # fmt: skip
+        np.save(folder / "ep_start_end_ids.npy", np.array([[first, first + 11]]))
+        note = {"language": {"ann": TASKS, "task": ["push", "open"], "emb": np.zeros((2, 1, 3))},
+                "info": {"indx": [(first, first + 3), (first + 4, first + 9)],
+                         "episodes": []}}  # fmt: skip
+        if annotated:
+            save_object(folder / "lang_annotations/auto_lang_ann.npy", note)
+        scenes = {"calvin_scene_A": [first, first + 3], "calvin_scene_B": [first + 4, first + 11]}
+        save_object(folder / "scene_info.npy", scenes)
+    return root
+
+
+def save_object(path, what):
+    np.save(path, np.array(what, dtype=object), allow_pickle=True)
+
+
+def write_libero(root, demos=2):
+    h5py = pytest.importorskip("h5py")
+    root.mkdir(parents=True, exist_ok=True)
+    for k, task in enumerate(TASKS):
+        with h5py.File(root / f"task_{k}_demo.hdf5", "w") as file:
+            group = file.create_group("data")
+            group.attrs["problem_info"] = json.dumps({"language_instruction": f'"{task}"'})
+            for d in range(demos):
+                T, demo = LENGTHS[d], group.create_group(f"demo_{d}")
+                action = numbers(d, T, 7).astype(np.float64)
+                action[:, -1] = np.where(np.arange(T) < 2, -1, 1)  # open, then closed
+                demo["actions"] = action
+                demo["obs/ee_states"] = numbers(d, T, 6)
+                demo["obs/gripper_states"] = np.ones((T, 2))
+                for c, name in enumerate(("agentview_rgb", "eye_in_hand_rgb")):
+                    demo[f"obs/{name}"] = np.stack([picture(d, t, c) for t in range(T)])
+    return root
+
+
+# --- LeRobot --------------------------------------------------------------------------------------
+
+LEROBOT = {
+    "v2.0-video": lambda root: write_v2(root, True, "v2.0", frame_index=False),
+    "v2.1-images": lambda root: write_v2(root, False, fixed=True),
+    "v3.0-video": lambda root: write_v3(root, True, fixed=True),
+    "v3.0-images": lambda root: write_v3(root, False, frame_index=False),
+}
+
+
+@pytest.mark.parametrize("kind", LEROBOT)
+def test_every_kind_of_lerobot(kind, tmp_path):
+    episodes = data.open_episodes(LEROBOT[kind](tmp_path / "set"))
+    assert len(episodes) == len(LENGTHS) == len(list(episodes))
+    assert episodes.lengths == LENGTHS
+    for e in (2, 0, 3, 1):
+        episode, T = episodes[e], LENGTHS[e]
+        assert np.array_equal(episode.state, numbers(e, T, 8))
+        assert np.array_equal(episode.action, numbers(e, T, 7))
+        assert episode.action.dtype == np.float32 and episode.fps == 10
+        assert episode.instruction == TASKS[e % 2] and list(episode.images) == ["front", "wrist"]
+        for c, frames in enumerate(episode.images.values()):
+            assert len(frames) == T
+            for t in [*range(T), 0, T - 1, -1]:  # forwards and back
+                assert frames[t].dtype == np.uint8 and frames[t].shape == (SIZE, SIZE, 3)
+                assert close(frames[t], picture(e, t % T, c)), (e, t)
+            assert frames[1:3].shape == (2, SIZE, SIZE, 3)
+    with pytest.raises(IndexError):
+        episodes[4]
+
+
+@pytest.mark.parametrize("kind", ["v2.1-images", "v3.0-video"])
+def test_windows_of_a_recording(kind, tmp_path):
+    episodes = data.open_episodes(LEROBOT[kind](tmp_path / "set"))
+    stats = data.statistics(episodes)
+    pairs = [(numbers(e, T, 8), numbers(e, T, 7)) for e, T in enumerate(LENGTHS)]
+    eager = [data.Episode({}, state, action, "") for state, action in pairs]
+    assert stats == data.statistics(eager)  # over all steps, to the last bit
+    windows = data.Windows(episodes, stats, 3, augment=2, sides=(64, 16), width=10)
+    assert len(windows) == sum(LENGTHS)
+    mixture = data.Mixture([windows], seed=0)
+    sample = mixture[5]
+    assert [image.shape for image in sample["images"]] == [(64, 64, 3), (16, 16, 3)]
+    assert sample["state"].shape == (10,) and not sample["state"][8:].any()
+    again = data.open_episodes(tmp_path / "set")
+    again = data.Windows(again, stats, 3, augment=2, sides=(64, 16), width=10)
+    for i in range(8):
+        one, other = mixture[i], data.Mixture([again], seed=0)[i]
+        assert all(np.array_equal(a, b) for a, b in zip(one["images"], other["images"]))
+        assert np.array_equal(one["action"], other["action"]) and one["mask"].any()
+
+
+def test_the_parts_of_gr1(tmp_path, monkeypatch):
+    root = write_v2(tmp_path / "gr1_set", False, frame_index=False, dims=(9, 6))
+    slices = {"left": {"start": 0, "end": 2}, "legs": {"start": 2, "end": 4},
+              "right": {"start": 4, "end": 6}}  # fmt: skip
+    modality = {"state": slices, "action": slices, "annotation": {"human.coarse_action": {}}}
+    (root / "meta/modality.json").write_text(json.dumps(modality))
+    row = data.Source("me/gr1_set", ("wrist",), parts=("right", "left"))
+    monkeypatch.setitem(data.SOURCES, "mine", row)
+    (tmp_path / "data").mkdir()
+    root.rename(tmp_path / "data" / "gr1_set")
+    episode = data.open_episodes("mine")[1]
+    assert list(episode.images) == ["wrist"] and episode.state.shape == (7, 4)
+    assert np.array_equal(episode.action, numbers(1, 7, 6)[:, [4, 5, 0, 1]])
+
+
+def test_gripper_signs_become_one(tmp_path, monkeypatch):
+    root = write_v2(tmp_path / "signed", False)
+    raw = [data.open_episodes(root)[0].action[:, -1]]
+    for sign, want in (("1", raw[0]), ("+1", (1 + raw[0]) / 2), ("-1", (1 - raw[0]) / 2)):
+        monkeypatch.setitem(data.SOURCES, "mine", data.Source("me/signed", gripper=sign))
+        episodes = data.open_episodes(root)
+        for _ in range(2):  # before and after the statistics, which are of what is trained on
+            assert np.allclose(episodes[0].action[:, -1], want)
+            stats = data.statistics(episodes)
+        assert stats["action"]["max"][-1] == max(e.action[:, -1].max() for e in episodes)
+
+
+# --- CALVIN, LIBERO, the tabletop -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", ["training", "validation", ""])
+def test_calvin(split, tmp_path):
+    episodes = data.open_episodes(write_calvin(tmp_path / "task_ABC_D") / split)
+    first = 500 if split == "validation" else 100
+    assert episodes.lengths == [4, 6] and [e.instruction for e in episodes] == TASKS
+    for k, start in enumerate((first, first + 4)):
+        for t, frame in enumerate(range(start, start + episodes.lengths[k])):
+            episode = episodes[k]
+            assert np.array_equal(episode.images["rgb_static"][t], picture(frame % 4, frame % 5))
+            assert episode.images["rgb_gripper"][t].shape == (20, 20, 3)
+            assert np.array_equal(episode.state[t], numbers(frame, 1, 15)[0])
+            assert np.array_equal(episode.action[t, :6], numbers(frame, 1, 6)[0])
+            assert episode.action[t, 6] == frame % 2  # 1 open
+    assert data.statistics(episodes)["action"]["min"][6] == 0
+
+
+def test_calvin_scenes_and_play(tmp_path, monkeypatch):
+    root = write_calvin(tmp_path / "data/task_ABC_D")
+    row = data.SOURCES["calvin_abc_d"]
+    assert len(data.open_episodes("calvin_abc_d")) == 2
+    monkeypatch.setitem(data.SOURCES, "calvin_b", data.Source(row.hub, scenes=("calvin_scene_B",)))
+    assert [e.instruction for e in data.open_episodes("calvin_b")] == TASKS[1:]
+    (root / "training/lang_annotations/auto_lang_ann.npy").unlink()
+    assert data.open_episodes(root / "training").lengths == [12]  # play, without words
+
+
+def test_libero(tmp_path):
+    root = write_libero(tmp_path / "libero_goal")
+    for path, count in ((root, 4), (root / "task_0_demo.hdf5", 2)):
+        episodes = data.open_episodes(path)
+        assert [e.instruction for e in episodes] == sorted(TASKS * 2, reverse=True)[:count]
+        episode = episodes[1]
+        assert list(episode.images) == ["image", "wrist_image"]
+        assert np.array_equal(episode.images["image"][3], picture(1, 3)[::-1, ::-1])
+        assert episode.action[:, -1].tolist() == [1, 1, 0, 0, 0, 0, 0]  # 1 open
+        assert episode.state.shape == (7, 8) and (episode.state[:, 6:] == 1).all()
+
+
+def test_the_tabletop_by_name(tmp_path):
+    episodes = [data.record("bridge", seed, 32, 16, 0.3) for seed in range(2)]
+    with open(tmp_path / "mine.npz", "wb") as file:
+        data.save_demonstrations(file, episodes)
+    read = data.open_episodes(tmp_path / "mine.npz")
+    assert np.array_equal(read[1].action, episodes[1].action)
+    assert data.load(str(tmp_path / "mine.npz"))[0].stats == data.statistics(episodes)
+
+
+# --- questions ------------------------------------------------------------------------------------
+
+
+def write_questions(root, kind):
+    root.mkdir(exist_ok=True)
+    (root / "a.png").write_bytes(png(picture(1, 2)))
+    said = [("human", "<image>\nWhat is it?"), ("gpt", "A block."), ("human", "Which colour?"),
+            ("gpt", "Red.")]  # fmt: skip
+    turns = [{"from": who, "value": text} for who, text in said]
+    rows = [{"id": i, "image": "a.png", "conversations": turns} for i in range(3)]
+    path = root / f"q.{kind}"
+    if kind == "json":
+        path.write_text(json.dumps(rows))
+    elif kind == "jsonl":
+        lines(path, rows)
+    else:
+        image = base64.b64encode(png(picture(1, 2))).decode()
+        cells = [["index", "image", "question", "A", "B", "answer"],
+                 ["0", image, "Is it\tred?".replace("\t", " "), "yes", "no", "A"],
+                 ["1", "0", "What?", "", "", "a block"]]  # fmt: skip
+        path.write_text("\n".join("\t".join(row) for row in cells))
+    return path
+
+
+@pytest.mark.parametrize("kind, count", [("json", 6), ("jsonl", 6), ("tsv", 2)])
+def test_questions(kind, count, tmp_path):
+    part = data.open_episodes(write_questions(tmp_path / "q", kind))
+    assert len(part) == count
+    first, second = (part.get(i, None) for i in (0, 1))
+    assert set(first) == {"images", "question", "answer"}
+    assert all(np.array_equal(s["images"][0], picture(1, 2)) for s in (first, second))
+    if kind == "tsv":
+        assert first["question"] == "Is it red?\nA. yes\nB. no" and first["answer"] == "A"
+        assert second["question"] == "What?" and second["answer"] == "a block"
+    else:
+        assert (first["question"], first["answer"]) == ("What is it?", "A block.")
+        assert second["question"] == "What is it?\nA block.\nWhich colour?"
+    mixture = data.Mixture([part, data.Questions(32, 16)], weights=[1, 1])
+    assert all("question" in mixture[i] for i in range(6))
+    assert data.load(str(part.path))[0].stats is None
+
+
+# --- names and weights ----------------------------------------------------------------------------
+
+
+def test_the_table_holds_what_the_papers_trained_on():
+    assert len(data.GROUPS["oxe"]) == 20 and sum(data.GROUPS["oxe"].values()) == 254_786
+    assert len(data.GROUPS["gr1"]) == 24 and len(data.GROUPS["libero"]) == 4
+    for group in data.GROUPS.values():
+        assert set(group) <= set(data.SOURCES)
+    assert {"bridge", "fractal", "calvin_abc_d"} <= set(data.SOURCES)
+    assert all(row.hub and row.cameras and row.action for row in data.SOURCES.values())
+
+
+@pytest.mark.parametrize("spec, words", [
+    ("bridge", "hf download IPEC-COMMUNITY/bridge_orig_lerobot --repo-type dataset --local-dir"),
+    ("libero", "hf download IPEC-COMMUNITY/libero_spatial_no_noops_1.0.0_lerobot"),
+    ("gr1", "--include 'gr1_unified.PnPBottleToCabinetClose_GR1ArmsAndWaistFourierHands_1000/*'"),
+    ("calvin_abc_d", "wget http://calvin.cs.uni-freiburg.de/dataset/task_ABC_D.zip"),
+    ("someone/else", "hf download someone/else"), ("brigde", "did you mean bridge?"),
+    ("/no/such/folder", "no dataset or path"), ("bridge=x", "--data bridge=x"),
+])  # fmt: skip
+def test_what_is_not_on_disk_says_how_to_get_it(spec, words):
+    with pytest.raises(UserError, match="(?s)" + __import__("re").escape(words)) as error:
+        data.load(spec)
+    assert "\n" not in str(error.value)
+
+
+def test_weights_and_names(tmp_path):
+    one = write_v2(tmp_path / "data/bridge_orig_lerobot", False)
+    row = data.SOURCES["bridge"]
+    with pytest.raises(UserError, match="no camera image_0; there are front, wrist"):
+        data.load("bridge")
+    two = write_libero(tmp_path / "libero")
+    parts = data.load(f"{one.rename(tmp_path / 'mine')}=0.5,{two}")
+    assert [(p.weight, len(p.episodes), p.normalise) for p in parts] == [
+        (0.5, 4, "q99"), (1.0, 4, "q99")]  # fmt: skip
+    assert row.normalise == "q99" and data.SOURCES["libero_10"].normalise == "minmax"
+    narrow = write_v2(tmp_path / "narrow", False, dims=(8, 3))
+    with pytest.raises(UserError, match="different widths"):
+        data.load(f"{narrow},{two}")
+
+
+# --- faults ---------------------------------------------------------------------------------------
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def rewrite(root, **change):
+    """Episode 2 of a v2.1 image dataset, written again with something wrong."""
+    pq = pytest.importorskip("pyarrow.parquet")
+    how = {"dims": (8, 7), "fixed": True, "T": LENGTHS[2]} | change
+    keys = how.pop("cameras", list(enumerate(KEYS)))
+    path = root / "data/chunk-001/episode_000002.parquet"
+    pq.write_table(columns(2, how.pop("T"), keys, **how), path)
+
+
+def bad_actions(root):
+    action = numbers(2, LENGTHS[2], 7)
+    action[3, 1] = np.nan
+    rewrite(root, A=action)
+
+
+def bad_picture(root):
+    """The last picture of episode 2 is cut short."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = root / "data/chunk-001/episode_000002.parquet"
+    table = pq.read_table(path)
+    cells = table[KEYS[1]].to_pylist()
+    cells[-1]["bytes"] = cells[-1]["bytes"][:40]
+    at = table.column_names.index(KEYS[1])
+    pq.write_table(table.set_column(at, KEYS[1], pa.array(cells, table.schema.types[at])), path)
+
+
+def empty(root):
+    path = root / "meta/episodes.jsonl"
+    path.write_text(path.read_text().replace('"length": 4', '"length": 0'))
+    rewrite(root, T=0)
+
+
+PARQUET = "data/chunk-001/episode_000002.parquet"
+MP4 = f"videos/chunk-001/{KEYS[1]}/episode_000002.mp4"
+V3_MP4 = f"videos/{KEYS[0]}/chunk-000/file-001.mp4"
+FAULTS = {  # dataset, what is done to it, words of the message, what is left
+    "missing parquet": ("v2.1-images", lambda r: (r / PARQUET).unlink(), "no such file", 3),
+    "truncated parquet": ("v2.1-images", lambda r: truncate(r / PARQUET), "000002.parquet", 3),
+    "nan": ("v2.1-images", bad_actions, "field action: not a finite number at step 3", 3),
+    "dimension": ("v2.1-images", lambda r: rewrite(r, dims=(8, 6)), r"field action is \(4, 6\)", 3),
+    "length": ("v2.1-images", lambda r: rewrite(r, T=3), r"field state is \(3, 8\)", 3),
+    "camera": ("v2.1-images", lambda r: rewrite(r, cameras=[]), KEYS[0], 3),
+    "empty": ("v2.1-images", empty, "the episode is empty", 3),
+    "picture": ("v2.1-images", bad_picture, f"episode 2, field {KEYS[1]}, frame 3", 3),
+    "missing mp4": ("v2.0-video", lambda r: (r / MP4).unlink(), "wrist/episode_000002.mp4", 3),
+    "truncated mp4": ("v2.0-video", lambda r: truncate(r / MP4), "wrist/episode_000002.mp4", 3),
+    "corrupt mp4": ("v2.0-video", lambda r: (r / MP4).write_bytes(b"\0" * 999), "000002.mp4", 3),
+    "mp4 of two": ("v3.0-video", lambda r: (r / V3_MP4).unlink(), "front/chunk-000/file-001", 2),
+}
+
+
+def test_a_camera_absent_in_one_episode_of_v3(tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    root = write_v3(tmp_path / "set", True)
+    path = root / "meta/episodes/chunk-000/file-001.parquet"
+    rows = pq.read_table(path).to_pylist()
+    for field in ("chunk_index", "file_index", "from_timestamp", "to_timestamp"):
+        rows[0][f"videos/{KEYS[1]}/{field}"] = None
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    with pytest.raises(UserError, match=f"episode 2: field {KEYS[1]}: this episode has no video"):
+        data.load(str(root))
+    assert len(data.load(str(root), skip_bad=True)[0].episodes) == 3
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_of_lerobot(fault, tmp_path, capsys):
+    kind, damage, words, left = FAULTS[fault]
+    root = LEROBOT[kind](tmp_path / "set")
+    damage(root)
+    with pytest.raises(UserError, match=words) as error:
+        data.load(str(root))
+    message = str(error.value)
+    assert str(root) in message and "--skip-bad" in message and "\n" not in message
+    part = data.load(str(root), skip_bad=True)[0]
+    assert len(part.episodes) == left and len(part.episodes.faults) == len(LENGTHS) - left
+    T = [len(e.action) for e in part.episodes if np.isfinite(e.action).all()]
+    assert len(T) == left and len(data.Windows(part.episodes, part.stats, 2)) == sum(T)
+    with pytest.raises(UserError, match=words):  # the good part's numbers do not hide the bad one
+        data.statistics(data.open_episodes(root))
+    with pytest.raises(UserError, match=f"{len(LENGTHS) - left} faults"):
+        data.inspect(str(root), tmp_path / "sheet.png")
+    assert message.split(" [")[0] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, text", [
+    ("meta/info.json", '{"fps": 10'), ("meta/info.json", "{}"), ("meta/tasks.jsonl", '{"task'),
+    ("meta/episodes.jsonl", '{"episode_index": 0, "tasks": []\n'), ("meta/episodes.jsonl", ""),
+    ("meta/episodes.jsonl", '{"episode_index": "x", "length": 1}'),
+])  # fmt: skip
+def test_faults_of_meta_files(name, text, tmp_path):
+    root = write_v2(tmp_path / "set", False)
+    (root / name).write_text(text)
+    for skip_bad in (False, True):  # nothing can be left out of what says what there is
+        with pytest.raises(UserError) as error:
+            data.load(str(root), skip_bad)
+        assert name.split(".")[0].split("/")[0] in str(error.value) or not text
+
+
+def test_faults_of_calvin(tmp_path):
+    root = write_calvin(tmp_path / "calvin")
+    truncate(root / "training/episode_0000102.npz")
+    (root / "training/episode_0000104.npz").rename(root / "training/aside")
+    with pytest.raises(UserError, match="episode_0000102.npz.*2 faults"):
+        data.load(str(root))
+    with pytest.raises(UserError, match="episode_0000102.npz"):  # nothing is left
+        data.load(str(root), skip_bad=True)
+    (root / "training/aside").rename(root / "training/episode_0000104.npz")
+    part = data.load(str(root), skip_bad=True)[0]
+    assert [e.instruction for e in part.episodes] == TASKS[1:] and len(part.episodes.faults) == 1
+
+
+def test_faults_of_libero(tmp_path):
+    h5py, root = pytest.importorskip("h5py"), write_libero(tmp_path / "libero")
+    truncate(root / "task_0_demo.hdf5")
+    with h5py.File(root / "task_1_demo.hdf5", "a") as file:
+        del file["data/demo_1/obs/eye_in_hand_rgb"]
+    with pytest.raises(UserError, match="task_0_demo.hdf5.*2 faults"):
+        data.load(str(root))
+    part = data.load(str(root), skip_bad=True)[0]
+    assert len(part.episodes) == 1 and "demo_1" in part.episodes.faults[1]
+    assert "eye_in_hand_rgb" in part.episodes.faults[1]
+
+
+@pytest.mark.parametrize("kind, damage, words", [
+    ("jsonl", lambda text: text[:-30], "item 3"), ("json", lambda text: text[:-30], "q.json"),
+    ("jsonl", lambda text: text.replace("a.png", "b.png", 1), "item 1: field image: no file b.png"),
+    ("jsonl", lambda text: text.replace('"image": "a.png", ', "", 1), "item 1: field image: none"),
+    ("tsv", lambda text: text.replace("iVBOR", "?", 1), "item 1"),
+])  # fmt: skip
+def test_faults_of_questions(kind, damage, words, tmp_path):
+    path = write_questions(tmp_path / "q", kind)
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(UserError, match=words):
+        data.load(str(path))
+    if kind == "jsonl":
+        part = data.open_episodes(path, skip_bad=True)
+        assert len(part) == 4 and len(part.faults) == 1
+
+
+def test_without_the_extra_one_line_says_what_to_install(tmp_path, monkeypatch):
+    root = write_v2(tmp_path / "set", False)
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
+    with pytest.raises(UserError, match=r"pip install 'onefile-vla\[data\]'"):
+        data.open_episodes(root, skip_bad=True)
+
+
+# --- pickles --------------------------------------------------------------------------------------
+
+
+class Evil:
+    """Writes a file when a pickle of it is executed."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.makedirs, (self.path, 0o700, True)
+
+
+def evil_array(path, mark):
+    save_object(path, {"language": {"ann": [Evil(mark)]}, "calvin_scene_A": Evil(mark)})
+
+
+@pytest.mark.parametrize("name", [
+    "lang_annotations/auto_lang_ann.npy", "ep_start_end_ids.npy", "scene_info.npy",
+    "episode_0000101.npz",
+])  # fmt: skip
+def test_no_pickle_runs_in_calvin(name, tmp_path, monkeypatch):
+    root, mark = write_calvin(tmp_path / "data/task_ABC_D"), tmp_path / "mark"
+    hub = data.SOURCES["calvin_abc_d"].hub
+    monkeypatch.setitem(data.SOURCES, "here", data.Source(hub, scenes=("calvin_scene_A",)))
+    if name == "ep_start_end_ids.npy":  # only read where nothing is annotated
+        (root / "training/lang_annotations/auto_lang_ann.npy").unlink()
+    if name.endswith(".npz"):
+        evil = {"rel_actions": np.array([Evil(mark)], dtype=object)}
+        np.savez(root / "training" / name, **evil)
+    else:
+        evil_array(root / "training" / name, mark)
+    with pytest.raises(UserError, match=name.rpartition("/")[2]):
+        data.load("here")
+    assert not mark.exists()
+    evil_array(tmp_path / "check.npy", mark)
+    np.load(tmp_path / "check.npy", allow_pickle=True)
+    assert mark.exists()  # it does bite where pickles are executed
+
+
+@pytest.mark.parametrize("name", ["a.npy", "a.pt", "a.pth", "a.pkl", "a.npz", "a.json", "a.tsv",
+                                  "a.hdf5", "set/meta/info.json", "set/index.json"])  # fmt: skip
+def test_no_pickle_runs_at_any_entry(name, tmp_path):
+    path, mark = tmp_path / name, tmp_path / "mark"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if name == "a.npz":
+        np.savez(path, text=np.array([Evil(mark)], dtype=object))
+    else:
+        path.write_bytes(pickle.dumps(Evil(mark)))
+    spec = str(tmp_path / name.split("/")[0])
+    for skip_bad in (False, True):
+        with pytest.raises(UserError, match=name.split("/")[0]):
+            data.load(spec, skip_bad)
+    assert not mark.exists()
+
+
+# --- stores, inspect, the command line ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["v2.0-video", "v3.0-images"])
+def test_the_frame_store_is_the_dataset(kind, tmp_path, capsys):
+    root = LEROBOT[kind](tmp_path / "set")
+    data.main(["cache", str(root), "--out", "kept"])
+    read, kept = data.open_episodes(root), data.open_episodes("kept")
+    assert isinstance(kept[0].images["front"], np.memmap) and kept.lengths == read.lengths
+    assert data.statistics(kept) == data.statistics(read)
+    for one, other in zip(read, kept):
+        assert np.array_equal(one.action, other.action) and one.instruction == other.instruction
+        for camera, frames in one.images.items():
+            assert np.array_equal(frames[:], other.images[camera])
+    with pytest.raises(UserError, match="kept exists"):
+        data.main(["cache", str(root), "--out", "kept"])
+    data.main(["cache", str(root), "--out", "small", "--size", "16"])
+    assert data.open_episodes("small")[1].images["wrist"].shape == (7, 16, 16, 3)
+    data.main(["inspect", "small", "--deep"])
+    truncate(tmp_path / "small/front")
+    with pytest.raises(UserError, match="small/front.*write it again"):
+        data.load("small")
+
+
+def test_statistics_are_read_once(tmp_path, monkeypatch):
+    root = write_v2(tmp_path / "set", False)
+    first = data.load(str(root))[0]
+    monkeypatch.setattr(data, "write_store", None)
+    again = data.load(str(root))[0]
+    assert again.stats == first.stats and len(again.episodes) == 4
+    assert np.array_equal(again.episodes[2].action, first.episodes[2].action)
+    monkeypatch.undo()
+    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    rewrite(root, A=numbers(2, LENGTHS[2], 7) * 9)
+    assert data.load(str(root))[0].stats != first.stats  # other content, other statistics
+
+
+def test_inspect_shows_and_warns(tmp_path, capsys):
+    root = write_v2(tmp_path / "set", False)
+    action = numbers(2, LENGTHS[2], 7) * 0 - 1
+    action[2, 3] = 500
+    rewrite(root, A=action)
+    data.main(["inspect", str(root), "--sheet", str(tmp_path / "sheet.png")])
+    out = capsys.readouterr().out
+    for words in ("LeRobot: 4 episodes of 4 to 7 steps, 22 in all", "camera wrist: 32 x 32",
+                  "2 instructions: open the drawer; push the red block", "action 6",
+                  "warning: gripper: not 0 to 1"):  # fmt: skip
+        assert words in out, out
+    assert Image.open(tmp_path / "sheet.png").width > 3 * SIZE
+    data.main(["inspect", str(write_calvin(tmp_path / "calvin"))])
+    data.main(["inspect", str(write_libero(tmp_path / "libero"))])
+    out = capsys.readouterr().out
+    assert "Calvin: 2 episodes" in out and "Libero: 4 episodes" in out
+    assert "state 6, 7: never changes" in out
+    for kind in ("json", "tsv"):
+        data.main(["inspect", str(write_questions(tmp_path / "q", kind)), "--deep"])
+
+
+def test_what_warnings_are_for(tmp_path):
+    rng = np.random.default_rng(0)
+    action = rng.normal(size=(1000, 3)).astype(np.float32)
+    action[:, 1], action[7, 0] = 0.5, 100
+    action[:, 2] = np.arange(1000) > 100  # closed at the start, by the convention
+    episode = data.Episode({}, action[:, :2], action, "")
+    part = data.Part("x", [episode], data.statistics([episode]), 1.0, "q99")
+    said = "\n".join(data.warnings(part))
+    for words in ("action 1: never changes", "action 0: 2.0% clipped", "perhaps the other sign",
+                  "1 episodes have no instruction"):  # fmt: skip
+        assert words in said, said
+
+
+def test_the_command_line(status, tmp_path):
+    code, out, _ = status(data.main, "-h")
+    assert code == 0 and "inspect" in out and "cache" in out
+    code, out, error = status(data.main, "inspect", str(tmp_path / "nothing"))
+    assert code == 2 and error.startswith("error: no dataset or path") and error.count("\n") == 1
+    path = write_questions(tmp_path / "q", "json")
+    assert status(data.main, "cache", str(path))[0] == 2
