@@ -834,6 +834,9 @@ class VitaProcessor(Processor):
         self.image_token_id = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
         self.pad_token_id = self.tokenizer.convert_tokens_to_ids("<|endoftext|>")
         self.patch, self.merge, self.size = patch, 2, size
+        for word in ("<|image_pad|>", "<|video_pad|>", "<|endoftext|>"):
+            if word not in self.tokenizer.get_vocab():
+                raise UserError(f"{path}: its tokenizer lacks {word}, a place for other vectors")
 
     def images(self, images):
         shape = self.size, self.size
@@ -877,15 +880,18 @@ def load_vita(path):
     folder, tensors = Path(path), {}
     settings = json.loads((folder / "config.json").read_text())
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as opened:
-            for name in opened.keys():
-                if ours := vita_name(name):
-                    tensors[ours] = opened.get_tensor(name).float()
+        try:
+            with safe_open(file, "pt") as opened:
+                for name in filter(vita_name, opened.keys()):
+                    tensors[vita_name(name)] = opened.get_tensor(name).float()
+        except SafetensorError:
+            raise UserError(f"{file} is damaged or cut short, fetch it again") from None
     for name in [n for n in tensors if ".attention.qkv." in n]:  # three matrices in one
         for part, value in zip("qkv", tensors.pop(name).chunk(3)):
             tensors[name.replace("qkv", f"{part}_proj")] = value
     known = {k: v for k, v in settings.items() if k in transformers.Qwen2Config().to_dict()}
-    config = transformers.Qwen2Config(**(known | {"model_type": "qwen2"}))
+    rope = {"rope_type": "default", "rope_theta": settings.get("rope_theta", 1e6)}
+    config = transformers.Qwen2Config(**(known | {"model_type": "qwen2", "rope_parameters": rope}))
     try:
         patches = tensors["vision.embeddings.patch_embeddings.projection.weight"]
         places = tensors["vision.embeddings.position_embeddings"].shape[1] - 1

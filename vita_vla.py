@@ -14,7 +14,7 @@ paper says closed. Steps are consecutive frames, oldest first. Letters: B batch,
 N = 3 future actions, T tokens, D width of the VLM, H width of Seer, P patches, A action.
 
 Equation map
-  Eq. 1  [img][text][state][act][act][act] per step  -> sense(), VitaVLA.embed()
+  Eq. 1  [img][text][state][act][act][act] per step  -> chat()
   Eq. 2  a_h, last-layer states of the action tokens -> VitaVLA.hidden()
   Eq. 3  alignment loss                              -> align_loss()
   (unnumbered) L_total = L_arm + 0.01 L_gripper      -> action_losses(), total_loss()
@@ -44,6 +44,7 @@ observed and 3 future ones; Table 7's captions (b) and (c) are exchanged.
 import dataclasses
 import json
 import math
+import shutil
 import time
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -226,7 +227,7 @@ def sense(samples, cfg, processor):
         "steps": torch.tensor([[i < len(s["images"]) for i in range(S)] for s in samples]),
         "state": torch.from_numpy(fill(B, S, [s["state"] for s in samples])),  # (B, S, 8)
     }
-    if cfg.eyes == "mae":
+    if cfg.eyes == "mae" and cfg.stage != "finetune":
         batch |= mae_inputs(samples)
     if "action" in samples[0]:
         batch["action"] = torch.from_numpy(fill(B, S, [s["action"] for s in samples]))
@@ -559,8 +560,13 @@ def load_seer(model, path):
     unused parts left out; anything else that does not fit is an error that names it."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)["model_state_dict"]
-    except (OSError, RuntimeError, KeyError, EOFError, ValueError) as error:
-        raise common.UserError(f"--teacher {path}: no Seer checkpoint ({error})") from None
+        if not all(isinstance(value, torch.Tensor) for value in saved.values()):
+            raise ValueError("model_state_dict holds more than tensors")
+    except FileNotFoundError:
+        raise common.UserError(f"--teacher {path}: no such file") from None
+    except Exception as error:  # whatever a damaged or foreign file leads to; nothing was executed
+        why = str(error).splitlines()[0]
+        raise common.UserError(f"--teacher {path}: no Seer checkpoint ({why})") from None
     unused = ("vision_encoder.", "clip_model.", "recon_", "action_pose_encoder.", "attention_mask",
               "action_gripper_position_encoder.", "action_projector.", "image_decoder_position")
     tensors = {}
@@ -1000,7 +1006,8 @@ def load_teacher(cfg, device):
     theirs = common.resume_config(Config(), checkpoint.meta["config"])
     if theirs.stage != "teacher":
         raise common.UserError(f"--teacher {cfg.teacher} is a run of --stage {theirs.stage}")
-    for name in ("width", "future", "history", "size", "wrist_size", "eyes", "normalise"):
+    same = ("width", "future", "history", "size", "wrist_size", "eyes", "normalise")
+    for name in same + ("backbone",) * (cfg.eyes == "backbone"):
         mine, yours = getattr(cfg, name), getattr(theirs, name)
         if mine != yours and not (name == "history" and mine < yours):
             flag = "--" + name.replace("_", "-")
@@ -1058,6 +1065,12 @@ def check(cfg):
         raise common.UserError(f"--act-index {cfg.act_index}: from 0 to {cfg.future - 1}")
     if math.isqrt(cfg.foresight) ** 2 != cfg.foresight:
         raise common.UserError(f"--foresight {cfg.foresight}: a square number")
+    if cfg.width % cfg.heads:
+        raise common.UserError(f"--heads {cfg.heads} do not divide --width {cfg.width}")
+    for name in ("size", "wrist_size") if cfg.eyes == "backbone" else ():
+        if getattr(cfg, name) % cfg.patch:
+            flag = f"--{name.replace('_', '-')} {getattr(cfg, name)}"
+            raise common.UserError(f"{flag}: a multiple of --patch {cfg.patch}")
     return replace(cfg, domains=cfg.domains or (("chain",) if suite == "abc_d" else ()))
 
 
@@ -1095,6 +1108,8 @@ def chain(cfg, dist):
     elif cfg.resume:  # the folder of a single stage
         yield cfg
         return
+    elif dist.share((folder / "chain.json").exists()):
+        raise common.UserError(f"{folder} holds a chain: --resume {folder}, or another --out")
     elif dist.main:
         folder.mkdir(parents=True, exist_ok=True)
         common.write_json(folder / "chain.json", dataclasses.asdict(cfg))
@@ -1106,9 +1121,14 @@ def chain(cfg, dist):
         steps = cfg.steps or getattr(cfg, f"{stage}_steps")
         here = replace(cfg, stage=stage, steps=steps, teacher=teacher, student=before, resume="",
                        out=str(folder / name), freeze_vlm=name == "frozen")  # fmt: skip
-        here.explicit = ()
+        if name == "teacher":  # ABLATION no-gripper: the released student's loss alone lacks it
+            here.gripper_weight = cfg.gripper_weight or Config.gripper_weight
+        here.explicit = tuple(name for name in cfg.explicit if name in FREE and name != "out")
         if list((folder / name).glob("checkpoints/step_*/meta.json")):
             here.resume = str(folder / name)
+        elif dist.main and cfg.resume:  # it was stopped before it had saved anything
+            shutil.rmtree(folder / name, ignore_errors=True)
+        dist.barrier()
         if not (folder / name / "result.json").exists():
             yield here
         teacher = teacher or str(folder / "teacher")

@@ -1,0 +1,352 @@
+"""Whole runs of vita_vla.py: its stages, the chain of them, and what a user can get wrong."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import common
+import vita_vla
+from worlds import loop
+
+TINY = [
+    "--steps", "4", "--save-every", "2", "--log-every", "1", "--demos", "20", "--episodes", "2",
+    "--gifs", "1", "--batch", "4", "--width", "32", "--depth", "1", "--heads", "2", "--queries",
+    "2", "--foresight", "1", "--history", "2", "--threads", "1", "--device", "cpu", "--dtype",
+    "fp32", "--optimizer", "adamw", "--dropout", "0.1", "--resampler", "1",
+]  # fmt: skip
+ALONE = common.Dist(0, 1, torch.device("cpu"))
+STAGES = ("teacher", "align", "finetune", "frozen")
+DECODER = ("action_decoder.", "arm_action_decoder.", "gripper_action_decoder.")
+SCORE = {"chain": {"success": 0.5, "ci95": (0.1, 0.9), "episodes": 2, "per_task": {"chain": 0.5},
+                   "at": [0.5, 0, 0, 0, 0], "length": 0.5}}  # fmt: skip
+
+
+def unscored(policy, cfg, dist, folder, say=print):
+    """Stands in for the closed loop where a test is about training."""
+    return SCORE
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(loop, "evaluate", unscored)
+
+
+@pytest.fixture(scope="module")
+def chained(tmp_path_factory):
+    """A finished chain of all four stages; the fine-tuned student acted for its result."""
+    folder, evaluate = tmp_path_factory.mktemp("runs") / "chain", loop.evaluate
+
+    def some(policy, cfg, *more):
+        acts = cfg.stage == "finetune" and not cfg.freeze_vlm
+        return (evaluate if acts else unscored)(policy, cfg, *more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "evaluate", some)
+        vita_vla.main([*TINY, "--recipe", "freeze-vlm", "--out", str(folder)])
+    return folder
+
+
+@pytest.fixture
+def copied(chained, tmp_path):
+    """The same chain, free to be changed."""
+    return shutil.copytree(chained, tmp_path / "copied")
+
+
+def result(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+def config(folder):
+    return json.loads((folder / "config.json").read_text())["config"]
+
+
+def metrics(folder, *names):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [[line[name] for name in ("step", *names)] for line in lines]
+
+
+def weights(folder, step=4):
+    return load_file(folder / "checkpoints" / f"step_{step:08d}" / "model.safetensors")
+
+
+def same(one, two):
+    return one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
+
+
+# --- the chain ------------------------------------------------------------------------------------
+
+
+def test_a_chain_leaves_a_run_for_each_stage(chained):
+    assert {p.name for p in chained.iterdir()} == {"chain.json", *STAGES}
+    for name in STAGES:
+        folder = chained / name
+        files = "config.json metrics.jsonl result.json vita_vla.py loss.png first_batch.png"
+        assert set(files.split()) <= {p.name for p in folder.iterdir()}
+        got, stage = result(folder), "finetune" if name == "frozen" else name
+        assert (got["method"], got["stage"], got["samples"]) == ("vita_vla", stage, 16)
+        assert {"backbone", "world", "seed", "train_seconds", "success", "ci95"} <= set(got)
+    student = result(chained / "finetune")
+    assert 0 <= student["length"] <= 5 and student["episodes"] == 2
+    assert (chained / "finetune" / "rollout-chain-0.gif").exists()
+    terms = {"teacher": ("arm", "gripper", "foresight"), "align": ("align",)}
+    for name in STAGES:
+        lines = metrics(chained / name, *terms.get(name, ("arm", "gripper")))
+        assert [line[0] for line in lines] == [1, 2, 3, 4] and np.isfinite(lines).all()
+
+
+def test_each_stage_starts_where_it_should(chained):
+    teacher, align, finetune, frozen = (config(chained / name) for name in STAGES)
+    assert align["teacher"] == str(chained / "teacher") and align["student"] == ""
+    assert finetune["student"] == str(chained / "align") and not finetune["freeze_vlm"]
+    assert frozen["student"] == str(chained / "finetune") and frozen["freeze_vlm"]
+    held = {name: weights(chained / name) for name in STAGES}
+    for part in DECODER:
+        for n in (n for n in held["teacher"] if n.startswith(part)):
+            assert torch.equal(held["teacher"][n], held["align"][n]), "fixed in stage 1"
+            assert not torch.equal(held["align"][n], held["finetune"][n])
+    assert not any(n.startswith("eyes.") for n in held["teacher"])
+    for name in ("align", "frozen"):
+        assert not any(n.startswith("vlm.") for n in held[name])
+    vlm = {n for n in held["finetune"] if n.startswith("vlm.")}
+    assert vlm and all(n.startswith("vlm.model.language_model.") for n in vlm)
+
+
+def test_freeze_vlm_joins_what_was_trained_to_the_vlm_as_it_is(chained):
+    saved = config(chained / "frozen")
+    cfg = replace(vita_vla.Config(), **{k: v for k, v in saved.items() if k != "domains"})
+    model, _ = vita_vla.build(cfg)
+    tuned, ours = weights(chained / "finetune"), model.state_dict()
+    fresh = common.load_vlm("tiny")[0].state_dict()
+    for n in (n for n in ours if n.startswith("vlm.")):
+        assert torch.equal(ours[n], fresh[n.removeprefix("vlm.")])
+    assert all(torch.equal(ours[n], t) for n, t in tuned.items() if not n.startswith("vlm."))
+    assert not any(p.requires_grad for n, p in model.named_parameters() if n.startswith("vlm."))
+
+
+@pytest.mark.parametrize("stage", ["teacher", "align", "finetune"])
+def test_resuming_equals_never_having_stopped(stage, chained, copied, quick):
+    folder = copied / stage
+    shutil.rmtree(folder / "checkpoints" / "step_00000004")
+    vita_vla.main(["--resume", str(folder)])
+    assert same(weights(chained / stage), weights(folder))
+    states = [torch.load(f / "checkpoints/step_00000004/train.pt", weights_only=True)
+              for f in (chained / stage, folder)]  # fmt: skip
+    for ours, its in zip(*(s["optimizers"] for s in states)):
+        for a, b in zip(ours["state"].values(), its["state"].values()):
+            assert all(torch.equal(a[key], b[key]) for key in a)
+    names = ("lr", "norm", "align" if stage == "align" else "arm")
+    assert metrics(chained / stage, *names) == metrics(folder, *names)
+
+
+def test_resuming_a_chain_does_only_what_is_left(chained, copied, quick):
+    shutil.rmtree(copied / "align" / "checkpoints" / "step_00000004")
+    (copied / "align" / "result.json").unlink()
+    shutil.rmtree(copied / "frozen")
+    shutil.rmtree(copied / "finetune")
+    done = (copied / "teacher" / "result.json").stat().st_mtime_ns
+    vita_vla.main(["--resume", str(copied), "--episodes", "1"])
+    assert (copied / "teacher" / "result.json").stat().st_mtime_ns == done
+    went_on = json.loads((copied / "align" / "config-00000002.json").read_text())
+    assert went_on["config"]["episodes"] == config(copied / "frozen")["episodes"] == 1
+    for name in STAGES[1:]:
+        assert same(weights(chained / name), weights(copied / name)), name
+
+
+def test_a_chain_stopped_before_its_first_checkpoint_goes_on(copied, quick):
+    for name in ("frozen", "finetune"):
+        shutil.rmtree(copied / name)
+    (copied / "align" / "result.json").unlink()
+    shutil.rmtree(copied / "align" / "checkpoints")  # metrics.jsonl has lines by then
+    vita_vla.main(["--resume", str(copied), "--steps", "1"])
+    assert result(copied / "align")["stage"] == "align"
+
+
+def test_a_chain_does_not_start_over_another(copied, status, quick):
+    before = (copied / "chain.json").read_text()
+    code, _, err = status(vita_vla.main, *TINY, "--lr", "1", "--out", str(copied))
+    assert code == 2 and f"--resume {copied}" in err and err.count("\n") == 1
+    assert (copied / "chain.json").read_text() == before
+
+
+def test_single_stages_are_those_of_the_chain(chained, tmp_path, quick):
+    words = [*TINY, "--recipe", "freeze-vlm"]
+    teacher, align = str(chained / "teacher"), str(chained / "align")
+    vita_vla.main([*words, "--stage", "align", "--teacher", teacher, "--out", str(tmp_path / "a")])
+    assert same(weights(tmp_path / "a"), weights(chained / "align"))
+    vita_vla.main([*words, "--stage", "finetune", "--student", align, "--out", str(tmp_path / "f")])
+    assert same(weights(tmp_path / "f"), weights(chained / "finetune"))
+
+
+def test_only_finetune_has_the_teachers_decoder_and_no_stage_one(chained, tmp_path, quick):
+    words = [*TINY, "--steps", "1", "--warmup", "1000000", "--weight-decay", "0"]
+    words += ["--teacher", str(chained / "teacher"), "--out", str(tmp_path / "only")]
+    vita_vla.main([*words, "--ablation", "only-finetune"])
+    assert {p.name for p in (tmp_path / "only").iterdir()} == {"chain.json", "finetune"}
+    assert result(tmp_path / "only" / "finetune")["arm"] == "only-finetune"
+    got, held = weights(tmp_path / "only" / "finetune", 1), weights(chained / "teacher")
+    for n in (n for n in held if n.startswith(DECODER)):  # a step so small that it shows nothing
+        assert torch.allclose(got[n], held[n], atol=1e-6), n
+
+
+def test_evaluation_alone_repeats_the_runs_own(chained, copied):
+    """And keeping the history's keys changes nothing."""
+    vita_vla.main(["--eval-only", str(copied / "finetune"), "--no-cache"])
+    (folder,) = (copied / "finetune").glob("eval-*")
+    for key in ("success", "length", "domains", "params", "stage"):
+        assert result(folder)[key] == result(chained / "finetune")[key], key
+
+
+@pytest.mark.slow
+def test_the_teacher_acts_and_is_scored(chained, tmp_path):
+    words = ["--eval-only", str(chained / "teacher"), "--ensemble", "--episodes", "1"]
+    vita_vla.main([*words, "--out", str(tmp_path / "eval")])
+    assert result(tmp_path / "eval")["episodes"] == 1
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_steps_of_one(tmp_path, quick):
+    words = [*TINY, "--steps", "2", "--episodes", "2", "--gifs", "0", "--dropout", "0"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    ours = [vita_vla.__file__, *words, "--batch", "4", "--out", str(tmp_path / "two")]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*launch, *ours], capture_output=True, text=True, env=env, timeout=900)
+    assert done.returncode == 0, done.stderr[-2000:]
+    vita_vla.main([*words, "--batch", "8", "--out", str(tmp_path / "one")])
+    for name in STAGES[:3]:
+        one, two = (weights(tmp_path / kind / name, 2) for kind in ("one", "two"))
+        assert one.keys() == two.keys()
+        for n in one:
+            assert torch.allclose(one[n], two[n], atol=2e-5), (name, n)
+        term = "align" if name == "align" else "arm"
+        losses = [np.array(metrics(tmp_path / k / name, term, "norm")) for k in ("one", "two")]
+        assert np.allclose(*losses, rtol=1e-3), name
+        assert result(tmp_path / "two" / name)["samples"] == 16
+
+
+# --- what a user can get wrong --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words, names", [
+    (["--stage", "align"], "`python vita_vla.py --stage teacher --out RUN`"),
+    (["--stage", "align", "--teacher", "nowhere"], "no checkpoint in nowhere: no such folder"),
+    (["--stage", "align", "--teacher", "seer.pth"], "--teacher seer.pth"),
+    (["--stage", "finetune", "--student", "nowhere"], "no checkpoint in nowhere"),
+    (["--recipe", "two-stages"], "--recipe takes two-stage, only-finetune, freeze-vlm; not"),
+    (["--ablation", "freeze-vlms"], "unknown ablation 'freeze-vlms' (did you mean freeze-vlm?)"),
+    (["--preset", "calvn"], "unknown preset 'calvn' (did you mean calvin?)"),
+    (["--stage", "distill"], "--stage takes chain, teacher, align, finetune; not 'distill'"),
+    (["--execute", "2"], "--execute is 1 here"),
+    (["--act-index", "3"], "--act-index 3: from 0 to 2"),
+    (["--foresight", "5"], "--foresight 5: a square number"),
+    (["--history", "0"], "--history 0: at least 1"),
+    (["--data", "x.parquet"], "--data x.parquet"),
+    (["--domains", "chains"], "--domains chains for abc_d: did you mean chain?"),
+    (["--world", "tabletop:abcd"], "did you mean tabletop:abc_d?"),
+    (["--resume", "nowhere"], "no checkpoint in nowhere: no such folder"),
+    (["--eval-only", "nowhere"], "no checkpoint in nowhere: no such folder"),
+    (["--heads", "3"], "--heads 3"),
+    (["--size", "60"], "--size 60"),
+])  # fmt: skip
+def test_bad_flags_end_in_one_line(words, names, status, tmp_path, monkeypatch, quick):
+    monkeypatch.chdir(tmp_path)
+    before = [] if "--stage" in words else ["--stage", "teacher"]
+    code, _, err = status(vita_vla.main, *TINY, *before, *words)
+    lines = [line for line in err.splitlines() if "(once, then cached)" not in line]
+    assert code == 2 and len(lines) == 1 and lines[0].startswith("error: ")
+    assert names in lines[0]
+    if before:  # no other run had to be opened
+        assert not (tmp_path / "runs").exists(), "a mistake leaves no run folder behind"
+
+
+@pytest.mark.parametrize("flags, names", [
+    (["--width", "48"], "has --width 32, this run 48"),
+    (["--history", "3"], "has --history 2, this run 3"),
+    (["--future", "2"], "has --future 3, this run 2"),
+    (["--size", "96"], "has --size 64, this run 96"),
+])  # fmt: skip
+def test_a_teacher_that_does_not_fit(flags, names, chained, status, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [*TINY, *flags, "--stage", "align", "--teacher", str(chained / "teacher")]
+    code, _, err = status(vita_vla.main, *words)
+    assert code == 2 and err.count("\n") == 1 and names in err
+
+
+def test_a_shorter_window_than_the_teachers_is_fine(chained):
+    cfg = vita_vla.check(replace(common.parse(vita_vla.Config, {}, {}, TINY), history=1))
+    teacher = vita_vla.load_teacher(replace(cfg, teacher=str(chained / "teacher")), ALONE.device)
+    assert not teacher.training, "the teacher does not drop out"
+    assert not any(p.requires_grad for p in teacher.parameters())
+
+
+def test_a_teacher_that_saw_with_another_backbone_is_refused(chained):
+    """Its eyes are its backbone's; the pictures come prepared for this run's."""
+    cfg = common.parse(vita_vla.Config, {}, {}, [*TINY, "--teacher", str(chained / "teacher")])
+    with pytest.raises(common.UserError, match="--backbone"):
+        vita_vla.load_teacher(replace(cfg, backbone="Qwen3-VL-2B"), ALONE.device)
+
+
+def test_a_student_is_no_teacher_and_does_not_fit_other_flags(chained, status, tmp_path):
+    words = [*TINY, "--stage", "align", "--teacher", str(chained / "align")]
+    code, _, err = status(vita_vla.main, *words, "--out", str(tmp_path / "a"))
+    assert code == 2 and f"--teacher {chained / 'align'} is a run of --stage align" in err
+    words = [*TINY, "--stage", "finetune", "--student", str(chained / "align"), "--tokens",
+             "separate", "--out", str(tmp_path / "b")]  # fmt: skip
+    code, _, err = status(vita_vla.main, *words)
+    assert code == 2 and err.count("\n") == 1 and "does not fit these flags: action_token" in err
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (Path(self.path),)
+
+
+def test_resuming_executes_nothing_of_a_checkpoint(copied, tmp_path, status, quick):
+    file = copied / "finetune" / "checkpoints" / "step_00000004" / "train.pt"
+    torch.save({"optimizers": Bomb(tmp_path / "boom")}, file)
+    code, _, err = status(vita_vla.main, "--resume", str(copied / "finetune"))
+    assert code == 2 and "train.pt is damaged" in err and not (tmp_path / "boom").exists()
+    for script in (vita_vla, common):
+        calls = Path(script.__file__).read_text().split("torch.load(")[1:]
+        assert calls and all("weights_only=True" in call.split("\n")[0] for call in calls)
+
+
+def test_resume_refuses_other_settings(copied, status, quick):
+    for folder in (copied, copied / "finetune"):
+        code, _, err = status(vita_vla.main, "--resume", str(folder), "--lr", "1")
+        want = f"--lr 1.0 differs from {vita_vla.Config().lr} in the checkpoint"
+        assert code == 2 and want in err
+
+
+def test_ablation_list_prints_every_row(status, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = status(vita_vla.main, "--ablation", "list")
+    lines = out.splitlines()[1:]
+    assert code == 0 and [line.split()[0] for line in lines] == list(vita_vla.ABLATIONS)
+    for line, row in zip(lines, vita_vla.ABLATIONS.values()):
+        assert row["_row"] in line and (row["_paper"] is None or str(row["_paper"]) in line)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("preset", vita_vla.PRESETS)
+def test_presets_are_the_papers_tables(preset):
+    cfg = common.parse(vita_vla.Config, vita_vla.PRESETS, {}, ["--preset", preset])
+    calvin = preset == "calvin"
+    assert (cfg.width, cfg.heads, cfg.queries, cfg.foresight) == (
+        (1024, 16, 16, 16) if calvin else (384, 12, 6, 9))  # fmt: skip
+    assert cfg.history == (10 if calvin else 7) and cfg.future == 3 and cfg.depth == 24
+    assert (cfg.lr, cfg.lr_head, cfg.weight_decay, cfg.optimizer) == (1e-4, 1e-4, 1e-4, "adamw")
+    assert cfg.ensemble == (not calvin) and cfg.gripper_weight == 0.01 and cfg.eyes == "mae"
+    assert cfg.act_index == (1 if calvin else 0) and cfg.backbone == "VITA-1.5"
+    vita_vla.check(cfg)
