@@ -80,7 +80,7 @@ def table(lines):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("method", choices=["twinbrain", "vita_vla"])
+    parser.add_argument("method", choices=["twinbrain", "vita_vla", "dualvla"])
     parser.add_argument("arms", nargs="+", help="names of `--ablation list`")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--keep", default="", help="keep the run folders here")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import common
+import dualvla
 import twinbrain
 import vita_vla
 
@@ -15,29 +16,36 @@ ROOT = Path(twinbrain.__file__).resolve().parent
 README = (ROOT / "README.md").read_text()
 # Lines a file may have. twinbrain.py holds the paper and besides it Appendix C's four baselines,
 # Twin-to-One and the forgetting study; vita_vla.py two whole models, Seer and its student, three
-# stages, and a history kept between steps; common.py three backbone families and FAST; data.py
-# five layouts of recordings on disk, each with its faults.
-CAPS = {"twinbrain.py": 950, "vita_vla.py": 1180, "common.py": 1050, "data.py": 1160,
-        "README.md": 250}  # fmt: skip
+# stages, and a history kept between steps; dualvla.py three models trained in a row, two kinds of
+# actions, pruning; common.py three backbone families and FAST; data.py five layouts of recordings
+# on disk, each with its faults.
+CAPS = {"twinbrain.py": 950, "vita_vla.py": 1200, "dualvla.py": 1360, "common.py": 1050,
+        "data.py": 1160, "README.md": 250}  # fmt: skip
 
 
-def commands(text):
-    """Every command line that starts one of the scripts, as its arguments."""
-    found = re.findall(r"(?:python|torchrun)[^\n`|&]*?(twinbrain\.py[^\n`|&#]*)", text)
-    return sorted({line.strip() for line in found})
+SCRIPTS = {"twinbrain": twinbrain, "vita_vla": vita_vla, "dualvla": dualvla}
+TEXT = README + "".join(script.__doc__ for script in SCRIPTS.values())
 
 
-@pytest.mark.parametrize("line", commands(README + twinbrain.__doc__))
-def test_every_command_parses(line):
-    arguments = [word.strip("…,;.)") for word in shlex.split(line)[1:]]
+def commands():
+    """Every command line that starts one of the scripts, as its name and arguments."""
+    names = "|".join(SCRIPTS)
+    found = re.findall(rf"(?:python|torchrun)[^\n`|&]*?({names})\.py([^\n`|&#]*)", TEXT)
+    return sorted({(name, line.strip()) for name, line in found})
+
+
+@pytest.mark.parametrize("name, line", commands())
+def test_every_command_parses(name, line):
+    arguments = [word.strip("…,;.)") for word in shlex.split(line)]
+    script = SCRIPTS[name]
     if arguments not in (["-h"], ["--help"]):
-        common.parse(twinbrain.Config, twinbrain.PRESETS, twinbrain.ABLATIONS, arguments)
+        common.parse(script.Config, script.PRESETS, script.ABLATIONS, arguments)
 
 
 def test_every_file_named_exists():
     names = re.findall(r"`([\w./-]+\.(?:py|md|json|jsonl|png|gif))`|\]\(([\w./-]+)\)", README)
     left_by_runs = {"result.json", "metrics.jsonl", "loss.png", "first_batch.png", "config.json"}
-    for name in {a or b for a, b in names} - left_by_runs - {"vita_vla.py", "dualvla.py"}:
+    for name in {a or b for a, b in names} - left_by_runs:
         assert (ROOT / name).exists(), name
 
 
@@ -48,19 +56,20 @@ def test_the_two_commands_stand_alone():
 
 
 def test_every_flag_named_exists():
-    known = {"--" + name.replace("_", "-") for name in twinbrain.Config.__dataclass_fields__}
+    fields = {f for script in SCRIPTS.values() for f in script.Config.__dataclass_fields__}
+    known = {"--" + name.replace("_", "-") for name in fields}
     known |= {"--no-state", "--no-deepstack", "--nproc-per-node", "--seeds", "--go-on", "--help"}
     known |= {"--minutes", "--peak", "--local-dir", "--keep", "--rdzv-backend"}
-    for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README + twinbrain.__doc__)):
+    for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", TEXT)):
         assert flag in known, flag
 
 
 def test_the_loops_differ_only_where_they_say_so():
     loops = []
-    for script in (twinbrain, vita_vla):
+    for script in SCRIPTS.values():
         lines = inspect.getsource(script.train).splitlines()
         loops.append([s for s in lines if "# [method]" not in s and '"""' not in s])
-    assert loops[0] == loops[1]
+    assert loops[0] == loops[1] == loops[2]
 
 
 @pytest.mark.parametrize("name", CAPS)

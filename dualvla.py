@@ -1,0 +1,1355 @@
+"""DualVLA (arXiv 2511.22134): a robot model that reasons, and still acts as well as a specialist.
+
+      recordings --> E, the specialist --> G, the generalist ---> DualVLA, the student
+                     acts, is silent       acts, reasons,           ^            ^
+                                           answers                  |            |
+      pruned reasoning  --------------------------------------------+            |
+      on robot data     E says how to act,      Eq. 5 ---\\                       |
+      on questions      G says how to answer,   Eq. 6 ---- dual teachers, Eq. 7 -+
+
+      pictures, "what to do" --> [ VLM, two LoRA experts, learned gates ] --> reasoning (or none)
+                                         | latent action queries (B, N, D)
+      eye (pictures), state, noise --> [ flow expert ] --> action chunk (B, H, A)
+
+Conventions: x_t = (1 - t) x_0 + t x_1 with the noise x_0 at t = 0 and the action x_1 at t = 1, so
+the velocity is u_t = x_1 - x_0; actions and state are normalised to [-1, 1] between q01 and q99;
+prompts are padded on the left. Letters: B batch, T tokens, D width, N queries, H chunk, A action,
+S state, R noise draws, P tokens of the flow expert's prefix, n positions, V vocabulary.
+
+Equation map (Eq. 1 names the policy; Eq. 9 of the appendix is Eq. 3 as an expectation)
+  Eq. 2   specialist: -log pi(a | o, i)       -> action_loss()
+  Eq. 3   generalist: reasoning and action    -> vla_loss()
+  Eq. 4   action label of a frame             -> acceleration_keyframes()
+  Eq. 5   KL to the action teacher            -> action_distillation()
+  Eq. 6   KL to the reasoning teacher         -> reason_distillation()
+  Eq. 7   L_VLA + lambda L_KD                 -> total_loss()
+  Eq. 8   VLA Score of a trajectory           -> vla_score()
+Table map (`--ablation list`: the paper's number beside ours): the ablations of pruning and of the
+teachers base, base-ft, no-*, random-pruning, ours; beside them tokens, masked, keep-either,
+full-weights, degeneration.
+
+Assumptions, where the paper is silent
+  A1  Frames are kept where both labels are 1; `--reach` widens a scene label around its boundary,
+      for detectors whose peaks and accelerations never meet.
+  A2  Eq. 4: second difference, angles unwrapped, metres and radians in one norm; the ends of a
+      trajectory have no acceleration, neither in the label nor in the mean. A change of the gripper
+      marks the first frame with the new value.
+  A3  A pruned sample keeps its question (`Say why.`) and loses the answer, so the model learns when
+      to talk (`--masking ignore` keeps the words and takes them out of the loss).
+  A4  Where actions are continuous, Eq. 5 is the distance of two velocities at the same noise and
+      time: the KL of two Gaussians of one fixed variance (`--actions tokens`: Eq. 5 to the letter).
+  A5  T = 1; the KL is a mean over positions, as the losses are; one question for `--mix` robot
+      samples (InstructVLA: 7).
+  A6  The base model is InstructVLA: r-LoRA on every matrix of the language model, its gates (two a
+      token) from the hidden state of a pass without LoRA, here twice a softmax, so that G starts
+      as E; the vision tower is frozen; E's flow expert is trained with E and frozen then.
+  A7  The flow expert's eye is a small convolutional net in the place of DINOv2, with FiLM.
+  A8  A specialist is not asked for reasoning: its RA is 1 and R leaves Eq. 8.
+
+  python dualvla.py                                          # laptop: E, G, DualVLA, evaluation
+  torchrun dualvla.py --backbone Qwen3-VL-2B                 # one GPU, the embedded world
+  torchrun --nproc-per-node 8 dualvla.py --preset paper      # eight GPUs, the paper's settings
+"""
+
+import dataclasses
+import json
+import math
+import re
+import time
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.masking_utils import sdpa_mask
+
+import common
+import data
+from worlds import benchmarks, events, loop, pictures, score
+
+# --- Config: the defaults are the laptop's run ----------------------------------------------------
+
+
+@dataclass
+class Config:
+    backbone: str = "tiny"  # tiny, Qwen3-VL-2B/4B/8B, Qwen2.5-VL-3B/7B, a folder or a hub id
+    world: str = "tabletop:bridge"  # where to act; its suite also gives the demonstrations
+    data: str = ""  # recordings to train on; empty: the world's own demonstrations
+    out: str = ""  # run folder, with a folder for each stage; empty: runs/dualvla-<world>-...
+    stage: str = "chain"  # chain | expert | generalist | dual: last stage; those it needs run first
+    expert: str = ""  # E's run folder, instead of training E
+    generalist: str = ""  # G's run folder, instead of training G
+    steps: int = 0  # optimizer steps of each stage; 0: as in STAGES
+    seed: int = 0  # everything random follows from it
+    resume: str = ""  # run folder to go on from, exactly
+    eval_only: str = ""  # run folder to evaluate, without training
+    ablation: str = ""  # a row of the paper's tables; `list` prints them all
+    preset: str = ""  # a named configuration, see below
+    show: str = ""  # pruning or pareto: prints a table, draws a picture, and leaves
+    benchmark: str = ""  # a question file (VLMEvalKit's TSV) to answer after --eval-only
+    episodes: int = 200  # evaluation episodes in each domain
+    # pruning (Sec. 3.2.1)
+    prune: str = "both"  # both | action | scene | either | random | none: whose labels keep a frame
+    events: str = "ddm"  # ddm | similarity | phase: scene labels; phase: the recording's own
+    event_scores: str = ""  # scores of another detector: {"episode": [score per frame]} as JSON
+    event_demos: int = 120  # labelled recordings that the detector learns from
+    reach: int = 0  # frames around a boundary that its label covers (A1)
+    masking: str = "delete"  # delete | ignore: what becomes of pruned reasoning (A3)
+    # distillation (Sec. 3.2.2)
+    teachers: str = "both"  # both | action | reason | none
+    kd_weight: float = 0.15  # lambda of Eq. 7
+    temperature: float = 1.0  # T of Eq. 5 and 6
+    # the model
+    tune: str = "lora"  # lora | full: full trains every weight of the VLM in each stage
+    rank: int = 32  # of LoRA (InstructVLA: 128)
+    alpha: float = 2.0  # LoRA's scale, alpha / r (InstructVLA: 256 / 128)
+    actions: str = "flow"  # flow | tokens: flow expert, or 256 bins a dimension as words
+    queries: int = 8  # N, latent action queries (InstructVLA: 64)
+    horizon: int = 8  # H, actions in a chunk (InstructVLA: 16)
+    width: int = 128  # flow expert's width (InstructVLA: 768)
+    depth: int = 4  # its layers (InstructVLA: 12)
+    heads: int = 4  # its attention heads (InstructVLA: 12)
+    state: bool = True  # the robot's state among what the flow expert reads
+    repeats: int = 4  # R, noise draws a sample
+    euler: int = 4  # integration steps when acting (InstructVLA: 10)
+    # training
+    batch: int = 64  # robot samples per process and step
+    mix: int = 2  # robot samples for one question, stages G and dual (InstructVLA: 7)
+    reason: float = 0.5  # share of robot samples asked to reason first (InstructVLA: 0.4 to 0.6)
+    motion: float = 0.1  # share asked to name the move (InstructVLA: 0.2)
+    lr: float = 0.0  # of the VLM; 0: as in STAGES (DualVLA: 2e-5)
+    lr_head: float = 2e-3  # flow expert, queries, gates
+    min_lr: float = 0.0  # where the cosine ends, as a share of the peak (DualVLA: 1, constant)
+    warmup: int = 50  # steps of linear warm-up
+    weight_decay: float = 0.0  # of AdamW and Muon
+    clip: float = 1.0  # gradient norm
+    optimizer: str = "muon"  # adamw | muon: muon takes the matrices, AdamW the rest
+    dtype: str = "auto"  # auto | bf16 | fp32: arithmetic of the matrix products
+    device: str = "auto"  # auto | cpu | cuda
+    threads: int = 0  # CPU threads of a process; 0: torch's choice
+    workers: int = 0  # loader processes
+    # demonstrations of the embedded world
+    demos: int = 2000  # episodes
+    noise: float = 0.3  # disturbances while the expert demonstrates, for recovery
+    size: int = 64  # static camera, pixels
+    wrist_size: int = 32  # wrist camera, pixels
+    augment: int = 2  # random shift of the pictures, in 64ths of their side
+    normalise: str = "q99"  # q99 | minmax: bounds of actions and state
+    # evaluation and logging
+    domains: tuple[str, ...] = ("in",)  # what differs from training; empty: all the suite knows
+    talk: int = 40  # words of reasoning at most, when acting (InstructVLA: 50)
+    execute: int = 4  # actions executed of each chunk
+    ensemble: bool = False  # plan every step, blend the last 7 chunks (SimplerEnv)
+    parallel: int = 100  # episodes acted side by side
+    gifs: int = 2  # rollouts drawn in each domain
+    questions: int = 100  # of each of the four kinds (POPE, SEED-Bench, ScienceQA, MME)
+    qa_every: int = 0  # steps between measurements of actions and answers; 0: at the end
+    score_episodes: int = 40  # trajectories for the VLA Score
+    bracket: str = "outer"  # outer | inner: (R + A I) / 2 or (R + A) / 2 I in Eq. 8
+    judge: str = "offline"  # offline (the world's truth), an http(s) address, or local:BACKBONE
+    judge_model: str = "gpt-4o"  # its name at that address; the key is in OPENAI_API_KEY
+    judge_price: float = 2.5  # dollars for a million tokens read, for the estimate
+    judge_examples: str = ""  # annotated trajectories (JSONL) to show the judge
+    log_every: int = 20  # steps between log lines
+    save_every: int = 250  # steps between checkpoints
+
+
+ORDER = ("expert", "generalist", "dual")
+ALONE = dict(prune="none", teachers="none")
+STAGES = {  # what differs between the stages; --steps and --lr hold for all of them
+    "expert": dict(steps=2000, lr=2e-3, mix=0, reason=0.0, motion=0.0, qa_every=0) | ALONE,
+    "generalist": dict(steps=400, lr=1e-3) | ALONE,
+    "dual": dict(steps=400, lr=1e-3),
+}
+PAPER = dict(
+    backbone="Qwen3-VL-2B", rank=128, queries=64, horizon=16, width=768, depth=12, heads=12,
+    euler=10, batch=16, mix=7, reason=0.4, motion=0.2, optimizer="adamw", lr=2e-5, lr_head=5e-5,
+    min_lr=1.0, warmup=0, steps=20_000, size=224, wrist_size=224, augment=0, state=False,
+    execute=1, ensemble=True, repeats=1, workers=4, talk=50,
+)  # fmt: skip
+PRESETS = {"paper": PAPER}
+
+
+def row(paper, words, **overrides):
+    """An ablation: what the paper calls it, its average of robots and answers in %, flags."""
+    return dict(_paper=paper, _row=words, **overrides)
+
+
+ABLATIONS = {
+    "base": row(52.5, "Base, InstructVLA-G", stage="generalist"),
+    "base-ft": row(54.8, "Base (ft): no pruning, no teachers", prune="none", teachers="none"),
+    "no-pruning": row(55.6, "w/o pruning", prune="none"),
+    "no-distillation": row(54.5, "w/o distillation", teachers="none"),
+    "random-pruning": row(50.4, "random pruning, as many frames kept", prune="random"),
+    "no-action-layer": row(55.7, "w/o action layer", prune="scene"),
+    "no-scene-layer": row(52.1, "w/o scene layer", prune="action"),
+    "no-action-teacher": row(53.0, "w/o action teacher", teachers="reason"),
+    "no-reason-teacher": row(46.6, "w/o reasoning teacher", teachers="action"),
+    "ours": row(56.6, "Ours, DualVLA"),
+    "tokens": row(None, "OpenVLA-Dual's kind: action tokens", actions="tokens"),
+    "masked": row(None, "ours: pruned words read, not learned", masking="ignore"),
+    "keep-either": row(None, "ours: either label keeps a frame", prune="either"),
+    "full-weights": row(None, "ours: every weight, no LoRA", tune="full"),
+    "degeneration": row(None, "ours: G measured along the way", stage="generalist", qa_every=100),
+}
+
+
+# --- Prompts, and the one path from observations to tensors ---------------------------------------
+
+SYSTEM = "You are a helpful robot brain that can understand images and texts."
+USER = (
+    "\nInstruction: {instruction}\nRobot Type: {robot}"
+    "\nPredict the next action for the robot based on the observation, instruction and robot type."
+)
+FORMS = {"plain": "", "motion": " Name the move.", "reason": " Say why."}
+BINS = 256  # of an action's dimension, where actions are words
+
+
+def first_action(processor):
+    """Id of <robot_action_0>: the first query, or the first of the 256 action words."""
+    return processor.tokenizer.convert_tokens_to_ids("<robot_action_0>")
+
+
+def to_tokens(action, first):
+    """Normalised actions (H, A) -> ids, one word a dimension, the present action first."""
+    return tuple(int(i) for i in first + ((action + 1) / 2 * BINS).clip(0, BINS - 1).ravel())
+
+
+def from_tokens(ids, first, action_dim):
+    """(B, H * A) ids -> (B, H, A), the middles of the bins."""
+    return ((ids - first + 0.5) / BINS * 2 - 1).unflatten(-1, (-1, action_dim))
+
+
+def sense(samples, cfg, processor, form="", tail=True):
+    """Samples with "images", "instruction", "state", and to learn from "action", "mask", "form",
+    "said", "learn" -> batch. form: ask all in this one, and leave out what was said.
+    tail: the queries (or, to learn from, the action words) stand at the end of the prompt."""
+    pixels, grids, rows, labels = [], [], [], []
+    first, robot = first_action(processor), cfg.world.partition(":")[0]
+    for sample in samples:
+        patches, grid = processor.images(sample["images"])
+        asked = USER.format(instruction=sample["instruction"], robot=robot)
+        asked += FORMS[form or sample["form"]]
+        said = "" if form else sample["said"]
+        said = tuple(processor.tokenizer.encode(said, add_special_tokens=False))
+        act = tuple(range(first, first + cfg.queries)) if cfg.actions == "flow" else ()
+        if cfg.actions == "tokens" and "action" in sample:
+            act = to_tokens(sample["action"], first)
+        answer = said + act if tail else ()
+        pixels.append(patches)
+        grids.append(grid)
+        rows.append(processor.prompt(SYSTEM, asked, grid)[0] + answer)
+        learn = [t if form or sample["learn"] else -100 for t in said] + [*act]
+        if cfg.actions == "flow":  # when to act is learned; which query follows which is not
+            learn = learn[: len(said) + 1] + [-100] * (cfg.queries - 1)
+        labels.append(learn if tail else [])
+    prompt = processor.pad(rows, grids)
+    prompt["labels"] = answer_labels(prompt["input_ids"], labels)
+    batch = {
+        "prompt": prompt,
+        "pixel_values": torch.from_numpy(np.concatenate(pixels)),
+        "image_grid_thw": torch.tensor([g for grid in grids for g in grid]),
+        "state": torch.from_numpy(np.stack([s["state"] for s in samples])),  # (B, S)
+        "views": {  # for the flow expert's eye: camera -> (B, h, w, 3)
+            str(i): torch.from_numpy(np.stack(view))
+            for i, view in enumerate(zip(*(s["images"] for s in samples)))
+        },
+    }
+    if "action" in samples[0]:
+        batch["action"] = torch.from_numpy(np.stack([s["action"] for s in samples]))  # (B, H, A)
+        batch["mask"] = torch.from_numpy(np.stack([s["mask"] for s in samples]))  # (B, H)
+    return batch
+
+
+def ask(samples, processor):
+    """Samples with "images", "question", "answer" -> batch of one prompt, its answers labelled."""
+    pixels, grids = zip(*(processor.images(s["images"]) for s in samples))
+    pairs = [
+        processor.prompt(SYSTEM, "Question: " + s["question"], grid, s["answer"])
+        for s, grid in zip(samples, grids)
+    ]
+    prompt = processor.pad([ids + answer for ids, answer in pairs], grids)
+    prompt["labels"] = answer_labels(prompt["input_ids"], [answer for _, answer in pairs])
+    return {
+        "prompt": prompt,
+        "pixel_values": torch.from_numpy(np.concatenate(pixels)),
+        "image_grid_thw": torch.tensor([g for grid in grids for g in grid]),
+    }
+
+
+def answer_labels(input_ids, answers):
+    """(B, T) ids whose rows end with their answers -> (B, T), -100 everywhere else."""
+    labels = torch.full_like(input_ids, -100)
+    for ids, answer in zip(labels, answers):
+        ids[len(ids) - len(answer) :] = torch.tensor(answer)
+    return labels
+
+
+def collate(samples, cfg, processor):
+    """Robot samples and questions -> one batch; "plain": what the action teacher is asked."""
+    robot = [s for s in samples if "action" in s]
+    asked = [s for s in samples if "question" in s]
+    batch = {"robot": sense(robot, cfg, processor)}
+    if cfg.teachers in ("both", "action"):
+        batch["plain"] = sense(robot, cfg, processor, form="plain")["prompt"]
+    return batch | ({"questions": ask(asked, processor)} if asked else {})
+
+
+# --- Model: two LoRA experts behind learned gates, latent action queries --------------------------
+
+
+class Mixture(nn.Module):
+    """A frozen matrix and low-rank experts: W_0 x + sum_i lambda_i (alpha / r) B_i A_i x."""
+
+    def __init__(self, base, experts, rank, alpha, gates):
+        super().__init__()
+        self.base, self.alpha, self.gates = base, alpha, gates
+        self.down = nn.ParameterList(
+            nn.Parameter(torch.randn(rank, base.in_features) / base.in_features**0.5)
+            for _ in range(experts)
+        )
+        self.up = nn.ParameterList(
+            nn.Parameter(torch.zeros(base.out_features, rank)) for _ in range(experts)
+        )
+
+    def forward(self, x):
+        y, lambdas = self.base(x), self.gates.now  # (B, T, experts) or (1, 1, experts)
+        if lambdas is not None:
+            for i, (A, B) in enumerate(zip(self.down, self.up)):
+                y = y + self.alpha * lambdas[..., i : i + 1] * F.linear(F.linear(x, A), B)
+        return y
+
+
+class Gates:
+    """What every Mixture of a model reads: lambda of each token and expert, or None: W_0 alone."""
+
+    now = None
+
+
+def short_attention(module, q, k, v, mask, scaling=None, **_):
+    """The library's attention through `common.attend`, fast on a CPU for short prompts."""
+    groups = module.num_key_value_groups
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    return common.attend(q, k, v, mask, scaling).transpose(1, 2), None
+
+
+AttentionInterface.register("dualvla", short_attention)
+AttentionMaskInterface.register("dualvla", sdpa_mask)
+
+
+class DualVLA(nn.Module):
+    """E, G or the student: a Qwen-VL with LoRA experts and gates, queries, and a flow expert."""
+
+    def __init__(self, cfg, vlm, processor, state_dim, action_dim):
+        super().__init__()
+        self.cfg, self.processor, self.action_dim = cfg, processor, action_dim
+        self.vlm, self.first = vlm, first_action(processor)
+        self.end = processor.tokenizer.eos_token_id
+        vlm.model.language_model.config._attn_implementation = "dualvla"
+        D, alone = vlm.config.get_text_config().hidden_size, cfg.stage == "expert"
+        self.gates, self.gate = Gates(), None
+        self.untouched = ()  # weights that stay the backbone's own: no checkpoint holds them
+        if cfg.tune == "lora":
+            vlm.requires_grad_(False)
+            self.add_experts(1 if alone else 2)
+            new = (".down.", ".up.", "embed_tokens.", "lm_head.")
+            self.untouched = tuple(n for n in self.state_dict() if not any(x in n for x in new))
+            if alone:
+                self.learn_words()
+            else:
+                widths = [(D, 128), (128, 128), (128, 128), (128, 2)]  # four layers
+                layers = [m for i, o in widths for m in (nn.Linear(i, o), nn.ReLU())]
+                self.gate = nn.Sequential(*layers[:-1])
+                nn.init.zeros_(layers[-2].weight)
+                nn.init.zeros_(layers[-2].bias)
+        if cfg.actions == "flow":
+            self.queries = nn.Parameter(0.02 * torch.randn(cfg.queries, D))
+            self.flow = FlowExpert(cfg, D, state_dim, action_dim)
+            if not alone:  # ASSUMPTION A6
+                self.flow.requires_grad_(False)
+
+    def add_experts(self, experts):
+        """Puts a Mixture in the place of each matrix of the language model's layers."""
+        cfg, layers = self.cfg, self.vlm.model.language_model.layers
+        names = [n for n, m in layers.named_modules() if isinstance(m, nn.Linear)]
+        for name in names:
+            parent, _, leaf = name.rpartition(".")
+            parent = layers.get_submodule(parent)
+            mixture = Mixture(getattr(parent, leaf), experts, cfg.rank, cfg.alpha, self.gates)
+            setattr(parent, leaf, mixture)
+
+    def learn_words(self):
+        """E also learns the embeddings of the action words, and of no others."""
+        words = self.vlm.get_input_embeddings().weight
+        rows = torch.zeros(len(words), 1)
+        rows[self.first : self.first + BINS] = 1.0
+        for weight in {words, self.vlm.lm_head.weight}:  # one, where they are tied
+            weight.requires_grad_(True)
+            weight.register_hook(lambda grad: grad * rows.to(grad.device))
+
+    def see(self, batch):
+        """The vision tower's features of a batch's pictures; frozen, it sees once for all three."""
+        pixels, grids = batch["pixel_values"], batch["image_grid_thw"]
+        if self.cfg.tune == "full":
+            return self.vlm.model.get_image_features(pixels, grids)
+        if "seen" not in batch:
+            with torch.no_grad():
+                batch["seen"] = self.vlm.model.get_image_features(pixels, grids)
+        return batch["seen"]
+
+    def look(self, x, mask, position_ids, seen=None, caches=(None, None)):
+        """(B, T, D) embedded tokens -> last hidden states (B, T, D), the gates set on the way."""
+        words = dict(inputs_embeds=x, attention_mask=mask, position_ids=position_ids)
+        words |= {"mm_encoder_outputs": {"image": seen}} if seen is not None else {}
+        if self.gate is not None:
+            self.gates.now = None
+            with torch.no_grad():
+                h_0 = self.vlm.model(**words, past_key_values=caches[0]).last_hidden_state
+            self.gates.now = 2 * self.gate(h_0).softmax(-1)  # (B, T, 2)  # ASSUMPTION A6
+        else:
+            self.gates.now = x.new_ones(1, 1, 1)
+        return self.vlm.model(**words, past_key_values=caches[1]).last_hidden_state
+
+    def embed(self, ids):
+        """(B, T) ids -> (B, T, D); in the queries' places, where actions flow, the queries."""
+        x = self.vlm.get_input_embeddings()(ids)
+        if self.cfg.actions == "flow":
+            place = (ids - self.first).clamp(0, self.cfg.queries - 1)
+            is_query = (ids >= self.first) & (ids < self.first + self.cfg.queries)
+            x = torch.where(is_query[..., None], self.queries[place].to(x.dtype), x)
+        return x
+
+    def read(self, prompt, batch, caches=(None, None)):
+        """A prompt with its pictures -> hidden states (B, T, D)."""
+        x, mask = self.embed(prompt["input_ids"]), common.causal_mask(prompt["real"])
+        return self.look(x, mask, prompt["position_ids"], self.see(batch), caches)
+
+    def keys(self, h, batch):
+        """Hidden states that end with the queries' -> what the flow expert's layers look at."""
+        state = batch["state"] if self.cfg.state else None
+        return self.flow.prefix(h[:, -self.cfg.queries :], batch["views"], state)
+
+    def forward(self, batch, noise=None, soft=None):
+        """Losses of one step, by name. noise: x_0 (B, R, H, A), t (B, R); soft: of `teach()`."""
+        cfg, robot, soft, losses = self.cfg, batch["robot"], soft or {}, {}
+        h = self.read(robot["prompt"], robot)  # (B, T, D)
+        if cfg.actions == "flow":
+            losses["text"] = text_loss(self.vlm.lm_head, h, robot["prompt"]["labels"])
+            x_t, u_t = interpolate(robot["action"], *noise)
+            v_t = self.flow(x_t, noise[1], self.keys(h, robot))
+            losses["action"] = action_loss(v_t, u_t, robot["mask"])
+        else:
+            losses |= token_losses(self.vlm.lm_head, h, robot["prompt"]["labels"], self.first)
+            v_t = None
+        if "action" in soft:
+            student = spoken_actions(h, robot["prompt"]["labels"], self.first)
+            losses["kd_action"] = action_distillation(
+                soft["action"], v_t, student, self.vlm.lm_head.weight, robot["mask"], cfg
+            )
+        if "questions" in batch:
+            labels = batch["questions"]["prompt"]["labels"]
+            h = self.read(batch["questions"]["prompt"], batch["questions"])
+            losses["answer"] = text_loss(self.vlm.lm_head, h, labels)
+            if "reason" in soft:
+                h = spoken(h, labels)[0]
+                losses["kd_reason"] = reason_distillation(
+                    *soft["reason"], h, self.vlm.lm_head.weight, cfg
+                )
+        return losses
+
+    @torch.no_grad()
+    def answer(self, asked):
+        """-> (B,) whether greedy decoding would write the answer: one pass decides."""
+        h, labels = self.read(asked["prompt"], asked), asked["prompt"]["labels"]
+        h, labels, asked = h[:, :-1], labels[:, 1:], labels[:, 1:] >= 0
+        wrong = torch.zeros_like(labels)
+        wrong[asked] = (self.vlm.lm_head(h[asked]).argmax(-1) != labels[asked]).long()
+        return wrong.sum(1) == 0
+
+    @torch.no_grad()
+    def speak(self, batch, limit, stop):
+        """Greedy decoding behind a prompt; stop(ids) says which words end it -> lists of ids, and
+        the `Thread` to go on from."""
+        thread = Thread(self, batch)
+        live, said = torch.ones_like(thread.real[:, 0]), [[] for _ in thread.h]
+        for _ in range(limit):
+            ids = self.vlm.lm_head(thread.h).argmax(-1)  # (B,)
+            live = live & ~stop(ids)
+            if not live.any():
+                break
+            for words, word, more in zip(said, ids.tolist(), live.tolist()):
+                words += [word] if more else []
+            thread.go_on(self.vlm.get_input_embeddings()(ids[:, None]), live[:, None])
+        return said, thread
+
+    @torch.no_grad()
+    def act(self, batch, x_0, form, limit):
+        """Batch without actions, noise x_0 (B, H, A) -> chunks (B, H, A), ids of what was said."""
+        cfg, said = self.cfg, [[] for _ in x_0]
+        if form == "plain" and cfg.actions == "flow":
+            h = self.read(batch["prompt"], batch)  # nothing to say: one pass
+        else:
+            done = lambda ids: (ids >= self.first) | (ids == self.end)  # noqa: E731
+            said, thread = self.speak(batch, 0 if form == "plain" else limit, done)
+            if cfg.actions == "tokens":
+                return self.decode(thread), said
+            queries = self.queries.to(thread.h.dtype).expand(len(x_0), -1, -1)
+            h = thread.go_on(queries, torch.ones_like(queries[..., 0], dtype=torch.bool))
+        keys = self.keys(h, batch)
+        return integrate(lambda x, t: self.flow(x, t, keys), x_0, cfg.euler), said
+
+    def decode(self, thread):
+        """H * A action words, each the likeliest of its 256 -> (B, H, A)."""
+        words, ids = self.vlm.get_input_embeddings(), []
+        for _ in range(self.cfg.horizon * self.action_dim):
+            logits = self.vlm.lm_head(thread.h)[:, self.first : self.first + BINS]
+            ids.append(self.first + logits.argmax(-1, keepdim=True))  # (B, 1)
+            thread.go_on(words(ids[-1]), torch.ones_like(ids[-1], dtype=torch.bool))
+        return from_tokens(torch.cat(ids, dim=1), self.first, self.action_dim).float()
+
+
+class Thread:
+    """Decoding in progress: caches of both passes, which tokens count, the newest hidden state.
+
+    A row that has said all it has to say is carried on with tokens that nobody looks at.
+    """
+
+    def __init__(self, model, batch):
+        prompt = batch["prompt"]
+        self.model, self.caches = model, (DynamicCache(), DynamicCache())
+        self.real, self.position = prompt["real"], prompt["position_ids"][:, :, -1:]
+        self.h = model.read(prompt, batch, caches=self.caches)[:, -1]  # (B, D)
+
+    def go_on(self, x, use):
+        """New tokens x (B, n, D), use (B, n): which of them are real -> hidden states (B, n, D)."""
+        self.real = torch.cat([self.real, use], dim=1)
+        place = self.position + use.cumsum(1)  # (3, B, n)
+        mask = common.causal_mask(self.real)[:, :, -x.shape[1] :]
+        h = self.model.look(x, mask, place, caches=self.caches)
+        self.position = place[:, :, -1:]
+        self.h = torch.where(use[:, -1:], h[:, -1], self.h)
+        return h
+
+
+# --- Model: the flow expert -----------------------------------------------------------------------
+
+
+def sinusoid(t, width):
+    """t (...,) in [0, 1] -> (..., width), periods from a hundredth to one."""
+    rates = 2 * math.pi * 100 ** torch.linspace(0, 1, width // 2, device=t.device)
+    return torch.cat([(t[..., None] * rates).cos(), (t[..., None] * rates).sin()], dim=-1)
+
+
+class Eye(nn.Module):
+    """The flow expert's own sight: convolutions, modulated by the mean latent action (FiLM)."""
+
+    def __init__(self, condition, width, cameras=4):
+        super().__init__()
+        sizes = [5, 32, 64, 96, width]  # colours and the place of each pixel first
+        self.convs = nn.ModuleList(
+            nn.Conv2d(i, o, 3, stride=2, padding=1) for i, o in zip(sizes, sizes[1:])
+        )
+        self.norms = nn.ModuleList(nn.GroupNorm(8, o) for o in sizes[1:])
+        self.films = nn.ModuleList(nn.Linear(condition, 2 * o) for o in sizes[1:])
+        self.camera = nn.Parameter(0.02 * torch.randn(cameras, condition))
+        for film in self.films:
+            nn.init.zeros_(film.weight)
+            nn.init.zeros_(film.bias)
+
+    def forward(self, views, latent):
+        """views: camera -> (B, h, w, 3) uint8, latent (B, D) -> (B, all cameras' tokens, width)."""
+        tokens = []
+        for i, view in enumerate(views.values()):
+            x = view.permute(0, 3, 1, 2).float() / 127.5 - 1  # (B, 3, h, w)
+            lines = [torch.linspace(-1, 1, n, device=x.device) for n in x.shape[2:]]
+            grid = torch.stack(torch.meshgrid(*lines, indexing="ij")).expand(len(x), -1, -1, -1)
+            x = torch.cat([x, grid], dim=1)
+            for conv, norm, film in zip(self.convs, self.norms, self.films):
+                gamma, beta = film(latent + self.camera[i])[:, :, None, None].chunk(2, dim=1)
+                x = F.silu(norm(conv(x)) * (1 + gamma) + beta)
+            tokens.append(x.flatten(2).transpose(1, 2))
+        return torch.cat(tokens, dim=1)
+
+
+class Block(nn.Module):
+    """A layer as Llama has it; the attention itself is where the masks are."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads, inner = heads, 3 * width
+        self.norm = nn.RMSNorm(width, elementwise_affine=False)
+        self.qkv, self.o = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.gate, self.up = nn.Linear(width, inner), nn.Linear(width, inner)
+        self.down = nn.Linear(inner, width)
+
+    def project(self, x):
+        """(B, N, width) -> q, k, v (B, heads, N, d)."""
+        parts = self.qkv(self.norm(x)).chunk(3, dim=-1)
+        return (z.unflatten(-1, (self.heads, -1)).transpose(1, 2) for z in parts)
+
+    def finish(self, x, y):
+        """Attention's y (B, heads, N, d) and the MLP added to x."""
+        x = x + self.o(y.transpose(1, 2).flatten(2))
+        h = self.norm(x)
+        return x + self.down(F.silu(self.gate(h)) * self.up(h))
+
+
+class FlowExpert(nn.Module):
+    """Velocity of an action chunk from [eye | latent actions | state | noisy actions]; the parts of
+    the prefix look at themselves alone, the actions at everything."""
+
+    def __init__(self, cfg, condition, state_dim, action_dim):
+        super().__init__()
+        W, self.horizon = cfg.width, cfg.horizon
+        self.eye = Eye(condition, W)
+        self.latent_in, self.action_in = nn.Linear(condition, W), nn.Linear(action_dim, W)
+        self.state_in = nn.Linear(state_dim, W) if cfg.state else None
+        self.mix = nn.Sequential(nn.Linear(2 * W, W), nn.SiLU(), nn.Linear(W, W))
+        self.place = nn.Parameter(0.02 * torch.randn(cfg.horizon, W))
+        self.blocks = nn.ModuleList(Block(W, cfg.heads) for _ in range(cfg.depth))
+        self.norm = nn.RMSNorm(W, elementwise_affine=False)
+        self.out = nn.Sequential(nn.Linear(W, W), nn.SiLU(), nn.Linear(W, action_dim))
+
+    def prefix(self, latents, views, state):
+        """latents (B, N, D), state (B, S) or None -> keys and values of each layer."""
+        parts = [self.eye(views, latents.mean(1)), self.latent_in(latents)]
+        if state is not None:
+            parts.append(self.state_in(state)[:, None])
+        kind = [i for i, part in enumerate(parts) for _ in range(part.shape[1])]
+        kind = torch.tensor(kind, device=latents.device)
+        mask, keys = (kind[:, None] == kind)[None, None], []  # (1, 1, P, P)
+        x = torch.cat(parts, dim=1)  # (B, P, width)
+        for block in self.blocks:
+            q, k, v = block.project(x)
+            keys.append((k, v))
+            x = block.finish(x, common.attend(q, k, v, mask))
+        return keys
+
+    def forward(self, x_t, t, keys):
+        """x_t (B, R, H, A), t (B, R) -> velocity (B, R, H, A), float32; draws do not mix."""
+        B, R, H, _ = x_t.shape
+        a = self.action_in(x_t)  # (B, R, H, width)
+        time = sinusoid(t, a.shape[-1])[:, :, None].expand(a.shape)
+        x = (self.mix(torch.cat([a, time], dim=-1)) + self.place).flatten(1, 2)
+        draw = torch.arange(R, device=x.device).repeat_interleave(H)
+        own = draw[:, None] == draw  # (R * H, R * H)
+        mask = F.pad(own, (keys[0][0].shape[2], 0), value=True)[None, None]
+        for block, (k_P, v_P) in zip(self.blocks, keys):
+            q, k, v = block.project(x)
+            k, v = torch.cat([k_P, k], dim=2), torch.cat([v_P, v], dim=2)
+            x = block.finish(x, common.attend(q, k, v, mask))
+        return self.out(self.norm(x)).float().unflatten(1, (R, H))
+
+
+def integrate(velocity, x_0, steps):
+    """Euler from noise x_0 (B, H, A) at t = 0 to t = 1; velocity(x (B, 1, H, A), t (B, 1))."""
+    x = x_0[:, None]
+    for i in range(steps):
+        t = torch.full(x.shape[:2], i / steps, device=x.device)
+        x = x + velocity(x, t) / steps
+    return x[:, 0]
+
+
+# --- Loss -----------------------------------------------------------------------------------------
+
+
+def draw_noise(cfg, step, action_dim, dist):
+    """x_0 (B, R, H, A) Gaussian; t (B, R) = 0.999 (1 - b), b ~ Beta(1.5, 1), mostly noisy.
+
+    Drawn for the samples of all processes, then cut: any number of processes uses the same draws.
+    """
+    generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
+    total = cfg.batch * dist.processes
+    x_0 = torch.randn(total, cfg.repeats, cfg.horizon, action_dim, generator=generator)
+    b = torch.rand(total, cfg.repeats, generator=generator) ** (1 / 1.5)  # inverse CDF of the Beta
+    mine = slice(dist.rank * cfg.batch, (dist.rank + 1) * cfg.batch)
+    return x_0[mine], 0.999 * (1 - b[mine])
+
+
+def interpolate(x_1, x_0, t):
+    """Actions x_1 (B, H, A), noise x_0 (B, R, H, A), t (B, R) -> x_t, u_t (B, R, H, A)."""
+    x_1, s = x_1[:, None], t[:, :, None, None]
+    return (1 - s) * x_0 + s * x_1, x_1 - x_0
+
+
+def masked_mean(x, mask):
+    """x (B, R, H, A), mask (B, H) True inside the episode -> mean over what is inside."""
+    inside = mask[:, None, :, None].expand_as(x).flatten(1)
+    return ((x.flatten(1) * inside).sum(1) / inside.sum(1)).mean()
+
+
+def action_loss(v_t, u_t, mask):
+    """The specialist's loss where actions flow, (B, R, H, A) each: ||v_t - u_t||^2 stands for
+    -sum_k log pi(a_k | o, i, a_<k); `token_losses()` has that sum itself."""
+    return masked_mean((v_t - u_t) ** 2, mask)  # Eq. (2)
+
+
+def spoken(h, labels):
+    """h (B, T, D), labels (B, T) -> states that predict a labelled word (n, D), the words (n,)."""
+    asked = labels[:, 1:] >= 0
+    return h[:, :-1][asked], labels[:, 1:][asked]
+
+
+def spoken_actions(h, labels, first):
+    """The states (n, D) that predict an action word, in order."""
+    h, words = spoken(h, labels)
+    return h[words >= first]
+
+
+def text_loss(head, h, labels):
+    """Mean of -log pi(y_k | o, i, y_<k) over the labelled words."""
+    h, words = spoken(h, labels)
+    return F.cross_entropy(head(h).float(), words)
+
+
+def token_losses(head, h, labels, first):
+    """The same where actions are words; the sum of both parts is the mean over y, Eq. 3."""
+    h, words = spoken(h, labels)
+    nll = F.cross_entropy(head(h).float(), words, reduction="none") / len(words)
+    return {"text": nll[words < first].sum(), "action": nll[words >= first].sum()}
+
+
+def vla_loss(losses):
+    """Hard labels: reasoning and action of robot data, answers of (o, i, r, no action)."""
+    return losses["text"] + losses["action"] + losses.get("answer", 0.0)  # Eq. (3)
+
+
+def action_distillation(teacher, v_t, h, weight, mask, cfg):
+    """The action teacher, asked without reasoning, on a student that has reasoned. teacher: its
+    velocities (B, R, H, A), or its states at the action words (n, D) and head (V, D)."""
+    if cfg.actions == "flow":  # ASSUMPTION A4
+        return masked_mean((v_t - teacher.detach()) ** 2, mask)
+    # T^2 KL(pi_E(a | o, i) || pi(a | o, i, r))
+    kl = common.linear_kl(h, weight, *teacher, cfg.temperature)
+    return cfg.temperature**2 * kl  # Eq. (5)
+
+
+def reason_distillation(h_teacher, head_teacher, h, weight, cfg):
+    """The student's own beginning, on questions: states (n, D) at the answers' words, heads."""
+    kl = common.linear_kl(h, weight, h_teacher, head_teacher, cfg.temperature)
+    return cfg.temperature**2 * kl  # T^2 KL(pi_G(r | o, i) || pi(r | o, i))  # Eq. (6)
+
+
+def total_loss(losses, cfg):
+    """A sample has one teacher: that of its domain."""
+    kd = losses.get("kd_action", 0.0) + losses.get("kd_reason", 0.0)
+    return vla_loss(losses) + cfg.kd_weight * kd  # L_VLA + lambda L_KD  # Eq. (7)
+
+
+@torch.no_grad()
+def teach(teachers, batch, noise, student):
+    """What the frozen teachers say: "action": E of robot data, "reason": G of questions."""
+    expert, generalist = teachers if teachers else (None, None)
+    robot, soft = batch["robot"], {}
+    if expert is not None:
+        h = expert.read(batch["plain"], robot)
+        if student.cfg.actions == "flow":
+            x_t, _ = interpolate(robot["action"], *noise)
+            soft["action"] = expert.flow(x_t, noise[1], expert.keys(h, robot))
+        else:
+            h = spoken_actions(h, batch["plain"]["labels"], expert.first)
+            soft["action"] = h, expert.vlm.lm_head.weight
+    if generalist is not None and "questions" in batch:
+        asked = batch["questions"]
+        h, _ = spoken(generalist.read(asked["prompt"], asked), asked["prompt"]["labels"])
+        soft["reason"] = h, generalist.vlm.lm_head.weight
+    return soft
+
+
+# --- Data: pruning (Section 3.2.1) ----------------------------------------------------------------
+
+
+def acceleration_keyframes(pose, gripper):
+    """pose (T, 6) x y z and three angles, gripper (T,) 0 or 1 -> action labels (T,) bool."""
+    pose = np.array(pose, np.float64)
+    pose[:, 3:] = np.unwrap(pose[:, 3:], axis=0)
+    a, label = np.zeros(len(pose)), np.zeros(len(pose), bool)  # ASSUMPTION A2
+    if len(pose) > 2:
+        a[1:-1] = np.linalg.norm(pose[2:] - 2 * pose[1:-1] + pose[:-2], axis=1)
+        # ||T''(t_k)|| > 1/N sum_i ||T''(t_i)||, or G changes at t_k
+        label = a > a[1:-1].mean() + 1e-9  # Eq. (4)
+    label[1:] |= np.asarray(gripper[1:]) != np.asarray(gripper[:-1])
+    return label
+
+
+def keep(scene, action, rule, rng=None):
+    """Scene and action labels (T,) bool -> (T,) bool: whose reasoning stays."""
+    kept = {
+        "both": scene & action, "action": action, "scene": scene, "either": scene | action,
+        "none": np.ones_like(scene), "random": np.zeros_like(scene),
+    }[rule].copy()  # fmt: skip
+    if rule == "random":  # as many as "both"
+        kept[rng.permutation(len(scene))[: (scene & action).sum()]] = True
+    return kept
+
+
+def action_labels(episode):
+    return acceleration_keyframes(episode.state[:, :6], episode.state[:, 7] > 0.5)
+
+
+def scene_labels(episodes, cfg, say=print):
+    """Event boundaries, marked or found -> scene labels (T,) bool of each episode."""
+    if cfg.event_scores:
+        found = events.from_file(cfg.event_scores, episodes)
+    elif cfg.events == "phase":
+        found = [events.boundaries(e.phase) for e in episodes]
+    else:
+        suite = loop.suite_of(cfg.world)
+        wanted = suite, cfg.event_demos, cfg.seed + 500, cfg.size, cfg.wrist_size, cfg.noise
+        detector = events.detector(cfg.events, data.demonstrations(*wanted), cfg.seed, say)
+        found = [detector.boundaries(e) for e in episodes]
+    return [events.dilate(f, len(e.action), cfg.reach) for f, e in zip(found, episodes)]
+
+
+def keep_labels(episodes, cfg, say=print):
+    """-> for each episode (T,) bool, after `--prune`."""
+    rng = np.random.default_rng(cfg.seed)
+    action = [action_labels(e) for e in episodes]
+    scene = action
+    if cfg.prune not in ("none", "action"):
+        scene = scene_labels(episodes, cfg, say)
+    return [keep(s, a, cfg.prune, rng) for s, a in zip(scene, action)]
+
+
+class Samples(data.Windows):
+    """Windows that carry a form of prompt and, where it was kept, what is to be said."""
+
+    def __init__(self, episodes, stats, cfg, kept):
+        super().__init__(episodes, stats, cfg.horizon, cfg.normalise, cfg.augment)
+        self.cfg, self.kept = cfg, kept
+
+    def get(self, index, rng):
+        sample, u = super().get(index, rng), rng.random()
+        e = int(np.searchsorted(self.starts, index, side="right")) - 1
+        t, episode, cfg = index - int(self.starts[e]), self.episodes[e], self.cfg
+        form, said, kept = "plain", "", bool(self.kept[e][t])
+        if u < cfg.reason:
+            form, said = "reason", episode.reasoning[t] if episode.reasoning else ""
+        elif u < cfg.reason + cfg.motion:
+            form, said = "motion", events.move_name(episode.state, t)
+        said = said if kept or cfg.masking == "ignore" else ""  # ASSUMPTION A3
+        return sample | {"form": form, "said": said, "learn": kept}
+
+
+class Batches(data.Batches):
+    """Robot samples and, for `mix` of them, one question."""
+
+    def __init__(self, mixtures, collate, batch, rank=0, processes=1, mix=0):
+        super().__init__(mixtures, collate, batch, rank, processes)
+        self.counts = [batch] + [max(batch // mix, 1)] * (len(mixtures) - 1) if mix else [batch]
+
+    def __getitem__(self, step):
+        samples = []
+        for mixture, count in zip(self.mixtures, self.counts):
+            first = (step * self.processes + self.rank) * count
+            samples += [mixture[i] for i in range(first, first + count)]
+        return self.collate(samples)
+
+
+# --- Eval: acting with and without reasoning, answering, VLA Score --------------------------------
+
+
+class Policy:
+    """A trained model with its normalisation: what `worlds.loop` acts with."""
+
+    def __init__(self, model, cfg, processor, stats, device):
+        self.model, self.cfg, self.processor, self.stats = model, cfg, processor, stats
+        self.device, self.said = device, []
+        self.form = "plain" if cfg.stage == "expert" else "reason"  # how it is asked
+
+    def batch(self, observations, instructions):
+        samples = [
+            {
+                "images": list(o["images"].values()),
+                "instruction": words,
+                "state": data.normalise(o["state"], self.stats["state"], self.cfg.normalise),
+            }
+            for o, words in zip(observations, instructions)
+        ]
+        tail = self.form == "plain" and self.cfg.actions == "flow"
+        batch = sense(samples, self.cfg, self.processor, self.form, tail)
+        return common.to_device(batch, self.device)
+
+    def act(self, observations, instructions, rng):
+        """n observations and instructions -> action chunks (n, H, A) in the world's units;
+        `said`: what it said before each."""
+        shape = len(observations), self.cfg.horizon, len(self.stats["action"]["q01"])
+        x_0 = torch.from_numpy(rng.standard_normal(shape, np.float32)).to(self.device)
+        self.model.eval()
+        with common.autocast(self.device, self.cfg.dtype):
+            batch = self.batch(observations, instructions)
+            a, said = self.model.act(batch, x_0, self.form, self.cfg.talk)
+        self.said = [self.processor.tokenizer.decode(ids).strip() for ids in said]
+        a = a.clamp(-1, 1).cpu().numpy()  # as training clipped them
+        return data.unnormalise(a, self.stats["action"], self.cfg.normalise)
+
+    def view(self, observation, instruction):
+        """A panel with what it says at this sight; none for a silent one."""
+        if self.form == "plain":
+            return None
+        before, side = self.said, 4 * len(next(iter(observation["images"].values())))
+        self.act([observation], [instruction], np.random.default_rng(0))
+        self.said, words = before, self.said[0] or "(acts without a word)"
+        return pictures.caption_frame([np.full((side, side, 3), 255, np.uint8)], [words], 1)
+
+    def write(self, samples, limit=20):
+        """Samples with "images" and "question" -> its answers in words."""
+        with common.autocast(self.device, self.cfg.dtype), torch.no_grad():
+            samples = [s | {"answer": ""} for s in samples]
+            asked = common.to_device(ask(samples, self.processor), self.device)
+            ids, _ = self.model.eval().speak(asked, limit, lambda ids: ids == self.model.end)
+        return [self.processor.tokenizer.decode(row).strip() for row in ids]
+
+
+ABILITIES = ("pope", "seed", "scienceqa", "mme")  # question sets in the form of the benchmarks
+
+
+@torch.no_grad()
+def abilities(model, cfg, processor, device, sets):
+    """Share of questions answered right -> {"answers": {"pope": ...}}; sets: {name: samples}.
+    As in MME's accuracy+, a picture counts there if both answers are right."""
+    model.eval()
+    scores = {}
+    for name, samples in sets.items():
+        right = []
+        for i in range(0, len(samples), 50):
+            asked = common.to_device(ask(samples[i : i + 50], processor), device)
+            with common.autocast(device, cfg.dtype):
+                right += model.answer(asked).tolist()
+        right = np.array(right, float)
+        right = right.reshape(-1, 2).min(1) if name == "mme" else right
+        scores[name] = float(right.mean())
+    return {"answers": scores}
+
+
+def along_the_way(policy, cfg, sets):
+    """Answers and actions in the middle of training: the curves of degeneration."""
+    scores = abilities(policy.model, cfg, policy.processor, policy.device, sets)
+    policy.form = "plain"  # what E, G and the student can all be asked
+    starts = loop.starts_of(loop.suite_of(cfg.world), "in", min(cfg.episodes, 50), cfg.seed)
+    reached, _ = loop.rollout(policy, cfg, loop.suite_of(cfg.world), starts)
+    return scores | {"actions": {"success": float(np.mean([n > 0 for n in reached]))}}
+
+
+def vla_score(R, A, intent, RA, B, reasons=True, bracket="outer"):
+    """Scores of one trajectory in 0..1, success B 0 or 1 -> its VLA Score in 0..1."""
+    if not reasons:
+        return A * intent * B  # ASSUMPTION A8
+    if bracket == "inner":
+        return (R + A) / 2 * intent * RA * B
+    return (R + A * intent) / 2 * RA * B  # ((R + A I) / 2) RA B  # Eq. (8)
+
+
+def judged(policy, cfg, folder, say):
+    """VLA Score over trajectories in the demonstrations' domain -> means of its parts and of it."""
+    suite, reasons = loop.suite_of(cfg.world), policy.form != "plain"
+    starts = loop.starts_of(suite, "in", cfg.score_episodes, cfg.seed)
+    runs = score.trajectories(policy, cfg, suite, starts)
+    rows = score.judge_all(runs, cfg, folder / "scores.jsonl", reasons, say)
+    for r in rows:
+        parts = [r[k] / 10 for k in ("Reasoning", "Action", "Intention", "Alignment")]
+        r["score"] = vla_score(*parts, r["success"], reasons, cfg.bracket)
+    score.report(folder / "score.html", runs, rows, cfg)
+    names = ("Reasoning", "Action", "Intention", "Alignment", "success", "score")
+    return {n: float(np.mean([r[n] for r in rows])) for n in names} | {"judge": cfg.judge}
+
+
+def evaluate(policy, cfg, dist, folder, say, sets):
+    """Everything that a stage's result reports."""
+    results = {}
+    for form in ("plain", "reason") if cfg.stage != "expert" else ("plain",):
+        policy.form = form
+        say(f"closed loop, asked in the form {form!r}:")
+        quiet = cfg if form == "reason" or cfg.stage == "expert" else replace(cfg, gifs=0)
+        results[form] = {"domains": loop.evaluate(policy, quiet, dist, folder, say)}
+        if dist.main:
+            results[form] |= score.speed(policy, loop.suite_of(cfg.world), cfg)
+    vqa = abilities(policy.model, cfg, policy.processor, policy.device, sets)["answers"]
+    say("  questions: " + ", ".join(f"{name} {share:.1%}" for name, share in vqa.items()))
+    vla = judged(policy, cfg, folder, say) if dist.main and cfg.score_episodes else None
+    first = {form: next(iter(r["domains"].values())) for form, r in results.items()}
+    head = first[policy.form]
+    return {
+        "success": head["success"], "ci95": head["ci95"], "episodes": head["episodes"],
+        "per_task": head["per_task"], "success_plain": first["plain"]["success"],
+        "forms": results, "vqa": vqa, "answers": float(np.mean([*vqa.values()])), "vla_score": vla,
+    }  # fmt: skip
+
+
+# --- Train ----------------------------------------------------------------------------------------
+
+
+def make_optimizers(model, cfg):
+    """AdamW over what trains, or Muon over the matrices and AdamW over the rest; two rates."""
+    groups = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            peak = cfg.lr if name.startswith("vlm.") else cfg.lr_head
+            matrix = p.dim() == 2 and name.endswith(("weight", ".0", ".1"))
+            muon = cfg.optimizer == "muon" and matrix and "embed" not in name
+            groups.setdefault((muon, peak), []).append(p)
+    adam, muon = (
+        [{"params": p, "lr": r, "peak": r} for (m, r), p in groups.items() if m == matrices]
+        for matrices in (False, True)
+    )
+    made = [torch.optim.AdamW(adam, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)]
+    if muon:
+        same = dict(weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")
+        made.append(torch.optim.Muon(muon, **same))
+    return made
+
+
+def train(cfg, dist, run, model, batches, meta, resumed, measure, teacher=None):  # [method]
+    """The loop, flat -> seconds. measure: () -> abilities; meta: what acting needs to know."""
+    opts = make_optimizers(model, cfg)
+    start, before, began = 0, 0.0, time.perf_counter()
+    if resumed:
+        start, before = resumed.step, resumed.train_state["seconds"]
+        for opt, state in zip(opts, resumed.train_state["optimizers"]):
+            opt.load_state_dict(state)
+        common.set_rng_state(resumed.local_state["rng"])
+    unused = True  # an untied head's action words may go unasked  # [method]
+    ddp = model
+    if dist.processes > 1:
+        ddp = DistributedDataParallel(model, find_unused_parameters=unused)
+    todo = range(start, cfg.steps)
+    loader = DataLoader(  # with a generator of its own it leaves the global one alone: exact resume
+        batches, batch_size=None, sampler=todo, num_workers=cfg.workers, generator=torch.Generator()
+    )
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    action_dim = len(meta["stats"]["action"]["q01"])  # [method]
+    stop = common.Stop()
+
+    def seconds():
+        return before + time.perf_counter() - began
+
+    def save(step):
+        frozen = model.untouched  # [method] those are the backbone's
+        tensors = {n: t for n, t in model.state_dict().items() if not n.startswith(frozen)}
+        state = {"optimizers": [opt.state_dict() for opt in opts], "seconds": seconds()}
+        local = {"rng": common.rng_state()}
+        common.save_checkpoint(
+            run.folder / "checkpoints", step, tensors, state, local, meta, dist
+        )
+
+    for step, batch in zip(todo, loader):
+        for group in (group for opt in opts for group in opt.param_groups):
+            floor = cfg.min_lr * group["peak"]
+            group["lr"] = common.lr_at(step, group["peak"], cfg.warmup, cfg.steps, floor)
+        if cfg.qa_every and step % cfg.qa_every == 0 and dist.main:  # [method]
+            run.record(step, {"abilities": measure()})  # [method]
+        model.train()
+        batch = common.to_device(batch, dist.device)
+        with common.autocast(dist.device, cfg.dtype):
+            noise = draw_noise(cfg, step, action_dim, dist)  # [method]
+            noise = [x.to(dist.device) for x in noise]  # [method]
+            soft = teach(teacher, batch, noise, model)  # [method]
+            losses = ddp(batch, noise, soft)  # [method]
+            loss = total_loss(losses, cfg)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(parameters, cfg.clip)
+        for opt in opts:
+            opt.step()
+            opt.zero_grad(set_to_none=True)
+        run.progress(step + 1)
+        if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.steps:
+            values = dist.mean({name: float(value.detach()) for name, value in losses.items()})
+            if not math.isfinite(sum(values.values())):
+                raise common.UserError(f"the loss is not finite at step {step + 1}: lower --lr")
+            rate = (step + 1) * cfg.batch * dist.processes / seconds()
+            lr = opts[0].param_groups[0]["lr"]
+            run.log(step + 1, values | {"lr": lr, "norm": float(norm), "samples/s": rate})
+        stopping = dist.any(stop.requested)
+        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or stopping:
+            save(step + 1)
+        if stopping and step + 1 < cfg.steps:
+            run.say(f"stopped at step {step + 1}; go on with --resume {run.folder}")
+            run.close()
+            raise KeyboardInterrupt
+    stop.restore()
+    if cfg.qa_every and dist.main:  # [method]
+        run.record(cfg.steps, {"abilities": measure()})  # [method]
+    return seconds()
+
+
+# --- main -----------------------------------------------------------------------------------------
+
+FREE = (  # what a resumed or evaluated run may change
+    "steps", "episodes", "domains", "execute", "ensemble", "parallel", "gifs", "questions",
+    "log_every", "save_every", "workers", "threads", "device", "euler", "eval_only", "out", "talk",
+    "score_episodes", "bracket", "judge", "judge_model", "judge_price", "judge_examples",
+    "benchmark",
+)  # fmt: skip
+
+
+def build(cfg, state_dim, action_dim, checkpoint=None):
+    """-> model and processor; weights from the backbone and, for all that trained, a checkpoint."""
+    vlm, processor = common.load_backbone(cfg.backbone)
+    common.Fast.extend(vlm, processor.tokenizer, BINS)
+    common.seed_all(cfg.seed)
+    model = DualVLA(cfg, vlm, processor, state_dim, action_dim)
+    if checkpoint:
+        fresh = ()  # G's second expert and its gates
+        if checkpoint.meta["config"]["stage"] == "expert" != cfg.stage:
+            gate = [n for n in model.state_dict() if n.startswith("gate.")]
+            fresh = (".down.1", ".up.1", *gate)
+        try:
+            missing, surplus = model.load_state_dict(checkpoint.tensors, strict=False)
+        except RuntimeError as error:
+            missing, surplus = [], [str(error).splitlines()[1].strip()]
+        missing = [n for n in missing if n not in model.untouched and not n.endswith(fresh)]
+        if missing or surplus:
+            name = (missing + surplus)[0]
+            raise common.UserError(f"{checkpoint.path} does not fit {cfg.backbone}: {name}")
+    return model, processor
+
+
+def load_policy(folder, device):
+    """A run folder, one of its stages, or one checkpoint -> Policy."""
+    stages = [Path(folder, name) for name in ORDER if Path(folder, name, "checkpoints").exists()]
+    checkpoint = common.load_checkpoint(stages[-1] if stages else folder, "dualvla")
+    cfg = common.resume_config(Config(), checkpoint.meta["config"])
+    stats = checkpoint.meta["stats"]
+    dims = len(stats["state"]["q01"]), len(stats["action"]["q01"])
+    model, processor = build(cfg, *dims, checkpoint)
+    return Policy(model.to(device).eval().requires_grad_(False), cfg, processor, stats, device)
+
+
+def demonstrations(cfg, dist):
+    wanted = loop.suite_of(cfg.world), cfg.demos, cfg.seed, cfg.size, cfg.wrist_size, cfg.noise
+    episodes = data.demonstrations(*wanted) if dist.main else None
+    dist.barrier()  # the others read what rank 0 has cached
+    return episodes or data.demonstrations(*wanted)
+
+
+def prepare(cfg, dist, run, resumed):
+    """Demonstrations, pruning, statistics, model -> Policy, batches, meta."""
+    episodes = demonstrations(cfg, dist)
+    before = {"expert": "", "generalist": cfg.expert, "dual": cfg.generalist}[cfg.stage]
+    start = resumed or (common.load_checkpoint(before, "dualvla") if before else None)
+    stats = start.meta["stats"] if start else data.statistics(episodes)
+    model, processor = build(
+        cfg, len(stats["state"]["q01"]), len(stats["action"]["q01"]), start
+    )  # fmt: skip
+    bits = resumed.meta["kept"] if resumed else None
+    if not resumed:
+        kept = keep_labels(episodes, cfg, run.say) if dist.main else []
+        bits = dist.share(["".join(str(int(k)) for k in row) for row in kept])
+    kept = [np.array(list(row)) == "1" for row in bits]
+    samples = Samples(episodes, stats, cfg, kept)
+    mixtures = [data.Mixture([samples], seed=cfg.seed)]
+    if cfg.mix:
+        mixtures.append(data.Mixture([data.Questions(cfg.size, cfg.wrist_size)], seed=cfg.seed))
+    counts = common.param_counts(model)
+    words = ", ".join(f"{name} {common.human(n)}" for name, n in counts.items())
+    run.say(f"{len(episodes)} demonstrations, {len(samples)} steps; parameters: {words}")
+    if cfg.reason:
+        run.say(f"reasoning stays at {np.concatenate(kept).mean():.1%} of the steps")
+    if dist.main and not resumed:
+        shown = [mixtures[0][i] for i in range(4)]
+        ids = sense(shown, cfg, processor)["prompt"]["input_ids"]
+        rows = [(s["images"], processor.words(row)) for s, row in zip(shown, ids)]
+        pictures.contact_sheet(run.folder / "first_batch.png", rows)
+    join = partial(collate, cfg=cfg, processor=processor)
+    batches = Batches(mixtures, join, cfg.batch, dist.rank, dist.processes, cfg.mix)
+    meta = {"method": "dualvla", "config": dataclasses.asdict(cfg), "stats": stats, "kept": bits}
+    return Policy(model.to(dist.device), cfg, processor, stats, dist.device), batches, meta
+
+
+def check(cfg):
+    """What no type can say about the flags, before anything is spent on them."""
+    loop.domains_of(loop.suite_of(cfg.world), cfg.domains)
+    if cfg.data:
+        raise common.UserError(f"--data {cfg.data}: only the world's demonstrations can be read")
+    for name in ("batch", "demos", "repeats", "episodes", "parallel", "log_every", "queries",
+                 "rank"):  # fmt: skip
+        if getattr(cfg, name) < 1:
+            raise common.UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: at least 1")
+    if cfg.questions < 2 or cfg.questions % 2:
+        raise common.UserError(f"--questions {cfg.questions}: an even number, MME asks in pairs")
+    if not 1 <= cfg.execute <= cfg.horizon:
+        raise common.UserError(f"--execute {cfg.execute}: from 1 to --horizon {cfg.horizon}")
+    if cfg.temperature <= 0:
+        raise common.UserError(f"--temperature {cfg.temperature}: above 0")
+    if cfg.reason + cfg.motion > 1 or min(cfg.reason, cfg.motion, cfg.mix) < 0:
+        raise common.UserError("--reason and --motion are shares, --mix a number of samples")
+    if cfg.benchmark and not cfg.eval_only:
+        raise common.UserError(f"--benchmark {cfg.benchmark} needs --eval-only RUN")
+    if cfg.show not in ("", "pruning", "pareto"):
+        raise common.UserError(f"--show {cfg.show}: pruning or pareto")
+    if not re.match(r"offline$|local:.|https?://.", cfg.judge):
+        raise common.UserError(f"--judge {cfg.judge}: offline, http(s)://..., or local:BACKBONE")
+
+
+def list_ablations():
+    """Each row with the paper's number and, where a result file holds it, ours."""
+    file = Path(__file__).parent / "assets" / "results" / "dualvla.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    print(f"{'--ablation':18} {'row':45} {'paper %':>8}   ours %: success, answers (seeds)")
+    points = {}
+    for name, about in ABLATIONS.items():
+        mine, ours = [r for r in lines if r["arm"] == name], "not run"
+        if mine:
+            success, answers = (100 * np.mean([r[k] for r in mine]) for k in ("success", "answers"))
+            ours, points[name] = f"{success:.1f}, {answers:.1f} ({len(mine)})", [(answers, success)]
+        print(f"{name:18} {about['_row']:45} {about['_paper'] or '-':>8}   {ours}")
+    return points
+
+
+def show(cfg):
+    """--show: tables and pictures that need no training of the model."""
+    folder = Path(cfg.out or ".")
+    folder.mkdir(parents=True, exist_ok=True)
+    if cfg.show == "pareto":
+        title = "actions against answers"
+        return pictures.plot_curves(
+            folder / "pareto.png", list_ablations(), title, "answers %", "success %"
+        )
+    episodes = demonstrations(cfg, common.setup(cfg))
+    action, scene = [action_labels(e) for e in episodes], scene_labels(episodes, cfg)
+    _, processor = common.load_backbone(cfg.backbone)
+    count = lru_cache(lambda text: len(processor.tokenizer.encode(text)))
+    words = np.array([count(text) for e in episodes for text in e.reasoning])
+    print(f"{'--prune':8} {'frames':>8} {'kept':>8} {'share':>7} {'words':>9} {'words left':>10}")
+    for rule in ("none", "both", "action", "scene", "either", "random"):
+        rng = np.random.default_rng(cfg.seed)
+        kept = np.concatenate([keep(s, a, rule, rng) for s, a in zip(scene, action)])
+        row = f"{rule:8} {len(kept):8} {kept.sum():8} {kept.mean():7.1%}"
+        print(f"{row} {words.sum():9} {words[kept].sum():10}")
+    labels = {"action": action[0], "scene": scene[0], "kept": keep(scene[0], action[0], "both")}
+    events.timeline(folder / "pruning.png", episodes[0], labels)
+    print(f"an episode's timeline: {folder / 'pruning.png'}")
+
+
+def last_stage(cfg):
+    return ORDER[-1] if cfg.stage == "chain" else cfg.stage
+
+
+def staged(cfg, stage, folders):
+    """The Config of one stage: its own settings, where it stands, what it starts from."""
+    own = STAGES[stage] | {"steps": cfg.steps or STAGES[stage]["steps"]}
+    own["lr"] = cfg.lr or STAGES[stage]["lr"]
+    arm = cfg.ablation if stage == last_stage(cfg) else ""
+    needs = {"expert": "", "generalist": "", "ablation": arm}
+    needs |= {name: str(folders[name]) for name in ORDER[: ORDER.index(stage)]}
+    made = replace(cfg, **own, **needs, stage=stage, out=str(folders[stage]), resume="")
+    made.explicit = tuple(name for name in cfg.explicit if name in FREE)
+    return made
+
+
+def run_stage(cfg, dist):
+    """Trains and evaluates one stage in its folder -> its result; what is done stays done."""
+    folder, resumed = Path(cfg.out), None
+    if (folder / "result.json").exists():
+        return json.loads((folder / "result.json").read_text())
+    if list(folder.glob("checkpoints/step_*/meta.json")):
+        resumed = common.load_checkpoint(folder, "dualvla", dist=dist)
+        cfg = common.resume_config(cfg, resumed.meta["config"], FREE)
+    common.seed_all(cfg.seed)
+    (folder / "metrics.jsonl").unlink(missing_ok=True) if not resumed else None
+    run = common.Run(cfg, "dualvla", __file__, dist, cfg.steps, resumed)
+    run.say(f"stage {cfg.stage}: {run.folder}; {dist.processes} process(es) on {dist.device}")
+    policy, batches, meta = prepare(cfg, dist, run, resumed)
+    sets = data.question_sets(ABILITIES, cfg.questions, cfg.size, cfg.wrist_size)
+    teachers = [
+        load_policy(where, dist.device).model if cfg.teachers in ("both", domain) else None
+        for domain, where in (("action", cfg.expert), ("reason", cfg.generalist))
+    ]
+    measure = partial(along_the_way, policy, cfg, sets)
+    seconds = train(cfg, dist, run, policy.model, batches, meta, resumed, measure, teachers)
+    result = {
+        "method": "dualvla", "arm": cfg.ablation or cfg.stage, "stage": cfg.stage,
+        "backbone": cfg.backbone, "world": cfg.world, "seed": cfg.seed, "steps": cfg.steps,
+        "samples": cfg.steps * cfg.batch * dist.processes, "train_seconds": round(seconds, 1),
+        "kept": "".join(meta["kept"]).count("1") / len("".join(meta["kept"])),
+        **evaluate(policy, cfg, dist, run.folder, run.say, sets),
+        "params": common.param_counts(policy.model),
+    }  # fmt: skip
+    run.result(result)
+    run.close()
+    if dist.main:
+        pictures.draw_run(run.folder, ("action", "text", "answer", "kd_action", "kd_reason"))
+    return result
+
+
+def evaluate_only(cfg, dist):
+    """--eval-only: the closed loop, questions and scores again, or one --benchmark."""
+    policy = load_policy(cfg.eval_only, dist.device)
+    cfg = common.resume_config(cfg, dataclasses.asdict(policy.cfg), FREE + ("world", "seed"))
+    if "out" not in cfg.explicit:
+        cfg.out = str(Path(cfg.eval_only) / time.strftime("eval-%Y%m%d-%H%M%S"))
+    check(cfg)
+    policy.cfg = policy.model.cfg = cfg
+    if cfg.benchmark:
+        return benchmarks.run(cfg.benchmark, policy.write, cfg)
+    run = common.Run(cfg, "dualvla", __file__, dist, cfg.steps)
+    sets = data.question_sets(ABILITIES, cfg.questions, cfg.size, cfg.wrist_size)
+    facts = {"method": "dualvla", "arm": cfg.ablation or cfg.stage, "stage": cfg.stage}
+    run.result(facts | evaluate(policy, cfg, dist, run.folder, run.say, sets))
+    run.close()
+
+
+def summary(results, say=print):
+    """The chain's outcome: one line a stage."""
+    heads = f"{'success':>8} {'answers':>8} {'VLA Score':>9} {'ms/plan':>8} words"
+    say(f"{'stage':10} {'form':7} {heads}")
+    for stage, r in results.items():
+        for form, f in r["forms"].items():
+            success = next(iter(f["domains"].values()))["success"]
+            last = form == list(r["forms"])[-1]
+            vla = f"{r['vla_score']['score']:9.3f}" if r["vla_score"] and last else " " * 9
+            line = f"{stage:10} {form:7} {success:8.1%} {r['answers']:8.1%} {vla} {f['ms']:8.1f}"
+            say(f"{line} {f['words']:.1f}")
+
+
+def main(argv=None):
+    cfg = common.parse(Config, PRESETS, ABLATIONS, argv)
+    if cfg.ablation == "list":
+        list_ablations()
+        return
+    check(cfg)
+    if cfg.show:
+        return show(cfg)
+    dist = common.setup(cfg)
+    if cfg.eval_only:
+        return evaluate_only(cfg, dist)
+    out = Path(cfg.resume or cfg.out or time.strftime(f"runs/dualvla-{cfg.seed}-%Y%m%d-%H%M%S"))
+    out = Path(dist.share(str(out.parent if cfg.resume and out.name in ORDER else out)))
+    if cfg.resume:
+        if not (out / "config.json").exists():
+            raise common.UserError(f"--resume {out}: no run in this folder")
+        saved = json.loads((out / "config.json").read_text())
+        cfg = common.resume_config(cfg, saved["config"], FREE)
+    elif (out / "config.json").exists():
+        raise common.UserError(f"{out} holds a run: --resume {out}, or another --out")
+    folders = {stage: out / stage for stage in ORDER}
+    for name in ORDER[:2]:
+        if given := getattr(cfg, name):
+            inner = Path(given, name)
+            folders[name] = inner if inner.exists() else Path(given)
+            common.load_checkpoint(folders[name], "dualvla")  # says now what is wrong with it
+    if dist.main:
+        out.mkdir(parents=True, exist_ok=True)
+        facts = {"method": "dualvla", "config": dataclasses.asdict(cfg), **common.start_facts(dist)}
+        common.write_json(out / "config.json", facts)
+    last, results = last_stage(cfg), {}
+    for stage in ORDER[: ORDER.index(last) + 1]:
+        if folders[stage] == out / stage:
+            results[stage] = run_stage(staged(cfg, stage, folders), dist)
+        elif (folders[stage] / "result.json").exists():
+            results[stage] = json.loads((folders[stage] / "result.json").read_text())
+    if dist.main:
+        common.write_json(out / "result.json", results.get(last, {}) | {"stages": results})
+        summary(results)
+        print(f"results, pictures, films and scores of each stage are in {out}")
+    dist.destroy()
+
+
+if __name__ == "__main__":
+    common.run_main(main)

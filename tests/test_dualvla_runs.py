@@ -1,0 +1,164 @@
+"""Whole runs of dualvla.py: the chain of its stages, resuming, and what a user can get wrong."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import dualvla
+from worlds import benchmarks
+
+TINY = [
+    "--steps", "2", "--save-every", "1", "--log-every", "1", "--demos", "20", "--episodes", "2",
+    "--gifs", "0", "--execute", "8", "--questions", "2", "--batch", "4", "--domains", "in",
+    "--width", "32", "--depth", "2", "--heads", "2", "--queries", "2", "--rank", "2", "--talk", "2",
+    "--threads", "1", "--device", "cpu", "--events", "phase", "--score-episodes", "1",
+    "--parallel", "2",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished chain: E, G and DualVLA."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    dualvla.main([*TINY, "--out", str(folder)])
+    return folder
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "copied")
+
+
+def result(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+def weights(folder, step=2):
+    return load_file(folder / "checkpoints" / f"step_{step:08d}" / "model.safetensors")
+
+
+def test_the_chain_leaves_what_is_needed_to_read_it(finished):
+    for stage in dualvla.ORDER:
+        names = "config.json metrics.jsonl result.json first_batch.png loss.png"
+        names += " scores.jsonl score.html"
+        assert set(names.split()) <= {p.name for p in (finished / stage).iterdir()}, stage
+        got = result(finished / stage)
+        assert got["stage"] == stage and set(got["vqa"]) == set(dualvla.ABILITIES)
+        assert got["vla_score"]["judge"] == "offline" and 0 <= got["vla_score"]["score"] <= 1
+        assert set(got["forms"]) == ({"plain"} if stage == "expert" else {"plain", "reason"})
+        assert all(form["ms"] > 0 for form in got["forms"].values())
+    whole = result(finished)
+    assert whole["stage"] == "dual" and list(whole["stages"]) == list(dualvla.ORDER)
+    assert result(finished / "generalist")["kept"] == 1 > result(finished / "dual")["kept"] > 0
+    lines = [json.loads(x) for x in (finished / "dual" / "metrics.jsonl").read_text().splitlines()]
+    assert {"kd_action", "kd_reason", "text", "action", "answer"} <= set(lines[-1])
+    assert not any(".base." in n or "visual" in n for n in weights(finished / "dual"))
+
+
+def test_resuming_equals_never_having_stopped(finished, copied):
+    """E is done, G was stopped after a step, DualVLA had not begun."""
+    shutil.rmtree(copied / "dual")
+    shutil.rmtree(copied / "generalist" / "checkpoints" / "step_00000002")
+    for name in (copied / "generalist" / "result.json", copied / "result.json"):
+        name.unlink()
+    before = (copied / "expert" / "result.json").stat().st_mtime_ns
+    dualvla.main(["--resume", str(copied)])
+    assert (copied / "expert" / "result.json").stat().st_mtime_ns == before
+    for stage in dualvla.ORDER:
+        want, got = weights(finished / stage), weights(copied / stage)
+        assert want.keys() == got.keys() and all(torch.equal(want[n], got[n]) for n in want), stage
+    for key in ("success", "vqa", "kept"):
+        assert result(finished)[key] == result(copied)[key]
+
+
+def test_a_stage_starts_from_given_folders(finished, tmp_path):
+    given = ["--expert", str(finished), "--generalist", str(finished / "generalist")]
+    words = [*TINY, "--steps", "1", "--ablation", "no-reason-teacher", *given]
+    dualvla.main([*words, "--out", str(tmp_path / "run")])
+    assert [p.name for p in (tmp_path / "run").iterdir() if p.is_dir()] == ["dual"]
+    line = json.loads((tmp_path / "run" / "dual" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert "kd_action" in line and "kd_reason" not in line
+    assert result(tmp_path / "run")["arm"] == "no-reason-teacher"
+
+
+def test_evaluation_alone_repeats_the_runs_own(copied, tmp_path):
+    words = ["--eval-only", str(copied / "dual"), "--gifs", "1", "--out", str(tmp_path / "again")]
+    dualvla.main(words)
+    assert (tmp_path / "again" / "rollout-in-0.gif").exists()
+    again = result(tmp_path / "again")
+    for key in ("success", "success_plain", "vqa", "per_task"):
+        assert again[key] == result(copied / "dual")[key], key
+
+
+def test_a_benchmark_file_is_answered(copied, tmp_path, capsys):
+    file = tmp_path / "POPE_tabletop.tsv"
+    benchmarks.export("pope", 4, file)
+    dualvla.main(["--eval-only", str(copied), "--benchmark", str(file)])
+    assert "POPE_tabletop.tsv (yesno): accuracy" in capsys.readouterr().out
+
+
+def test_show_pruning_prints_and_draws(tmp_path, capsys):
+    words = ["--show", "pruning", "--demos", "20", "--events", "phase", "--out", str(tmp_path)]
+    dualvla.main(words)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:7]]
+    kept = {row[0]: int(row[2]) for row in rows}
+    assert kept["both"] == kept["random"] < min(kept["action"], kept["scene"]) < kept["either"]
+    assert kept["either"] < kept["none"] == int(rows[0][1])
+    assert (tmp_path / "pruning.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("words, names", [
+    (["--stage", "duel"], "--stage takes chain, expert, generalist, dual; not 'duel'"),
+    (["--prune", "and"], "--prune takes both"),
+    (["--ablation", "no-teachers"], "unknown ablation 'no-teachers'"),
+    (["--temperature", "0"], "--temperature 0.0: above 0"),
+    (["--expert", "nowhere"], "no checkpoint in nowhere: no such folder"),
+    (["--resume", "nowhere"], "--resume nowhere: no run in this folder"),
+    (["--eval-only", "nowhere"], "no checkpoint in nowhere: no such folder"),
+    (["--judge", "gpt"], "--judge gpt: offline, http(s)://..., or local:BACKBONE"),
+    (["--reason", "0.9", "--motion", "0.2"], "--reason and --motion are shares"),
+    (["--questions", "3"], "--questions 3"),
+    (["--rank", "0"], "--rank 0: at least 1"),
+])  # fmt: skip
+def test_bad_flags_end_in_one_line(words, names, status, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = status(dualvla.main, *TINY, *words)
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and names in err
+    assert not (tmp_path / "runs").exists(), "a mistake leaves no run folder behind"
+
+
+def test_a_finished_folder_is_not_written_over(copied, status):
+    code, _, err = status(dualvla.main, *TINY, "--out", str(copied))
+    assert code == 2 and f"holds a run: --resume {copied}" in err
+
+
+def test_another_models_weights_are_refused(finished, tmp_path, status):
+    words = [*TINY, "--queries", "3", "--expert", str(finished), "--out", str(tmp_path / "run")]
+    code, _, err = status(dualvla.main, *words)
+    assert code == 2 and "does not fit tiny" in err and err.count("\n") == 1
+
+
+def test_event_scores_of_another_detector(tmp_path, status):
+    file = tmp_path / "scores.json"
+    words = ["--show", "pruning", "--demos", "20", "--event-scores", str(file)]
+    for text, names in (("{", "not a JSON file"), ("{}", "no scores for episode"),
+                        ('{"0": [1]}', "episode")):  # fmt: skip
+        file.write_text(text)
+        code, _, err = status(dualvla.main, *words)
+        assert code == 2 and names in err and err.count("\n") == 1
+
+
+def test_ablation_list_prints_every_row(status):
+    code, out, _ = status(dualvla.main, "--ablation", "list")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()[1:]] == list(dualvla.ABLATIONS)
+
+
+def test_foreign_checkpoints_are_refused(copied, status):
+    for path in copied.glob("*/checkpoints/*/meta.json"):
+        path.write_text(path.read_text().replace('"method": "dualvla"', '"method": "twinbrain"'))
+    code, _, err = status(dualvla.main, "--eval-only", str(copied))
+    assert code == 2 and "is a checkpoint of twinbrain, not of dualvla" in err

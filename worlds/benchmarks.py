@@ -1,0 +1,237 @@
+"""Question files in VLMEvalKit's TSV form, answered by a model, each with its own metric.
+
+    python -m worlds.benchmarks pope 100 pope.tsv        # the world's questions in the same form
+
+Columns: index, image (base64) or image_path, question, answer (one, or a list as JSON or Python
+writes it), the options A, B, C, ..., hint, category. The metric follows from the file's name.
+"""
+
+import ast
+import base64
+import binascii
+import csv
+import io
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+import common
+from worlds import questions, score
+
+METRICS = {  # what a file's name begins with, in lower case without signs -> metric
+    "mmmu": "choice", "mmstar": "choice", "mmbench": "choice", "seed": "choice",
+    "scienceqa": "choice", "pope": "yesno", "mme": "pairs", "textvqa": "vqa", "docvqa": "anls",
+    "infovqa": "anls", "ocrbench": "contains", "mmvet": "judge",
+}  # fmt: skip
+LETTERS = "ABCDEFGHI"
+
+
+# --- metrics of one answer, 0 to 1 ----------------------------------------------------------------
+
+
+def plain(text):
+    """Lower case, without articles and signs at word ends."""
+    words = re.sub(r"[^\w\s.'-]", " ", str(text).lower()).split()
+    return " ".join(w.strip(".'") for w in words if w not in ("a", "an", "the"))
+
+
+def exact(said, answers):
+    return float(plain(said) in [plain(a) for a in answers])
+
+
+def contains(said, answers):
+    """OCRBench: the answer occurs in what was said, spaces and case aside."""
+    squeeze = lambda text: "".join(str(text).lower().split())  # noqa: E731
+    return float(any(squeeze(a) in squeeze(said) for a in answers))
+
+
+def vqa(said, answers):
+    """Mean over the annotators of min(1, how many of the others say the same / 3)."""
+    said, answers = plain(said), [plain(a) for a in answers]
+    if len(answers) == 1:
+        return float(said == answers[0])
+    others = [answers[:i] + answers[i + 1 :] for i in range(len(answers))]
+    return float(np.mean([min(1.0, rest.count(said) / 3) for rest in others]))
+
+
+def edits(a, b):
+    """Levenshtein distance."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        last, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (x != y))
+    return row[-1]
+
+
+def anls(said, answers, least=0.5):
+    """1 - distance / length to the nearest answer; less than a half counts nothing."""
+    best = 0.0
+    for answer in answers:
+        a, b = (" ".join(str(x).lower().split()) for x in (said, answer))
+        best = max(best, 1 - edits(a, b) / max(len(a), len(b), 1))
+    return best if best >= least else 0.0
+
+
+def choice(said, options):
+    """The letter that was meant: said alone or first, or by its option's words; else ""."""
+    found = re.match(r"\W*(?:answer\W+)?\(?([A-I])\b(?!\s+[a-z])", said.strip())
+    if found and found[1] in options:
+        return found[1]
+    meant = [letter for letter, words in options.items() if plain(words) == plain(said)]
+    inside = [letter for letter, words in options.items() if plain(words) in plain(said)]
+    meant = meant or inside
+    return meant[0] if len(meant) == 1 else ""
+
+
+def yes_or_no(said):
+    found = re.match(r"\W*(yes|no)\b", said.strip().lower())
+    return found[1] if found else ""
+
+
+# --- a file ---------------------------------------------------------------------------------------
+
+
+def read(path):
+    """-> rows: {"index", "image" (h, w, 3), "question", "answers", "options", "group"}"""
+    flag, rows, pictures = f"--benchmark {path}", [], {}
+    csv.field_size_limit(2**31 - 1)
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            table = list(csv.DictReader(file, delimiter="\t"))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise common.UserError(f"{flag}: cannot be read ({error})") from None
+    if not table or not {"question", "answer"} <= set(table[0]):
+        raise common.UserError(f"{flag}: needs the columns question and answer, and a row")
+    for number, row in enumerate(table):
+        index = row.get("index") or str(number)
+        try:
+            image, name = picture_of(row, Path(path).parent, pictures)
+        except (OSError, ValueError, KeyError, binascii.Error) as error:
+            raise common.UserError(f"{flag}: row {index} has no readable image ({error})") from None
+        pictures[index] = image
+        options = {c: row[c] for c in LETTERS if row.get(c)}
+        rows.append({"index": index, "image": image, "question": row["question"], "group": name,
+                     "answers": answers_of(row["answer"] or ""), "options": options,
+                     "hint": row.get("hint") or ""})  # fmt: skip
+    return rows
+
+
+def picture_of(row, folder, known):
+    """A row's picture and what names it; a short "image" is the index of an earlier row's."""
+    text = row.get("image") or ""
+    if not text and row.get("image_path"):
+        image = Image.open(folder / row["image_path"])
+        return np.asarray(image.convert("RGB")), row["image_path"]
+    if len(text) < 64:
+        return known[text], text
+    image = Image.open(io.BytesIO(base64.b64decode(text, validate=True)))
+    return np.asarray(image.convert("RGB")), str(hash(text))
+
+
+def answers_of(text):
+    """One answer, or a list of them as JSON or Python writes it."""
+    if text.startswith("["):
+        try:
+            found = ast.literal_eval(text)
+            return [str(a) for a in found] or [""]
+        except (ValueError, SyntaxError):
+            pass
+    return [text]
+
+
+def asked(row):
+    """The question as it is put, with hint and options."""
+    parts = [row["hint"], row["question"], *(f"{c} {t}" for c, t in row["options"].items())]
+    return " ".join(part for part in parts if part)
+
+
+def metric_of(path, rows):
+    name = re.sub(r"[^a-z]", "", Path(path).stem.lower())
+    for begin, metric in METRICS.items():
+        if name.startswith(begin):
+            return metric
+    if all(r["options"] for r in rows):
+        return "choice"
+    return "yesno" if all(yes_or_no(r["answers"][0]) for r in rows) else "exact"
+
+
+def grade(said, row, metric, cfg=None):
+    """One answer's worth, 0 to 1."""
+    if metric == "choice":
+        right = row["answers"][0].strip()
+        if not row["options"]:
+            return exact(said, [right])
+        return float(choice(said, row["options"]) == right)
+    if metric in ("yesno", "pairs"):
+        return float(yes_or_no(said) == plain(row["answers"][0]))
+    if metric == "judge":
+        return ask_judge(said, row, cfg)
+    return {"vqa": vqa, "anls": anls, "contains": contains, "exact": exact}[metric](
+        said, row["answers"]
+    )
+
+
+def ask_judge(said, row, cfg):
+    """MM-Vet: how right an answer is, from 0 to 1, as a language model sees it."""
+    words = (
+        f"Question: {row['question']}\nRight answer: {row['answers'][0]}\nGiven answer: {said}\n"
+        'How right is the given answer? Answer with JSON alone: {"score": a number from 0 to 1}'
+    )
+
+    def number(text):
+        value = float(json.loads(text)["score"])
+        if not 0 <= value <= 1:
+            raise ValueError(value)
+        return value
+
+    content = [{"type": "text", "text": words}]
+    key = os.environ.get("OPENAI_API_KEY", "")
+    return score.chat(cfg.judge, cfg.judge_model, key, content, read=number)
+
+
+def total(grades, rows, metric):
+    """-> {"accuracy": ..., ...} of a file; MME adds the pictures with both answers right."""
+    out = {"accuracy": float(np.mean(grades)), "questions": len(rows)}
+    if metric == "pairs":
+        groups = {}
+        for g, row in zip(grades, rows):
+            groups.setdefault(row["group"], []).append(g)
+        out["accuracy+"] = float(np.mean([min(g) for g in groups.values()]))
+        out["score"] = 100 * (out["accuracy"] + out["accuracy+"])
+    return out
+
+
+def run(path, write, cfg, say=print, at_once=32):
+    """Answers a file; write(samples) -> answers in words. -> its metric, printed too."""
+    rows = read(path)
+    metric = metric_of(path, rows)
+    if metric == "judge" and not cfg.judge.startswith("http"):
+        raise common.UserError(f"--benchmark {path}: MM-Vet needs --judge URL")
+    said = []
+    for i in range(0, len(rows), at_once):
+        samples = [{"images": [r["image"]], "question": asked(r)} for r in rows[i : i + at_once]]
+        said += write(samples)
+    grades = [grade(s, r, metric, cfg) for s, r in zip(said, rows)]
+    found = total(grades, rows, metric)
+    words = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
+    say(f"{Path(path).name} ({metric}): {words}")
+    return found
+
+
+def export(name, n, path, size=64):
+    """The world's questions of one benchmark as a TSV file."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        out = csv.writer(file, delimiter="\t")
+        out.writerow(["index", "image", "question", "answer"])
+        for i, (images, question, answer, _) in enumerate(questions.benchmark(name, n, size=size)):
+            out.writerow([i, score.png(images["static"]), question, answer])
+
+
+if __name__ == "__main__":
+    export(sys.argv[1], int(sys.argv[2]), sys.argv[3])
