@@ -57,6 +57,9 @@ def run_main(main) -> None:
         message = str(error)
     except torch.OutOfMemoryError:
         message = "the GPU is out of memory: use a smaller batch"
+    except BrokenPipeError:  # whoever read the output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(0)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise

@@ -995,9 +995,6 @@ def fit(model, tensors, path):
 
 def load_teacher(cfg, device):
     """`--teacher`, a run folder or a released checkpoint -> Seer, frozen; it must fit the flags."""
-    if not cfg.teacher:
-        raise common.UserError("this stage needs --teacher RUN: make one with `python vita_vla.py "
-                               "--stage teacher --out RUN`")  # fmt: skip
     if cfg.teacher.endswith((".pth", ".pt")):
         model, _ = build(replace(cfg, stage="teacher"))
         load_seer(model, cfg.teacher)
@@ -1059,6 +1056,9 @@ def check(cfg):
     for name in ("batch", "demos", "episodes", "parallel", "log_every", "history", "future"):
         if getattr(cfg, name) < 1:
             raise common.UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: at least 1")
+    if cfg.stage == "align" and not cfg.teacher:
+        raise common.UserError("--stage align needs --teacher RUN: make one with `python "
+                               "vita_vla.py --stage teacher --out RUN`")  # fmt: skip
     if cfg.execute != 1:
         raise common.UserError("--execute is 1 here: the history is made of every step")
     if not 0 <= cfg.act_index < cfg.future:
