@@ -1126,8 +1126,8 @@ def chain(cfg, dist):
         here.explicit = tuple(name for name in cfg.explicit if name in FREE and name != "out")
         if list((folder / name).glob("checkpoints/step_*/meta.json")):
             here.resume = str(folder / name)
-        elif dist.main and cfg.resume:  # it was stopped before it had saved anything
-            shutil.rmtree(folder / name, ignore_errors=True)
+        elif dist.main and cfg.resume and not (folder / name / "result.json").exists():
+            shutil.rmtree(folder / name, ignore_errors=True)  # stopped before it saved anything
         dist.barrier()
         if not (folder / name / "result.json").exists():
             yield here

@@ -653,17 +653,20 @@ def context_by_hand(weights, features, words, state):
     return torch.cat(tokens, 2)
 
 
+def normed(x, weights, name):
+    return F.layer_norm(x, x.shape[-1:], weights[name + ".weight"], weights[name + ".bias"])
+
+
 def test_a_released_seer_computes_what_it_did(seer):
     """Against GPT-2's own blocks with the very weights of the file, and a mask by its rules."""
     weights = {n.removeprefix("module."): t for n, t in drawn().items()}
     S, A, n, rng = 2, 4 + 2 * 3, 4 + 2 * 3 + 2 * 4 + 3, torch.Generator().manual_seed(3)
-    batch = {"steps": torch.ones(2, S, dtype=torch.bool)}
-    batch["state"] = torch.randn(2, S, 8, generator=rng)
+    state = torch.randn(2, S, 8, generator=rng)
+    batch = {"steps": torch.ones(2, S, dtype=torch.bool), "state": state}
     x = context_by_hand(weights, *PictureStub()(batch, 2), batch["state"])
     more = [weights[k].expand(2, S, -1, -1) for k in ("obs_tokens", "action_pred_token")]
     x = torch.cat([x, *more], 2) + weights["transformer_backbone_position_embedding"][:, :S]
-    x = F.layer_norm(x.flatten(1, 2), (32,), *(weights[f"embedding_layer_norm.{k}"] for k in (
-        "weight", "bias")))  # fmt: skip
+    x = normed(x.flatten(1, 2), weights, "embedding_layer_norm")
     mask = torch.full((S * n, S * n), -math.inf)
     for i, j in np.ndindex(S * n, S * n):
         context = j % n < A and j // n <= i // n
@@ -675,8 +678,7 @@ def test_a_released_seer_computes_what_it_did(seer):
         own = {k.removeprefix(name): t for k, t in weights.items() if k.startswith(name)}
         block.load_state_dict({k: t for k, t in own.items() if k != "attn.masked_bias"})
         x = block(x, attention_mask=mask[None, None])
-    x = F.layer_norm(x, (32,), *(weights[f"transformer_backbone.ln_f.{k}"] for k in (
-        "weight", "bias"))).unflatten(1, (S, n))  # fmt: skip
+    x = normed(x, weights, "transformer_backbone.ln_f").unflatten(1, (S, n))
     with torch.no_grad():
         h, ahead = seer.hidden(batch)
     assert torch.allclose(h, x[:, :, -3:], atol=1e-4)
@@ -712,8 +714,8 @@ def test_foresight_decoder(seer):
     x = torch.cat([x, weights["mask_token"].expand(2, 196, -1)], 1)
     x = x + torch.tensor(np.stack(code), dtype=torch.float32)
     for i in range(2):
-        layer = nn.TransformerEncoderLayer(D, 16, 4 * D, 0.0, "gelu", batch_first=True,
-                                           norm_first=True)  # fmt: skip
+        how = dict(batch_first=True, norm_first=True)
+        layer = nn.TransformerEncoderLayer(D, 16, 4 * D, 0.0, "gelu", **how)
         theirs = dict(norm1="norm1", norm2="norm2", linear1="mlp.fc1", linear2="mlp.fc2")
         theirs |= {"self_attn.in_proj_": "attn.qkv.", "self_attn.out_proj": "attn.proj"}
         state = {}
@@ -723,8 +725,7 @@ def test_foresight_decoder(seer):
                 state[mine + dot + kind] = weights[f"image_decoder.{i}.{name.strip('.')}.{kind}"]
         layer.load_state_dict(state)
         x = layer.eval()(x)
-    x = F.layer_norm(x[:, -196:], (D,), *(weights[f"image_decoder_norm.{k}"] for k in (
-        "weight", "bias")))  # fmt: skip
+    x = normed(x[:, -196:], weights, "image_decoder_norm")
     want = F.linear(x, weights["image_decoder_pred.weight"], weights["image_decoder_pred.bias"])
     with torch.no_grad():
         assert torch.allclose(seer.imagine(h, 14), want, atol=1e-4)
