@@ -66,8 +66,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
-from transformers.masking_utils import sdpa_mask
+from transformers import DynamicCache
 
 import common
 import data
@@ -332,17 +331,6 @@ class Gates:
     now = None
 
 
-def short_attention(module, q, k, v, mask, scaling=None, **_):
-    """The library's attention through `common.attend`, fast on a CPU for short prompts."""
-    groups = module.num_key_value_groups
-    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    return common.attend(q, k, v, mask, scaling).transpose(1, 2), None
-
-
-AttentionInterface.register("dualvla", short_attention)
-AttentionMaskInterface.register("dualvla", sdpa_mask)
-
-
 class DualVLA(nn.Module):
     """E, G or the student: a Qwen-VL with LoRA experts and gates, queries, and a flow expert."""
 
@@ -351,7 +339,7 @@ class DualVLA(nn.Module):
         self.cfg, self.processor, self.action_dim = cfg, processor, action_dim
         self.vlm, self.first = vlm, first_action(processor)
         self.end = processor.tokenizer.eos_token_id
-        vlm.model.language_model.config._attn_implementation = "dualvla"
+        vlm.model.language_model.config._attn_implementation = "short"
         D, alone = vlm.config.get_text_config().hidden_size, cfg.stage == "expert"
         self.gates, self.gate = Gates(), None
         self.untouched = ()  # weights that stay the backbone's own: no checkpoint holds them

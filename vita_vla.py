@@ -845,6 +845,9 @@ class Policy:
         real = torch.cat([behind, prompt["real"]], dim=1)
         for i, memory in enumerate(memories):
             memory["length"] = len(memory["steps"])
+            if memory["length"] == cfg.history:  # from now on the window slides
+                memory.pop("past", None)
+                continue
             kept = ((layer.keys[i], layer.values[i]) for layer in cache.layers)
             memory["past"] = [(k[:, real[i]], v[:, real[i]]) for k, v in kept]
         acts = model.where(prompt, ACT)
