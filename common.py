@@ -243,14 +243,56 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def autocast(device: torch.device, dtype: str):
-    """dtype: auto | bf16 | fp32; auto is bf16 where the hardware multiplies it, else fp32."""
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether matrix products in bfloat16 are fast there; elsewhere they are dozens of times slower
+    than in float32."""
     if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    on = dtype == "bf16" or (dtype == "auto" and fast)
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def autocast(device: torch.device, dtype: str = "auto"):
+    """dtype: auto | bf16 | fp32; auto is bf16 where the hardware multiplies it, else fp32."""
+    on = dtype == "bf16" or (dtype == "auto" and multiplies_bf16(device))
     return torch.autocast(device.type, torch.bfloat16, enabled=on)
+
+
+class Muon(torch.optim.Muon):
+    """PyTorch's Muon with its settings and state, but matrices of one shape go as one batch, and in
+    float32 where bfloat16 is not fast (PyTorch's own then takes seconds a step)."""
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            batches = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
+                    momentum.lerp_(p.grad, 1 - group["momentum"])
+                    batches.setdefault(p.shape, []).append((p, momentum))
+            for (rows, columns), pairs in batches.items():
+                updates = torch.stack([p.grad.lerp(m, group["momentum"]) for p, m in pairs])
+                if rows > columns:
+                    updates = orthogonal(updates.mT, group).mT
+                else:
+                    updates = orthogonal(updates, group)
+                scale = max(1.0, rows / columns) ** 0.5
+                if group["adjust_lr_fn"] == "match_rms_adamw":
+                    scale = 0.2 * max(rows, columns) ** 0.5
+                for (p, _), update in zip(pairs, updates.float()):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update, alpha=-group["lr"] * scale)
+
+
+def orthogonal(x: torch.Tensor, group: dict) -> torch.Tensor:
+    """Newton-Schulz steps towards the nearest matrix with orthogonal rows, (N, rows, columns)."""
+    a, b, c = group["ns_coefficients"]
+    x = x.bfloat16() if multiplies_bf16(x.device) else x.float()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])
+    for _ in range(group["ns_steps"]):
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x
 
 
 def to_device(batch, device: torch.device):

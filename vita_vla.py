@@ -887,7 +887,7 @@ def make_optimizers(model, cfg):
     made = [torch.optim.AdamW(adam, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)]
     if muon:
         same = dict(weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")
-        made.append(torch.optim.Muon(muon, **same))
+        made.append(common.Muon(muon, **same))
     return made
 
 

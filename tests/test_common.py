@@ -306,3 +306,23 @@ def test_autocast_follows_the_flag():
             assert product(flag).dtype == dtype
     with common.autocast(torch.device("cpu"), "auto"):
         assert product("auto").dtype in (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("adjust", ["original", "match_rms_adamw"])
+def test_muon_steps_as_pytorchs_own(adjust):
+    torch.manual_seed(0)
+    start = [torch.randn(shape) for shape in ((8, 8), (6, 12), (12, 6), (8, 8), (6, 12))]
+    after = []
+    for kind in (torch.optim.Muon, common.Muon):
+        params = [torch.nn.Parameter(p.clone()) for p in start]
+        opt = kind(params, lr=0.02, weight_decay=0.1, adjust_lr_fn=adjust)
+        torch.manual_seed(1)
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.randn(p.shape)
+            opt.step()
+        after.append((params, [opt.state[p]["momentum_buffer"] for p in params]))
+    for i, p in enumerate(start):
+        moved = (after[0][0][i] - p).norm()
+        assert (after[0][0][i] - after[1][0][i]).norm() < 0.05 * moved  # PyTorch's has 8 bits
+        assert torch.equal(after[0][1][i], after[1][1][i])

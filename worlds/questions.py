@@ -361,6 +361,14 @@ def hand_place(world):
     return cell(x) + cell(y) + cell(z, TOP)
 
 
+def ask_lean(world, rng):
+    """Which way the button's wedge leans: the hand must come down with the same lean."""
+    tilts = [thing.tilt for thing in world.things if thing.kind == "button"]
+    words = ("left", "right")
+    text = pick(rng, ["the button leans to which side", "where to leans the button"])
+    return Question("lean", text, words[tilts[0] > 0], words) if tilts else None
+
+
 # --------------------------------------------------------------------------------------------------
 # instructions, answered by pointing at what they speak of
 # --------------------------------------------------------------------------------------------------
@@ -440,6 +448,7 @@ ASK = {
     "caption": ask_caption,
     "point": ask_point,
     "hand": ask_hand,
+    "lean": ask_lean,
     "instruction": ask_instruction,
 }
 

@@ -38,7 +38,14 @@ from torch.nn.functional import cross_entropy
 from transformers import AttentionInterface, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from common import attend, mrope_positions, patchify, register_block_attention  # noqa: E402
+from common import (  # noqa: E402
+    Muon,
+    attend,
+    autocast,
+    mrope_positions,
+    patchify,
+    register_block_attention,
+)
 from worlds import tabletop  # noqa: E402
 from worlds.questions import ASK, CELLS, FIRST_TEST_SEED, ask  # noqa: E402
 from worlds.tabletop import COLOURS, FIXTURES, MOVABLES, TARGETS, Tabletop  # noqa: E402
@@ -238,11 +245,12 @@ def user_text(rng, question, system):
 
 
 def draw_questions(world, rng):
-    """QUESTIONS questions: the places of things in every sample, as they teach the most."""
+    """QUESTIONS questions, or one more: the places of things always, as they teach the most."""
     kinds = ["instruction", "caption" if rng.random() < 0.5 else "instruction"]
     kinds += [rng.choice(["point", "hand", "position"])]
     kinds += ["count", "colour", "shape"]  # the slowest to learn
     kinds += rng.sample(["exist", "relation", "choice", "yesno"], QUESTIONS - 6)
+    kinds += ["lean"]  # where there is a button
     return [q for q in (ask(world, rng, kind) for kind in kinds) if q]
 
 
@@ -323,7 +331,7 @@ def answer_logits(model, batch):
     same = (branch[:, :, None] == branch[:, None, :]) | (branch[:, None, :] == 0)
     mask = (before & same)[:, None]  # (B, 1, T, T)
     model.model.language_model.config._attn_implementation = "written out"
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast(torch.device("cpu")):
         h = model.model(
             input_ids=ids,
             position_ids=positions,
@@ -378,7 +386,7 @@ def score(right, kind, guess, target, cells):
 def optimizers(model):
     inner = [n for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     named = dict(model.named_parameters())
-    muon = torch.optim.Muon([named[n] for n in inner], lr=0.02, weight_decay=0.1)
+    muon = Muon([named[n] for n in inner], lr=0.02, weight_decay=0.1)
     rest = [p for n, p in named.items() if n not in inner]
     return [muon, torch.optim.AdamW(rest, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.01)]
 
