@@ -94,9 +94,8 @@ def main():
         threading.Thread(target=server.stdout.read, daemon=True).start()
         port = int(line.split(",")[0].rsplit(":", 1)[1])
         print(f"{machine()}, {args.threads} thread(s) of torch, {len(serve.encode(message))} bytes")
-        print(
-            f"{'clients':>7} {'median ms':>10} {'90% ms':>8} {'in the policy':>14} {'requests/s':>11}"
-        )
+        heads = f"{'median ms':>10} {'90% ms':>8} {'in the policy':>14} {'requests/s':>11}"
+        print(f"{'clients':>7} {heads}")
         for clients in map(int, args.clients.split(",")):
             took, rate = measure(port, clients, args.seconds, serve.encode(message))
             ms, policy = np.array(took).T

@@ -275,6 +275,7 @@ WRONG = [
     (message() | {"observation/image": np.zeros((8, 8, 3), int)}, "int64: pictures are uint8"),
     (message() | {"observation/image": np.full((8, 8, 3), 7.0)}, "values from 0 to 1"),
     (message() | {"observation/image": np.full((8, 8, 3), np.nan)}, "values from 0 to 1"),
+    (message() | {"observation/image": np.zeros((1, 9000, 3), np.uint8)}, "8192 at most"),
     (message() | {"observation/image": b"jpeg"}, "is b'jpeg', not a picture"),
     (message("x" * 501), "not 1 to 500 characters"), (message(" "), "not 1 to 500"),
     (message("look <|image_pad|>"), "holds '<|image_pad|>'"), (message(["a"]), "prompt is a list"),

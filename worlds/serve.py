@@ -117,6 +117,7 @@ CLIENTS = {
 
 MAX_TEXT = 4096  # bytes of a word in a message
 MAX_PROMPT = 500  # characters of an instruction: a longer one would slow the whole batch
+MAX_SIDE = 8192  # pixels of a picture
 MAX_VALUES = 20_000  # maps, lists and what they hold; an array counts as one
 NUMBER = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248])")
 
@@ -213,9 +214,9 @@ def picture(value, key, side):
     """A client's picture, (h, w, 3) or (3, h, w), uint8 or 0..1 -> (side, side, 3) uint8, resized
     as for training."""
     shape = value.shape if isinstance(value, np.ndarray) else ()
-    if len(shape) != 3 or 3 not in (shape[0], shape[2]):
+    if len(shape) != 3 or 3 not in (shape[0], shape[2]) or max(shape) > MAX_SIDE:
         has = f"{value.dtype} {shape}" if shape else short(value)
-        raise UserError(f"{key} is {has}, not a picture (h, w, 3) or (3, h, w)")
+        raise UserError(f"{key} is {has}, not a picture (h, w, 3) or (3, h, w), {MAX_SIDE} at most")
     if shape[2] != 3:
         value = value.transpose(1, 2, 0)
     if value.dtype.kind == "f":
