@@ -501,10 +501,11 @@ class Server:
         except asyncio.CancelledError:  # it waited behind the last batch
             if not self.stopping:
                 raise
+            return
         except Exception as error:
             self.say(f"client {client.number}: {type(error).__name__}: {short(str(error))}")
             await socket.send(f"error in the server: {type(error).__name__}")
-            await socket.close(1011, "an error in the server, named in the frame before")
+            return await socket.close(1011, "an error in the server, named in the frame before")
         finally:
             client.busy = False
         client.last = clock() - began
