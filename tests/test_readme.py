@@ -11,6 +11,7 @@ import common
 import dualvla
 import twinbrain
 import vita_vla
+from worlds import serve
 
 ROOT = Path(twinbrain.__file__).resolve().parent
 README = (ROOT / "README.md").read_text()
@@ -56,7 +57,8 @@ def test_the_two_commands_stand_alone():
 
 
 def test_every_flag_named_exists():
-    fields = {f for script in SCRIPTS.values() for f in script.Config.__dataclass_fields__}
+    scripts = (*SCRIPTS.values(), serve)
+    fields = {f for script in scripts for f in script.Config.__dataclass_fields__}
     known = {"--" + name.replace("_", "-") for name in fields}
     known |= {"--no-state", "--no-deepstack", "--nproc-per-node", "--seeds", "--go-on", "--help"}
     known |= {"--minutes", "--peak", "--local-dir", "--keep", "--rdzv-backend"}

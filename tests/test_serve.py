@@ -381,19 +381,12 @@ def in_the_loop(policy, steps, seed=0):
 
 
 @pytest.mark.parametrize("method", serve.METHODS)
-def test_the_client_package_gets_what_the_closed_loop_gets(method, loaded):
-    client = openpi("websocket_client_policy").WebsocketClientPolicy
+def test_a_client_gets_what_the_closed_loop_gets(method, loaded):
     policy = loaded[method]
     steps = list(steps_of(policy, 5))
     want = in_the_loop(policy, steps)
-    with serving(policy, method) as s:
-        theirs = client("127.0.0.1", s.port)
-        about = theirs.get_server_metadata()
-        got = [theirs.infer(sent) for _, sent in steps]
-        with pytest.raises(RuntimeError, match="lacks prompt"):
-            theirs.infer({k: v for k, v in steps[0][1].items() if k != "prompt"})
-        assert theirs.infer(steps[0][1])["actions"].shape == want[0].shape
-        theirs._ws.close()
+    with serving(policy, method) as s, Caller(s.port) as c:
+        got, about = [c.ask(sent) for _, sent in steps], c.metadata
     assert about["method"] == method and about["action_dim"] == 7 and about["state_dim"] == 8
     assert about["action_horizon"] == len(want[0]) and about["control_hz"] == 5
     assert about["cameras"]["wrist"] == {"key": "observation/wrist_image", "side": 32}
@@ -401,6 +394,25 @@ def test_the_client_package_gets_what_the_closed_loop_gets(method, loaded):
         assert np.array_equal(answer["actions"], chunk)
         assert answer["server_timing"]["infer_ms"] > 0 < answer["policy_timing"]["infer_ms"]
     assert "prev_total_ms" in got[1]["server_timing"]
+
+
+def test_the_client_package_is_served(loaded):
+    client = openpi("websocket_client_policy").WebsocketClientPolicy
+    policy = loaded["twinbrain"]
+    steps = list(steps_of(policy, 2))
+    want = in_the_loop(policy, steps)
+    with serving(policy, token="s3cret") as s:
+        theirs = client("127.0.0.1", s.port, api_key="s3cret")
+        assert theirs.get_server_metadata()["action_horizon"] == 8
+        for (_, sent), chunk in zip(steps, want):
+            assert np.array_equal(theirs.infer(sent)["actions"], chunk)
+        with pytest.raises(RuntimeError, match="lacks prompt"):
+            theirs.infer({k: v for k, v in steps[0][1].items() if k != "prompt"})
+        theirs.reset()
+        assert theirs.infer(steps[0][1])["actions"].shape == (8, 7)
+        theirs._ws.close()
+        with pytest.raises(InvalidStatus):
+            client("127.0.0.1", s.port, api_key="wrong")
 
 
 def test_the_brokers_receding_horizon(loaded):
@@ -629,19 +641,20 @@ def health(port):
 
 
 def test_token_origin_and_health():
-    client = openpi("websocket_client_policy").WebsocketClientPolicy
     with serving(Fake(), token="s3cret") as s:
         assert health(s.port) == (200, b"OK\n")
-        for given in (None, "wrong"):
+        for given in (None, "wrong", "Api-Key wrong", "Basic s3cret"):
+            headers = {"Authorization": given} if given else None
             with pytest.raises(InvalidStatus) as refused:
-                client("127.0.0.1", s.port, api_key=given)
+                Caller(s.port, additional_headers=headers)
             assert refused.value.response.status_code == 401
-        theirs = client("127.0.0.1", s.port, api_key="s3cret")
-        assert theirs.infer(message())["actions"].shape == (4, 7)
-        theirs._ws.close()
-        bearer = {"Authorization": "Bearer s3cret"}
-        with pytest.raises(InvalidStatus):  # a page in a browser
-            Caller(s.port, origin="http://evil.example", additional_headers=bearer)
+        for scheme in ("Api-Key", "Bearer"):
+            headers = {"Authorization": f"{scheme} s3cret"}
+            with Caller(s.port, additional_headers=headers) as c:
+                assert well(c)
+        with pytest.raises(InvalidStatus) as refused:  # a page in a browser
+            Caller(s.port, origin="http://evil.example", additional_headers=headers)
+        assert refused.value.response.status_code == 403
 
 
 def test_stopping_finishes_the_running_batch():
