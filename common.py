@@ -53,8 +53,8 @@ def run_main(main) -> None:
     """Runs `main()`; what the user can mend ends in one line instead of a traceback."""
     try:
         return main()
-    except UserError as error:
-        message = str(error)
+    except UserError as error:  # of a loader's worker it comes with the worker's traceback
+        message = str(error).strip().rpartition("common.UserError: ")[2]
     except torch.OutOfMemoryError:
         message = "the GPU is out of memory: use a smaller batch"
     except BrokenPipeError:  # whoever read the output has left
@@ -155,7 +155,10 @@ def parse(Config, presets: dict[str, dict], ablations: dict[str, dict], argv=Non
         if row and row not in table:
             raise UserError(f"unknown {kind} {row!r} (did you mean {nearest(row, table)}?)")
         settings |= {k: v for k, v in table.get(row, {}).items() if not k.startswith("_")}
-    cfg = Config(**{**settings, **given})
+    settings |= given
+    if settings.get("data") and "tabletop" not in settings["data"]:
+        settings.setdefault("world", "none")  # who learns from other recordings acts elsewhere
+    cfg = Config(**settings)
     cfg.explicit = tuple(given)
     return cfg
 
@@ -204,6 +207,18 @@ class Dist:
     def share(self, item):
         """Rank 0's item, on every rank."""
         return self.gather(item)[0]
+
+    def first(self, make):
+        """make() on rank 0, then on the others, who find what it cached; its error is theirs."""
+        made, fault = None, None
+        if self.main:
+            try:
+                made = make()
+            except UserError as error:
+                fault = str(error)
+        if fault := self.share(fault):
+            raise UserError(fault)
+        return made if self.main else make()
 
     def any(self, flag: bool) -> bool:
         """True on every rank as soon as one rank says so."""

@@ -70,7 +70,9 @@ from worlds import loop, pictures
 class Config:
     backbone: str = "tiny"  # tiny, VITA-1.5, Qwen3-VL-2B/4B/8B, Qwen2.5-VL-3B/7B, folder or hub id
     world: str = "tabletop:abc_d"  # where to act; its suite also gives the demonstrations
-    data: str = ""  # recordings to train on; empty: the world's own demonstrations
+    data: str = ""  # recordings to train on, `bridge,fractal=2,FOLDER`; empty: the world's own
+    skip_bad: bool = False  # leave out recordings that cannot be read, and list them
+    robot: str = ""  # whose recordings to act like; empty: the first of --data
     out: str = ""  # run folder; empty: runs/<method>-<world>-<seed>-<time>
     steps: int = 0  # optimizer steps of a stage; 0: see teacher-steps, align-steps, finetune-steps
     seed: int = 0  # everything random follows from it
@@ -131,7 +133,7 @@ class Config:
     size: int = 64  # static camera, pixels (paper: 200)
     wrist_size: int = 32  # wrist camera, pixels
     augment: int = 2  # random shift of the pictures, in 64ths of their side
-    normalise: str = "q99"  # q99 | minmax: bounds of actions and state
+    normalise: str = "auto"  # auto | q99 | minmax: bounds of actions, state; auto: see SOURCES
     # evaluation and logging
     domains: tuple[str, ...] = ()  # what differs from training; empty: chain in abc_d, else all
     execute: int = 1  # actions executed of each plan: one, as the history is made of every step
@@ -718,7 +720,7 @@ class Histories:
 
     def __init__(self, episodes, stats, cfg):
         self.episodes, self.stats, self.cfg = episodes, stats, cfg
-        counts = [max(1, len(e.action) - cfg.history + 1) for e in episodes]
+        counts = [max(1, T - cfg.history + 1) for T in data.lengths(episodes)]
         self.starts = np.cumsum([0] + counts)
 
     def __len__(self):
@@ -737,6 +739,7 @@ class Histories:
 
         def look(t):  # one shift for a whole window: its pictures fit each other
             frames = [camera[min(t, T - 1)] for camera in cameras]
+            frames = data.scaled(frames, (cfg.size, cfg.wrist_size))
             return [data.shift(f, *(m * len(f) / 64).astype(int)) for f, m in zip(frames, moves)]
 
         action = episode.action[np.minimum(ahead, T - 1)]  # (n, N, A)
@@ -744,8 +747,8 @@ class Histories:
             "images": [look(t) for t in now],
             "goal": [look(t + cfg.future) for t in now[-cfg.foresight_steps :]],
             "instruction": episode.instruction,
-            "state": data.normalise(episode.state[now], self.stats["state"], cfg.normalise),
-            "action": data.normalise(action, self.stats["action"], cfg.normalise),
+            "state": data.normalise(episode.state[now], self.stats["state"]),
+            "action": data.normalise(action, self.stats["action"]),
             "mask": ahead < T,  # ASSUMPTION A6
         }
 
@@ -756,15 +759,17 @@ class Histories:
 class Policy:
     """A trained teacher or student with its normalisation: what `worlds.loop` acts with."""
 
-    def __init__(self, model, cfg, processor, stats, device):
-        self.model, self.cfg, self.processor, self.stats = model, cfg, processor, stats
-        self.device = device
+    def __init__(self, model, cfg, processor, robots, device):
+        """robots: {what was trained on: its statistics}; --robot says like which to act."""
+        self.model, self.cfg, self.processor, self.device = model, cfg, processor, device
+        self.stats = data.acting(robots, cfg.robot)[1]
 
     def remember(self, observation, words):
         """Adds the observation to its world's memory -> sample of the last S steps."""
         memory = observation.get("memory", {})
-        state = data.normalise(observation["state"], self.stats["state"], self.cfg.normalise)
-        step = {"images": list(observation["images"].values()), "state": state}
+        state = data.normalise(observation["state"], self.stats["state"])
+        sides = self.cfg.size, self.cfg.wrist_size
+        step = {"images": data.scaled(observation["images"].values(), sides), "state": state}
         memory["steps"] = (memory.get("steps", []) + [step])[-self.cfg.history :]
         return {
             "images": [s["images"] for s in memory["steps"]],
@@ -783,7 +788,7 @@ class Policy:
         plans = torch.cat([arm, gripper.sigmoid()[..., None]], dim=-1).cpu().numpy()  # (n, N, 7)
         now = np.stack([self.choose(o, plan) for o, plan in zip(observations, plans)])  # (n, 7)
         now[:, 6] = np.where(now[:, 6] > 0.5, 1.0, -1.0)
-        return data.unnormalise(now[:, None], self.stats["action"], self.cfg.normalise)
+        return data.unnormalise(now[:, None], self.stats["action"])
 
     def last_hidden(self, samples, observations):
         """-> states of the newest step's action tokens in Seer's width (n, N, H)."""
@@ -964,6 +969,7 @@ def train(cfg, dist, run, model, batches, meta, resumed, teacher=None):  # [meth
 FREE = (  # what a resumed or evaluated run may change
     "steps", "episodes", "domains", "execute", "ensemble", "parallel", "gifs", "act_index",
     "log_every", "save_every", "workers", "threads", "device", "cache", "eval_only", "out",
+    "robot",
 )  # fmt: skip
 
 
@@ -1016,28 +1022,28 @@ def load_teacher(cfg, device):
     return model.to(device).eval().requires_grad_(False)
 
 
-def load_policy(folder, device):
+def load_policy(folder, device, robot=""):
     """A run folder (or one checkpoint of it) -> Policy."""
     checkpoint = common.load_checkpoint(folder, "vita_vla")
     cfg = common.resume_config(Config(), checkpoint.meta["config"])
+    cfg.robot = robot or cfg.robot
     model, processor = build(replace(cfg, student=""), checkpoint)
-    return Policy(model.to(device).eval(), cfg, processor, checkpoint.meta["stats"], device)
+    return Policy(model.to(device).eval(), cfg, processor, checkpoint.meta["robots"], device)
 
 
 def prepare(cfg, dist, run, resumed):
     """Demonstrations, statistics, model -> Policy, batches, meta."""
-    suite = loop.suite_of(cfg.world)
-    wanted = suite, cfg.demos, cfg.seed, cfg.size, cfg.wrist_size, cfg.noise
-    episodes = data.demonstrations(*wanted) if dist.main else None
-    dist.barrier()  # the others read what rank 0 has cached
-    episodes = episodes or data.demonstrations(*wanted)
-    stats = resumed.meta["stats"] if resumed else data.statistics(episodes)
+    acts, _ = data.recordings(cfg, dist, resumed)
+    robots = {part.name: part.stats for part in acts}
+    if (A := data.dims(robots)[1]) != 7:
+        raise common.UserError(f"{cfg.data or cfg.world}: actions of {A} numbers; Seer's decoder "
+                               "moves an arm by six and a gripper")  # fmt: skip
     model, processor = build(cfg, resumed)
-    windows = Histories(episodes, stats, cfg)
-    mixtures = [data.Mixture([windows], seed=cfg.seed)]
+    windows = [Histories(part.episodes, part.stats, cfg) for part in acts]
+    mixtures = [data.Mixture(windows, [part.weight for part in acts], cfg.seed)]
     counts = common.param_counts(model)
     words = ", ".join(f"{name} {common.human(n)}" for name, n in counts.items())
-    run.say(f"{len(episodes)} demonstrations, {len(windows)} windows; parameters: {words}")
+    run.say(f"{data.counted(acts, windows)}; parameters: {words}")
     if dist.main and not resumed:
         samples = [mixtures[0][i] for i in range(4)]
         ids = sense(samples, cfg, processor)["prompt"]["input_ids"]
@@ -1046,16 +1052,14 @@ def prepare(cfg, dist, run, resumed):
         pictures.contact_sheet(run.folder / "first_batch.png", rows)
     join = partial(sense, cfg=cfg, processor=processor)
     batches = data.Batches(mixtures, join, cfg.batch, dist.rank, dist.processes)
-    meta = {"method": "vita_vla", "config": dataclasses.asdict(cfg), "stats": stats}
-    return Policy(model.to(dist.device), cfg, processor, stats, dist.device), batches, meta
+    meta = {"method": "vita_vla", "config": dataclasses.asdict(cfg), "robots": robots}
+    return Policy(model.to(dist.device), cfg, processor, robots, dist.device), batches, meta
 
 
 def check(cfg):
     """What no type can say about the flags, before anything is spent on them."""
     suite = loop.suite_of(cfg.world)
     loop.domains_of(suite, cfg.domains)
-    if cfg.data:
-        raise common.UserError(f"--data {cfg.data}: only the world's demonstrations can be read")
     for name in ("batch", "demos", "episodes", "parallel", "log_every", "history", "future"):
         if getattr(cfg, name) < 1:
             raise common.UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: at least 1")
@@ -1145,7 +1149,7 @@ def session(cfg, dist):
         resumed = common.load_checkpoint(cfg.resume, "vita_vla", dist=dist)
         cfg = common.resume_config(cfg, resumed.meta["config"], FREE)
     if cfg.eval_only:
-        policy = load_policy(cfg.eval_only, dist.device)
+        policy = load_policy(cfg.eval_only, dist.device, cfg.robot)
         free = FREE + ("world", "seed")
         cfg = common.resume_config(cfg, dataclasses.asdict(policy.cfg), free)
         if cfg.out == policy.cfg.out:
@@ -1165,9 +1169,8 @@ def session(cfg, dist):
             policy.model.load_state_dict(tensors, strict=False)
         teacher = teacher if cfg.stage == "align" else None
         seconds = train(cfg, dist, run, policy.model, batches, meta, resumed, teacher)
-    run.say("closed loop:")
     results = loop.evaluate(policy, cfg, dist, run.folder, run.say)
-    first = next(iter(results.values()))
+    first = next(iter(results.values()), loop.NOTHING)
     run.result({
         "method": "vita_vla", "arm": cfg.ablation or cfg.recipe, "stage": cfg.stage,
         "backbone": cfg.backbone, "world": cfg.world, "seed": cfg.seed, "steps": cfg.steps,

@@ -65,7 +65,9 @@ class Case:
 
     def policy(self, **flags):
         cfg = replace(self.cfg, **flags)
-        return vita_vla.Policy(self.model, cfg, self.processor, self.stats, ALONE.device)
+        return vita_vla.Policy(
+            self.model, cfg, self.processor, {"tabletop": self.stats}, ALONE.device
+        )
 
     def hidden(self, batch=None):
         with torch.no_grad():
@@ -537,8 +539,10 @@ def released(H, depth, queries, foresight, steps, make):
     shapes["transformer_backbone_position_embedding"] = 1, steps, 1, H
     shapes["mask_token"], shapes["perceiver_resampler.latents"] = (1, 1, H), (queries, E)
     linear("text_projector", 512, H)
-    for arm, grip, both in (("arm_state_encoder", "gripper_state_encoder", "state_projector"), (
-            "action_pose_encoder", "action_gripper_position_encoder", "action_projector")):
+    for arm, grip, both in (
+        ("arm_state_encoder", "gripper_state_encoder", "state_projector"),
+        ("action_pose_encoder", "action_gripper_position_encoder", "action_projector"),
+    ):
         linear(arm, 6, H), linear(grip, 2, H), linear(both, 2 * H, H)
     for i in range(3):
         name = f"perceiver_resampler.layers.{i}."
@@ -1128,7 +1132,7 @@ def test_windows_are_consecutive_steps(episodes):
     windows, rng = Histories(some, stats, SMALL), np.random.default_rng(0)
     wanted = [(e, t) for e in some for t in range(max(1, len(e.action) - 3 + 1))]
     assert len(windows) == len(wanted)
-    low, high = data.bounds(stats["action"], "q99")
+    low, high = data.bounds(stats["action"])
     for index, (e, t) in enumerate(wanted):
         got, T = windows.get(index, rng), len(e.action)
         steps = [s for s in range(t, t + 3) if s < T]
@@ -1260,7 +1264,7 @@ def test_keys_are_kept_only_while_a_history_grows(case, episodes, monkeypatch):
 def test_actions_are_in_the_worlds_units(stage, episodes):
     case = Case(episodes, stage=stage)
     policy, memories = case.policy(), [{} for _ in range(3)]
-    low, high = data.bounds(case.stats["action"], "q99")
+    low, high = data.bounds(case.stats["action"])
     for t in range(2):
         seen = [observation_of(e, t, m) for e, m in zip(episodes, memories)]
         plans = policy.act(seen, [e.instruction for e in episodes[:3]], None)
