@@ -649,6 +649,11 @@ class Episodes:
         if isinstance(reader, Store):
             self.store, self.kept = reader, range(len(reader.names))
             self.source = Source(normalise=reader.normalise)
+        said = (path if path.is_dir() else path.parent) / "reasoning.jsonl"  # a line an episode
+        self.reasoning = {}
+        with reading(f"{said}, fields episode, reasoning"):
+            for row in read_lines(said) if said.exists() else ():
+                self.reasoning[int(row["episode"])] = [str(words) for words in row["reasoning"]]
 
     def __len__(self):
         return len(self.lengths)
@@ -665,8 +670,10 @@ class Episodes:
 
     def read(self, i):
         """Episode i, checked in everything but its pictures."""
+        number = self.kept[i] if self.store else i
+        said = self.reasoning.get(number, [])
         with reading(self.names[i]):
-            frames = self.reader.frames(self.kept[i] if self.store else i)
+            frames = self.reader.frames(number)
             if self.lengths[i] < 1:
                 raise ValueError("the episode is empty")
             state, action, words = (self.store or self.reader).numbers(i)
@@ -676,6 +683,8 @@ class Episodes:
                 if not np.isfinite(x).all():
                     step = int(np.argmin(np.isfinite(x).all(1)))
                     raise ValueError(f"field {kind}: not a finite number at step {step}")
+            if said and len(said) != self.lengths[i]:
+                raise ValueError(f"field reasoning: {len(said)} for {self.lengths[i]} steps")
             absent = [name for name in self.source.cameras if name not in frames]
             if absent:
                 raise ValueError(f"no camera {absent[0]}; there are {', '.join(frames)}")
@@ -684,7 +693,7 @@ class Episodes:
         if sign in ("+1", "-1"):
             action[:, -1] = (1 + float(sign) * action[:, -1]) / 2
         frames = {name: frames[name] for name in self.source.cameras or frames}
-        return Episode(frames, state, action, words, self.reader.fps)
+        return Episode(frames, state, action, words, self.reader.fps, said)
 
     def settle(self, skip_bad=False, every=False, again=False):
         """Reads everything once, keeps the numbers in CACHE; faults stop it, or are left out."""
@@ -764,6 +773,10 @@ def write_store(episodes, folder, pictures=False, side=0, every=False):
         for name, array in arrays.items():
             with open(temporary / name, "ab") as file:
                 file.write(array.tobytes())
+        if pictures and episode.reasoning:
+            said = {"episode": len(index["kept"]), "reasoning": episode.reasoning}
+            with open(temporary / "reasoning.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(said) + "\n")
         row = fresh.names[i], i, episode.instruction, len(episode.action)
         for name, value in zip(("names", "kept", "text", "lengths"), row):
             index[name].append(value)

@@ -422,6 +422,24 @@ def test_weights_and_names(tmp_path):
 # --- faults ---------------------------------------------------------------------------------------
 
 
+def test_reasoning_beside_a_dataset(tmp_path):
+    root = LEROBOT["v3.0-images"](tmp_path / "set")
+    said = [{"episode": e, "reasoning": [f"{e} {t}" for t in range(T)]}
+            for e, T in enumerate(LENGTHS) if e != 1]  # fmt: skip
+    lines(root / "reasoning.jsonl", said)
+    data.main(["cache", str(root), "--out", str(tmp_path / "store")])
+    for place in (root, tmp_path / "store"):
+        episodes = data.open_episodes(place)
+        assert episodes[2].reasoning == said[1]["reasoning"] and not episodes[1].reasoning
+    lines(root / "reasoning.jsonl", [{"episode": 3, "reasoning": ["one too few"]}])
+    with pytest.raises(UserError, match="episode 3.*field reasoning: 1 for"):
+        data.load(str(root))
+    lines(root / "reasoning.jsonl", [{"said": 3}])
+    with pytest.raises(UserError, match="reasoning.jsonl, fields episode, reasoning"):
+        data.load(str(root))
+
+
+
 def truncate(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
