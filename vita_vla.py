@@ -57,7 +57,14 @@ from PIL import Image
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, CLIPTextModelWithProjection, DynamicCache, ViTMAEModel
+from transformers import (
+    AutoTokenizer,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    DynamicCache,
+    ViTMAEConfig,
+    ViTMAEModel,
+)
 
 import common
 import data
@@ -68,7 +75,7 @@ from worlds import loop, pictures
 
 @dataclass
 class Config:
-    backbone: str = "tiny"  # tiny, VITA-1.5, Qwen3-VL-2B/4B/8B, Qwen2.5-VL-3B/7B, folder or hub id
+    backbone: str = "tiny"  # tiny, VITA-1.5, Qwen3-VL-2B/4B/8B, Qwen2.5-VL-3B/7B, Eagle2-2B, DIR
     world: str = "tabletop:abc_d"  # where to act; its suite also gives the demonstrations
     data: str = ""  # recordings to train on; empty: the world's own demonstrations
     out: str = ""  # run folder; empty: runs/<method>-<world>-<seed>-<time>
@@ -78,6 +85,8 @@ class Config:
     eval_only: str = ""  # run folder to evaluate, without training
     ablation: str = ""  # a row of the paper's tables; `list` prints them all
     preset: str = ""  # a named configuration, see below
+    describe: bool = False  # prints the parameters of each part, without weights, and leaves
+    export: str = ""  # run folder of a student whose VLM becomes a Hugging Face checkpoint in --out
     episodes: int = 100  # evaluation episodes in each domain (paper: 1000 chains on CALVIN)
     # what is trained
     stage: str = "chain"  # chain | teacher | align | finetune: one stage, or all of the recipe's
@@ -444,6 +453,9 @@ class PaperEyes(nn.Module):
 
     def __init__(self, vision=None, text=None):
         super().__init__()
+        if common.blank():  # the library's default configurations are these two models'
+            vision = ViTMAEModel(ViTMAEConfig())
+            text = CLIPTextModelWithProjection(CLIPTextConfig())
         self.vision = vision or ViTMAEModel.from_pretrained(self.MAE)
         self.text = text or CLIPTextModelWithProjection.from_pretrained(self.CLIP)
         self.vision.config.mask_ratio = 0.0
@@ -969,7 +981,7 @@ FREE = (  # what a resumed or evaluated run may change
 
 def build(cfg, checkpoint=None):
     """-> teacher or student, processor; weights from backbone, teacher, --student or checkpoint."""
-    vlm, processor = common.load_vlm(cfg.backbone)
+    vlm, processor = common.load_vlm(cfg.backbone, cfg.size)
     common.seed_all(cfg.seed)
     if cfg.stage == "teacher":
         model = Seer(cfg, PaperEyes() if cfg.eyes == "mae" else BackboneEyes(vlm))
@@ -1090,6 +1102,19 @@ def list_ablations():
         print(f"{name:16} {about['_row']:42} {about['_paper'] or '-':22}  {ours}")
 
 
+def export(cfg):
+    """--export: the VLM of a student as an ordinary checkpoint, its head the backbone's own."""
+    policy = load_policy(cfg.export, torch.device("cpu"))
+    if not isinstance(policy.model, VitaVLA):
+        raise common.UserError(f"--export {cfg.export}: a teacher has no VLM; name a student's run")
+    name, student, out = policy.cfg.backbone, policy.model.vlm, cfg.out or f"{cfg.export}/export"
+    if isinstance(student, common.Vita15):
+        return common.export_vita(student, name, out)
+    vlm, processor = common.load_backbone(name)
+    vlm.model.load_state_dict(student.model.state_dict())
+    common.export_backbone(vlm, name, processor.tokenizer, out)
+
+
 STAGES = {
     "two-stage": ("teacher", "align", "finetune"),
     "only-finetune": ("teacher", "finetune"),
@@ -1186,8 +1211,19 @@ def main(argv=None):
     cfg = common.parse(Config, PRESETS, ABLATIONS, argv)
     if cfg.ablation == "list":
         return list_ablations()
-    dist = common.setup(cfg)
     check(cfg)
+    if cfg.describe:
+        stages = STAGES[cfg.recipe] if cfg.stage == "chain" else (cfg.stage,)
+        builds = {
+            f"VITA-VLA, {name}": lambda s=name: build(
+                replace(cfg, stage=s.replace("frozen", "finetune"), freeze_vlm=s == "frozen")
+            )[0]
+            for name in stages
+        }
+        return common.describe(cfg.backbone, common.load_vlm, builds)
+    if cfg.export:
+        return export(cfg)
+    dist = common.setup(cfg)
     for stage in chain(cfg, dist):
         session(stage, dist)
     dist.destroy()
