@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 import typing
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -614,12 +615,26 @@ def blank() -> bool:
     return torch.get_default_device().type == "meta"
 
 
+@contextmanager
+def quiet():
+    """No warnings of the library in here."""
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+
+
 def settings_of(name) -> dict:
     """A backbone's config.json; where nothing is to be loaded, the published one kept here."""
     sizes = json.loads(SIZES.read_text())
     if blank() and name in sizes:
         return sizes[name]["config"]
-    return transformers.PreTrainedConfig.get_config_dict(BACKBONES.get(name, name))[0]
+    path = BACKBONES.get(name, name)
+    if file := cached_file(path, "config.json"):
+        return json.loads(Path(file).read_text())
+    raise OSError(f"{path} has no config.json")
 
 
 def load_backbone(name, dtype=torch.float32):
@@ -911,7 +926,8 @@ class VitaProcessor(Processor):
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
     def __init__(self, path, patch, size=200):
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        with quiet():  # the library wonders at a config.json that it does not know
+            self.tokenizer = AutoTokenizer.from_pretrained(path)
         self.image_token_id = self.tokenizer.convert_tokens_to_ids(self.image)
         self.pad_token_id = self.tokenizer.convert_tokens_to_ids("<|endoftext|>")
         self.patch, self.merge, self.size = patch, 2, size
@@ -1067,15 +1083,11 @@ def load_eagle(path, config, dtype):
     surplus or of another shape is an error that names it."""
     processor = EagleProcessor(path, config.vision_config)
     config.image_token_id = processor.image_token_id
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # what does not fit is said below
-    try:
+    with quiet():  # what does not fit is said below
         vlm, report = transformers.InternVLForConditionalGeneration.from_pretrained(
             path, config=config, dtype=dtype, output_loading_info=True,
             ignore_mismatched_sizes=True, key_mapping={f"^{k}": v for k, v in EAGLE.items()},
         )  # fmt: skip
-    finally:
-        transformers.logging.set_verbosity(level)
     surplus = [n for n in report["unexpected_keys"] if ".head." not in n]  # SigLIP's pooling
     shapes = [entry[0] for entry in report["mismatched_keys"]]
     for what, names in (("lacks", report["missing_keys"]), ("has a surplus weight,", surplus),

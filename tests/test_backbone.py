@@ -111,7 +111,7 @@ def test_a_wrong_backbone_is_one_line(tmp_path):
     assert "unknown --backbone ./no/where: did you mean " in error("./no/where")
     assert "config.json" in error(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    assert error(str(tmp_path)).endswith("is a bert: take a Qwen3-VL or Qwen2.5-VL")
+    assert error(str(tmp_path)).endswith("is a bert: take a Qwen3-VL, a Qwen2.5-VL or an Eagle2")
     (tmp_path / "config.json").write_text('{"model_type": ')
     assert "cannot load" in error(str(tmp_path))
 
