@@ -77,7 +77,7 @@ from worlds import benchmarks, events, loop, pictures, score
 
 @dataclass
 class Config:
-    backbone: str = "tiny"  # tiny, Qwen3-VL-2B/4B/8B, Qwen2.5-VL-3B/7B, a folder or a hub id
+    backbone: str = "tiny"  # tiny, Qwen3-VL-2B/4B/8B, Qwen2.5-VL-3B/7B, Eagle2-2B, folder or hub id
     world: str = "tabletop:bridge"  # where to act; its suite also gives the demonstrations
     data: str = ""  # recordings to train on, `bridge,fractal=2,FOLDER`; empty: the world's own
     skip_bad: bool = False  # leave out recordings that cannot be read, and list them
@@ -92,6 +92,8 @@ class Config:
     eval_only: str = ""  # run folder to evaluate, without training
     ablation: str = ""  # a row of the paper's tables; `list` prints them all
     preset: str = ""  # a named configuration, see below
+    describe: bool = False  # prints the parameters of each part, without weights, and leaves
+    export: str = ""  # run folder whose VLM becomes a Hugging Face checkpoint in --out
     show: str = ""  # pruning or pareto: prints a table, draws a picture, and leaves
     benchmark: str = ""  # a question file (VLMEvalKit's TSV) to answer after --eval-only
     episodes: int = 200  # evaluation episodes in each domain
@@ -374,6 +376,14 @@ class DualVLA(nn.Module):
             mixture = Mixture(getattr(parent, leaf), experts, cfg.rank, cfg.alpha, self.gates)
             setattr(parent, leaf, mixture)
 
+    def merge(self):
+        """E alone: its one expert counts fully everywhere, so it can join the frozen matrices."""
+        for name, m in [*self.named_modules()]:
+            if isinstance(m, Mixture):
+                m.base.weight.data += m.alpha * m.up[0] @ m.down[0]
+                parent, _, leaf = name.rpartition(".")
+                setattr(self.get_submodule(parent), leaf, m.base)
+
     def learn_words(self):
         """E also learns the embeddings of the action words, and of no others."""
         words = self.vlm.get_input_embeddings().weight
@@ -387,10 +397,10 @@ class DualVLA(nn.Module):
         """The vision tower's features of a batch's pictures; frozen, it sees once for all three."""
         pixels, grids = batch["pixel_values"], batch["image_grid_thw"]
         if self.cfg.tune == "full":
-            return self.vlm.model.get_image_features(pixels, grids)
+            return self.vlm.model.get_image_features(pixels, image_grid_thw=grids)
         if "seen" not in batch:
             with torch.no_grad():
-                batch["seen"] = self.vlm.model.get_image_features(pixels, grids)
+                batch["seen"] = self.vlm.model.get_image_features(pixels, image_grid_thw=grids)
         return batch["seen"]
 
     def look(self, x, mask, position_ids, seen=None, caches=(None, None)):
@@ -513,16 +523,16 @@ class Thread:
     def __init__(self, model, batch):
         prompt = batch["prompt"]
         self.model, self.caches = model, (DynamicCache(), DynamicCache())
-        self.real, self.position = prompt["real"], prompt["position_ids"][:, :, -1:]
+        self.real, self.position = prompt["real"], prompt["position_ids"][..., -1:]
         self.h = model.read(prompt, batch, caches=self.caches)[:, -1]  # (B, D)
 
     def go_on(self, x, use):
         """New tokens x (B, n, D), use (B, n): which of them are real -> hidden states (B, n, D)."""
         self.real = torch.cat([self.real, use], dim=1)
-        place = self.position + use.cumsum(1)  # (3, B, n)
+        place = self.position + use.cumsum(1)  # (3, B, n), or (B, n) where rows do not count
         mask = common.causal_mask(self.real)[:, :, -x.shape[1] :]
         h = self.model.look(x, mask, place, caches=self.caches)
-        self.position = place[:, :, -1:]
+        self.position = place[..., -1:]
         self.h = torch.where(use[:, -1:], h[:, -1], self.h)
         return h
 
@@ -1225,6 +1235,20 @@ def show(cfg):
     print(f"an episode's timeline: {folder / 'pruning.png'}")
 
 
+def export(cfg):
+    """--export: the VLM of a run as an ordinary checkpoint, where there is an equal one."""
+    policy = load_policy(cfg.export, torch.device("cpu"))
+    if policy.model.gate is not None:
+        raise common.UserError(
+            f"--export {cfg.export}: its two LoRA experts are weighted anew for each token, so no "
+            "ordinary checkpoint equals it; --benchmark FILE asks it, --tune full can be exported"
+        )
+    policy.model.merge()
+    out = cfg.out or f"{cfg.export}/export"
+    name, tokenizer = policy.cfg.backbone, policy.processor.tokenizer
+    common.export_backbone(policy.model.vlm, name, tokenizer, out)
+
+
 def last_stage(cfg):
     return ORDER[-1] if cfg.stage == "chain" else cfg.stage
 
@@ -1312,6 +1336,14 @@ def main(argv=None):
         list_ablations()
         return
     check(cfg)
+    if cfg.describe:
+        builds = {
+            f"DualVLA --stage {stage}": lambda s=stage: build(replace(cfg, stage=s), 8, 7)[0]
+            for stage in ORDER[: ORDER.index(last_stage(cfg)) + 1]
+        }
+        return common.describe(cfg.backbone, common.load_backbone, builds)
+    if cfg.export:
+        return export(cfg)
     if cfg.show:
         return show(cfg)
     dist = common.setup(cfg)

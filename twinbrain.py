@@ -75,7 +75,7 @@ from worlds import loop, pictures
 
 @dataclass
 class Config:
-    backbone: str = "tiny"  # tiny, Qwen3-VL-2B/4B/8B, Qwen2.5-VL-3B/7B, a folder or a hub id
+    backbone: str = "tiny"  # tiny, Qwen3-VL-2B/4B/8B, Qwen2.5-VL-3B/7B, Eagle2-2B, folder or hub id
     world: str = "tabletop:bridge"  # where to act; its suite also gives the demonstrations
     data: str = ""  # recordings to train on, `bridge,fractal=2,FOLDER`; empty: the world's own
     skip_bad: bool = False  # leave out recordings that cannot be read, and list them
@@ -87,6 +87,8 @@ class Config:
     eval_only: str = ""  # run folder to evaluate, without training
     ablation: str = ""  # a row of the paper's tables; `list` prints them all
     preset: str = ""  # a named configuration, see below
+    describe: bool = False  # prints the parameters of each part, without weights, and leaves
+    export: str = ""  # run folder whose right brain becomes a Hugging Face checkpoint in --out
     episodes: int = 200  # evaluation episodes in each domain (paper: 480 on SimplerEnv)
     # the brains
     brain: str = "twin"  # twin | vanilla | nofreeze: Sec. 4, one brain, both trained (Table 5)
@@ -330,8 +332,9 @@ class TwinBrain(nn.Module):
     def __init__(self, cfg, vlm, processor, state_dim, action_dim):
         super().__init__()
         self.cfg, self.processor = cfg, processor
-        if not cfg.deepstack and hasattr(vlm.model.visual, "deepstack_visual_indexes"):
+        if not cfg.deepstack and vlm.config.model_type == "qwen3_vl":
             vlm.model.visual.deepstack_visual_indexes = []
+            vlm.config.vision_config.deepstack_visual_indexes = []
             vlm.model.visual.deepstack_merger_list = nn.ModuleList()
         vlm.model.language_model.config._attn_implementation = "asymot"
         tied = vlm.lm_head.weight is vlm.get_input_embeddings().weight
@@ -437,7 +440,7 @@ class TwinBrain(nn.Module):
         """Greedy decoding of `limit` tokens after the right prompt (QwenFAST) -> (B, limit) ids."""
         out, cache = self.think(batch)
         h, right, ids = out.last_hidden_state, batch["right"], []
-        real, position = right["real"], right["position_ids"][:, :, -1:]
+        real, position = right["real"], right["position_ids"][..., -1:]
         real_L = batch["left"]["real"] if self.left is not None else real[:, :0]
         for _ in range(limit):
             ids.append(self.right.lm_head(h[:, -1:]).argmax(-1))  # (B, 1)
@@ -940,6 +943,14 @@ def main(argv=None):
     cfg = common.parse(Config, PRESETS, ABLATIONS, argv)
     if cfg.ablation == "list":
         return list_ablations()
+    if cfg.describe:
+        builds = {f"TwinBrainVLA --brain {cfg.brain}": lambda: build(cfg, 8, 7)[0]}
+        return common.describe(cfg.backbone, common.load_backbone, builds)
+    if cfg.export:
+        policy = load_policy(cfg.export, torch.device("cpu"))
+        name, tokenizer = policy.cfg.backbone, policy.processor.tokenizer
+        out = cfg.out or f"{cfg.export}/export"
+        return common.export_backbone(policy.model.right, name, tokenizer, out)
     dist = common.setup(cfg)
     session(cfg, dist)
     dist.destroy()
