@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 import typing
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -32,6 +33,7 @@ import numpy as np
 import torch
 import torch.distributed
 import transformers
+from huggingface_hub import snapshot_download
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -42,6 +44,7 @@ from tqdm import tqdm
 from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.masking_utils import sdpa_mask
+from transformers.utils import cached_file
 from transformers.utils.logging import disable_progress_bar
 
 
@@ -53,8 +56,8 @@ def run_main(main) -> None:
     """Runs `main()`; what the user can mend ends in one line instead of a traceback."""
     try:
         return main()
-    except UserError as error:
-        message = str(error)
+    except UserError as error:  # of a loader's worker it comes with the worker's traceback
+        message = str(error).strip().rpartition("common.UserError: ")[2]
     except torch.OutOfMemoryError:
         message = "the GPU is out of memory: use a smaller batch"
     except BrokenPipeError:  # whoever read the output has left
@@ -155,7 +158,10 @@ def parse(Config, presets: dict[str, dict], ablations: dict[str, dict], argv=Non
         if row and row not in table:
             raise UserError(f"unknown {kind} {row!r} (did you mean {nearest(row, table)}?)")
         settings |= {k: v for k, v in table.get(row, {}).items() if not k.startswith("_")}
-    cfg = Config(**{**settings, **given})
+    settings |= given
+    if settings.get("data") and "tabletop" not in settings["data"]:
+        settings.setdefault("world", "none")  # who learns from other recordings acts elsewhere
+    cfg = Config(**settings)
     cfg.explicit = tuple(given)
     return cfg
 
@@ -204,6 +210,18 @@ class Dist:
     def share(self, item):
         """Rank 0's item, on every rank."""
         return self.gather(item)[0]
+
+    def first(self, make):
+        """make() on rank 0, then on the others, who find what it cached; its error is theirs."""
+        made, fault = None, None
+        if self.main:
+            try:
+                made = make()
+            except UserError as error:
+                fault = str(error)
+        if fault := self.share(fault):
+            raise UserError(fault)
+        return made if self.main else make()
 
     def any(self, flag: bool) -> bool:
         """True on every rank as soon as one rank says so."""
@@ -601,25 +619,67 @@ BACKBONES = {
     "Qwen3-VL-2B": "Qwen/Qwen3-VL-2B-Instruct",
     "Qwen3-VL-4B": "Qwen/Qwen3-VL-4B-Instruct",
     "Qwen3-VL-8B": "Qwen/Qwen3-VL-8B-Instruct",
+    "VITA-1.5": "VITA-MLLM/VITA-1.5",
+    "Eagle2-2B": "nvidia/Eagle2-2B",
 }
+SIZES = Path(__file__).resolve().parent / "assets" / "backbones.json"  # published configurations
+
+
+def blank() -> bool:
+    """Under `torch.device("meta")`, for --describe: models have their sizes and no weights."""
+    return torch.get_default_device().type == "meta"
+
+
+@contextmanager
+def quiet():
+    """No warnings of the library in here."""
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+
+
+def settings_of(name) -> dict:
+    """A backbone's config.json; where nothing is to be loaded, the published one kept here."""
+    sizes = json.loads(SIZES.read_text())
+    if blank() and name in sizes:
+        return sizes[name]["config"]
+    path = BACKBONES.get(name, name)
+    if file := cached_file(path, "config.json"):
+        return json.loads(Path(file).read_text())
+    raise OSError(f"{path} has no config.json")
 
 
 def load_backbone(name, dtype=torch.float32):
-    """A name, folder or hub id -> (Qwen3-VL or Qwen2.5-VL in eval mode, its Processor).
+    """A name, folder or hub id -> (Qwen3-VL, Qwen2.5-VL or Eagle2 in eval mode, its Processor).
 
-    The model is the library's; only its vision tower attends to all equal-sized images in one call.
+    The model is the library's; only a Qwen's vision tower attends to all equal-sized images in one
+    call. On the meta device: without weights, and with the embedded backbone's Processor.
     """
     path, flag = BACKBONES.get(name, name), f"--backbone {name}"
     if not Path(path).is_dir() and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", path):
         near, known = nearest(name, BACKBONES), ", ".join(BACKBONES)
         raise UserError(f"unknown {flag}: did you mean {near}? ({known}, DIR or OWNER/NAME)")
+    if path == BACKBONES["VITA-1.5"]:
+        raise UserError(f"{flag}: only vita_vla.py takes it, as it is read without its head")
     disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(path)
-        if config.model_type not in ("qwen3_vl", "qwen2_5_vl"):
-            raise UserError(f"{flag} is a {config.model_type}: take a Qwen3-VL or Qwen2.5-VL")
+        settings = settings_of(name)
+        family = settings.get("model_type", "model without model_type")
+        eagle = family.startswith("eagle")
+        if not eagle and family not in ("qwen3_vl", "qwen2_5_vl"):
+            raise UserError(f"{flag} is a {family}: take a Qwen3-VL, a Qwen2.5-VL or an Eagle2")
+        if blank():
+            config = eagle_config(settings) if eagle else AutoConfig.for_model(**settings)
+            tiny = BACKBONES["tiny"]
+            vlm = AutoModelForImageTextToText.from_config(config)
+            return vlm.eval(), Processor(tiny, AutoConfig.from_pretrained(tiny))
+        if eagle:
+            return load_eagle(path, eagle_config(settings), dtype)
         vlm = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
-        processor = Processor(path, config)
+        processor = Processor(path, vlm.config)
     except SafetensorError as error:
         files = " or ".join(sorted(str(file) for file in Path(path).glob("*.safetensors"))) or path
         raise UserError(f"{flag}: {files} is damaged or cut short, fetch it again") from error
@@ -646,6 +706,8 @@ def chat_ids(tokenizer, system, user, counts, answer):
 
 class Processor:
     """Text and pictures -> the arrays a Qwen-VL reads, in the loader's workers and when acting."""
+
+    image = "<|image_pad|>"  # the word that a picture's tokens stand for
 
     def __init__(self, path, config):
         self.tokenizer = AutoTokenizer.from_pretrained(path)
@@ -674,12 +736,12 @@ class Processor:
 
     def mark(self, n):
         """How a picture of n tokens stands in a text."""
-        return "<|vision_start|>" + "<|image_pad|>" * n + "<|vision_end|>"
+        return "<|vision_start|>" + self.image * n + "<|vision_end|>"
 
     def words(self, ids):
         """Ids -> readable text, without padding and with each picture as one mark."""
         text = self.tokenizer.decode(ids).replace(self.tokenizer.pad_token, "")
-        return re.sub(r"(<\|image_pad\|>)+", "<image>", text)
+        return re.sub(f"({re.escape(self.image)})+", "<image>", text)
 
     def pad(self, rows, grids):
         """Rows of ids, the grids of each row's images -> left-padded input_ids (B, T), real (B, T)
@@ -816,14 +878,15 @@ transformers.AttentionMaskInterface.register("short", sdpa_mask)
 
 
 class QwenVL(nn.Module):
-    """A Qwen-VL without its vocabulary head, which no loss here needs."""
+    """A Qwen-VL, or an Eagle2, without its vocabulary head, which no loss here needs."""
 
     def __init__(self, vlm):
         super().__init__()
         self.model = vlm.model
         self.model.language_model.config._attn_implementation = "short"
         self.width = vlm.config.get_text_config().hidden_size
-        self.model.visual.requires_grad_(False)  # frozen in every stage
+        self.model.requires_grad_(False)  # what sees is frozen in every stage
+        self.language.requires_grad_(True)
 
     @property
     def language(self):
@@ -832,8 +895,9 @@ class QwenVL(nn.Module):
     @torch.no_grad()
     def see(self, pixels, grids):
         """-> list of (picture tokens, D): what goes in at the bottom, then DeepStack's layers."""
-        out = self.model.visual(pixels, grid_thw=grids, return_dict=True)
-        return [out.pooler_output, *(getattr(out, "deepstack_features", None) or [])]
+        out = self.model.get_image_features(pixels, image_grid_thw=grids, return_dict=True)
+        levels = [out.pooler_output, *(getattr(out, "deepstack_features", None) or [])]
+        return [torch.cat(tuple(pictures)) for pictures in levels]
 
     def read(self, x, prompt, mask, places, seen, cache=None):
         """x (B, T, D) embedded, places (B, T) of the pictures' tokens `seen` -> (B, T, D)."""
@@ -872,27 +936,34 @@ class Vita15(nn.Module):
 
 
 class VitaProcessor(Processor):
-    """Pictures at VITA-VLA's 200 pixels (49 tokens each) and prompts for `Vita15`."""
+    """Pictures as squares of `size` pixels (VITA-VLA: 200, 49 tokens) and prompts for `Vita15`."""
+
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
     def __init__(self, path, patch, size=200):
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
-        self.image_token_id = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        with quiet():  # the library wonders at a config.json that it does not know
+            self.tokenizer = AutoTokenizer.from_pretrained(path)
+        self.image_token_id = self.tokenizer.convert_tokens_to_ids(self.image)
         self.pad_token_id = self.tokenizer.convert_tokens_to_ids("<|endoftext|>")
         self.patch, self.merge, self.size = patch, 2, size
-        for word in ("<|image_pad|>", "<|video_pad|>", "<|endoftext|>"):
+        for word in (self.image, "<|video_pad|>", "<|endoftext|>"):
             if word not in self.tokenizer.get_vocab():
                 raise UserError(f"{path}: its tokenizer lacks {word}, a place for other vectors")
+        if size // patch % 2 or size < 2 * patch:
+            near = max(round(size / patch / 2), 1) * 2 * patch
+            raise UserError(f"--size {size}: {path} reads 2 x 2 patches of {patch} pixels as one "
+                            f"token; take {near}")  # fmt: skip
 
     def images(self, images):
         shape = self.size, self.size
         fitted = [Image.fromarray(i).resize(shape, Image.Resampling.BICUBIC) for i in images]
         x = np.stack([np.asarray(i, np.float32) / 255 for i in fitted])
-        x = (x - np.float32((0.485, 0.456, 0.406))) / np.float32((0.229, 0.224, 0.225))
+        x = (x - np.float32(self.mean)) / np.float32(self.std)
         side = self.size // self.patch
         return x.transpose(0, 3, 1, 2), ((1, side, side),) * len(images)
 
     def mark(self, n):
-        return "<|image_pad|>" * n
+        return self.image * n
 
     def pad(self, rows, grids):
         prompt = super().pad(rows, [()] * len(rows))  # text positions alone: no grids
@@ -919,7 +990,20 @@ def vita_name(name):
     return "vision." + rest
 
 
-def load_vita(path):
+def qwen2_config(settings):
+    """What a released config.json says of its Qwen2.5 -> the library's configuration."""
+    known = {k: v for k, v in settings.items() if k in transformers.Qwen2Config().to_dict()}
+    rope = {"rope_type": "default", "rope_theta": settings.get("rope_theta", 1e6)}
+    return transformers.Qwen2Config(**(known | {"model_type": "qwen2", "rope_parameters": rope}))
+
+
+INTERN_VIT = dict(
+    attention_bias=True, use_qk_norm=False, use_absolute_position_embeddings=True,
+    use_mean_pooling=True, norm_type="layer_norm", layer_norm_eps=1e-6,
+)  # fmt: skip
+
+
+def load_vita(path, size=200):
     """A folder with VITA-1.5's released files -> Vita15, VitaProcessor. A weight that is missing or
     surplus is an error that names it."""
     folder, tensors = Path(path), {}
@@ -934,21 +1018,17 @@ def load_vita(path):
     for name in [n for n in tensors if ".attention.qkv." in n]:  # three matrices in one
         for part, value in zip("qkv", tensors.pop(name).chunk(3)):
             tensors[name.replace("qkv", f"{part}_proj")] = value
-    known = {k: v for k, v in settings.items() if k in transformers.Qwen2Config().to_dict()}
-    rope = {"rope_type": "default", "rope_theta": settings.get("rope_theta", 1e6)}
-    config = transformers.Qwen2Config(**(known | {"model_type": "qwen2", "rope_parameters": rope}))
     try:
         patches = tensors["vision.embeddings.patch_embeddings.projection.weight"]
         places = tensors["vision.embeddings.position_embeddings"].shape[1] - 1
         hidden, patch = patches.shape[0], patches.shape[-1]
         vision_config = transformers.InternVLVisionConfig(
-            hidden_size=hidden, num_attention_heads=max(hidden // 64, 1), attention_bias=True,
+            **INTERN_VIT, hidden_size=hidden, num_attention_heads=max(hidden // 64, 1),
             num_hidden_layers=len({n.split(".")[3] for n in tensors if "encoder.layer." in n}),
             intermediate_size=tensors["vision.encoder.layer.0.mlp.fc1.bias"].shape[0],
-            patch_size=patch, image_size=round(math.sqrt(places)) * patch, use_qk_norm=False,
-            use_absolute_position_embeddings=True, use_mean_pooling=True, norm_type="layer_norm",
-            layer_norm_eps=1e-6,
+            patch_size=patch, image_size=round(math.sqrt(places)) * patch,
         )  # fmt: skip
+        config = qwen2_config(settings)
         model = Vita15(config, vision_config)
         missing, surplus = model.load_state_dict(tensors, strict=False)
     except (KeyError, RuntimeError) as error:
@@ -956,20 +1036,205 @@ def load_vita(path):
     if missing or surplus:
         what = f"lacks {missing[0]}" if missing else f"has a surplus weight, {surplus[0]}"
         raise UserError(f"{path} does not fit VITA-1.5: it {what}")
-    return model.eval(), VitaProcessor(path, patch)
+    return model.eval(), VitaProcessor(path, patch, size)
 
 
-def load_vlm(name):
-    """`--backbone` -> a VLM with see() and read(), its processor."""
-    path = {"VITA-1.5": "VITA-MLLM/VITA-1.5"}.get(name, name)
+def released(name):
+    """A backbone's folder; of one on the hub, all its files, downloaded."""
+    path = BACKBONES.get(name, name)
+    if Path(path).is_dir():
+        return path
+    try:
+        return snapshot_download(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--backbone {name}: `hf download {path} --local-dir DIR`, then "
+                        "--backbone DIR") from error  # fmt: skip
+
+
+def load_vlm(name, size=200):
+    """`--backbone` -> a VLM with see() and read(), its processor. size: of VITA-1.5's pictures."""
+    path = BACKBONES.get(name, name)
+    if path == BACKBONES["VITA-1.5"] and blank():
+        settings = settings_of("VITA-1.5")
+        vision = transformers.InternVLVisionConfig(**INTERN_VIT, **settings["vision_config"])
+        tiny = BACKBONES["tiny"]
+        return Vita15(qwen2_config(settings), vision), VitaProcessor(tiny, vision.patch_size[0])
+    path = released(name) if path == BACKBONES["VITA-1.5"] else path
     config = Path(path) / "config.json"
     if config.exists() and "vita" in json.loads(config.read_text()).get("model_type", "").lower():
-        return load_vita(path)
-    if name == "VITA-1.5":
-        raise UserError(f"--backbone {name}: `hf download {path} --local-dir DIR`, then "
-                               "--backbone DIR")  # fmt: skip
+        return load_vita(path, size)
     vlm, processor = load_backbone(name)
     return QwenVL(vlm), processor
+
+
+# --- Eagle2, InstructVLA's VLM: SigLIP, pixel shuffle, LayerNorm and MLP, Qwen2.5 -----------------
+
+EAGLE = {  # released names -> those of the library's InternVL, which has the same parts
+    "vision_model.vision_model.": "model.vision_tower.",
+    "language_model.model.": "model.language_model.",
+    "language_model.lm_head.": "lm_head.",
+    "mlp1.0.": "model.multi_modal_projector.layer_norm.",
+    "mlp1.1.": "model.multi_modal_projector.linear_1.",
+    "mlp1.3.": "model.multi_modal_projector.linear_2.",
+}
+
+
+def eagle_config(settings):
+    """Eagle2's config.json -> an InternVL with SigLIP in the place of its InternViT."""
+    text = qwen2_config(settings.get("llm_config") or settings["text_config"])
+    wanted = transformers.SiglipVisionConfig().to_dict()
+    vision = {k: v for k, v in settings["vision_config"].items() if k in wanted}
+    vision |= {"model_type": "siglip_vision_model", "vision_use_head": False}  # patches alone
+    return transformers.InternVLConfig(
+        text_config=text, vision_config=transformers.SiglipVisionConfig(**vision),
+        downsample_ratio=settings.get("downsample_ratio", 0.5),
+        vision_feature_layer=settings.get("select_layer", -1),
+        vision_feature_select_strategy="full", tie_word_embeddings=text.tie_word_embeddings,
+    )  # fmt: skip
+
+
+def load_eagle(path, config, dtype):
+    """Eagle2's released files -> the library's model, EagleProcessor. A weight that is missing,
+    surplus or of another shape is an error that names it."""
+    processor = EagleProcessor(path, config.vision_config)
+    config.image_token_id = processor.image_token_id
+    with quiet():  # what does not fit is said below
+        vlm, report = transformers.InternVLForConditionalGeneration.from_pretrained(
+            path, config=config, dtype=dtype, output_loading_info=True,
+            ignore_mismatched_sizes=True, key_mapping={f"^{k}": v for k, v in EAGLE.items()},
+        )  # fmt: skip
+    surplus = [n for n in report["unexpected_keys"] if ".head." not in n]  # SigLIP's pooling
+    shapes = [entry[0] for entry in report["mismatched_keys"]]
+    for what, names in (("lacks", report["missing_keys"]), ("has a surplus weight,", surplus),
+                        ("has another shape of", shapes)):  # fmt: skip
+        if names:
+            raise UserError(f"{path} does not fit Eagle2: it {what} {eagle_name(min(names))}")
+    return vlm.eval(), processor
+
+
+def eagle_name(name):
+    """The library's name of a weight -> the released one."""
+    for old, new in EAGLE.items():
+        if name.startswith(new):
+            return name.replace(new, old, 1)
+    return name
+
+
+@lru_cache(maxsize=8192)
+def plain_chat(tokenizer, system, user, answer):
+    """One conversation in Qwen's markup -> (ids of the prompt, ids of the answer and its end)."""
+    text = f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
+    text += f"<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
+    end = answer + tokenizer.eos_token if answer else ""
+    return tuple(tuple(tokenizer.encode(t, add_special_tokens=False)) for t in (text, end))
+
+
+class EagleProcessor(VitaProcessor):
+    """One tile a picture (448 pixels, 256 tokens) and InstructVLA's prompts."""
+
+    image, mean, std = "<IMG_CONTEXT>", (0.5,) * 3, (0.5,) * 3
+
+    def __init__(self, path, vision):
+        super().__init__(path, vision.patch_size, vision.image_size)
+
+    def mark(self, n):
+        return f"<img>{self.image * n}</img>"
+
+    def prompt(self, system, user, grids, answer=""):
+        marks = [self.mark(math.prod(grid) // self.merge**2) for grid in grids]
+        if len(marks) > 1:
+            marks = [f"<image {i + 1}>{mark}" for i, mark in enumerate(marks)]
+        user = "\n".join([*marks, user.removeprefix("\n")])
+        return plain_chat(self.tokenizer, system, user, answer)
+
+
+# --- what a backbone consists of, and what became of it -------------------------------------------
+
+
+def describe(name, load, builds) -> None:
+    """--describe: parameters by part of a backbone, load(name) -> (model, processor), and of each
+    of the models around it, {what: function -> model}."""
+    with torch.device("meta"):
+        models = {f"backbone {name}": load(name)[0]} | {w: build() for w, build in builds.items()}
+    said = json.loads(SIZES.read_text()).get(name, {}).get("published", "embedded or your own")
+    for what, model in models.items():
+        parts = {}
+        for full, p in model.named_parameters():
+            part = re.match(r"(?:(\w+)\.)??(?:model\.)?(visual|vision\w*|multi_modal_projector|"
+                            r"projector|language\w*|lm_head)\.", full)  # fmt: skip
+            part = ".".join(filter(None, part.groups())) if part else full.partition(".")[0]
+            counts = parts.setdefault(part, [0, 0])
+            counts[0] += p.numel()
+            counts[1] += p.numel() * p.requires_grad
+        parts["all"] = [sum(column) for column in zip(*parts.values())]
+        print(f"{what:32} {'total':>15} {'trainable':>15} {'frozen':>15}")
+        for part, (total, trained) in parts.items():
+            print(f"  {part:30} {total:15,} {trained:15,} {total - trained:15,}")
+        if what.startswith("backbone"):
+            print(f"  published: {said:,}" if isinstance(said, int) else f"  published: {said}")
+
+
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "chat_template.json",
+                   "video_preprocessor_config.json", "generation_config.json")  # fmt: skip
+
+
+def export_backbone(vlm, name, tokenizer, out) -> None:
+    """--export: a trained VLM as an ordinary Hugging Face checkpoint with the files that its
+    tokenizer and processor are made of; name: the backbone it began as."""
+    if vlm.config.model_type == "internvl":
+        return export_eagle(vlm, name, tokenizer, out)
+    out = new_folder(out)
+    vlm.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    for file in PROCESSOR_FILES:
+        path = BACKBONES.get(name, name)
+        if found := cached_file(path, file, _raise_exceptions_for_missing_entries=False):
+            shutil.copy(found, out)
+    print(f"AutoModelForImageTextToText.from_pretrained({str(out)!r}) loads it")
+
+
+def export_eagle(vlm, name, tokenizer, out) -> None:
+    """The same in Eagle2's released layout, which the library has no class for."""
+    folder, out = released(name), new_folder(out)
+    copy_files(folder, out, leave=(".safetensors", ".index.json"))
+    settings = json.loads((out / "config.json").read_text())
+    text = settings.get("llm_config") or settings["text_config"]
+    text["vocab_size"] = vlm.lm_head.out_features
+    write_json(out / "config.json", settings)
+    tensors = {eagle_name(n): t for n, t in vlm.state_dict().items()}
+    write_weights(out / "model.safetensors", tensors)
+    tokenizer.save_pretrained(out)
+    print(f"{out} has Eagle2's released layout: what reads {name} reads it")
+
+
+def export_vita(model, name, out) -> None:
+    """A trained Vita15 in VITA-1.5's released layout: in its files, the language model replaced."""
+    folder, out, ours = released(name), new_folder(out), model.state_dict()
+    copy_files(folder, out, leave=(".safetensors",))
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        tensors = load_file(file)
+        for name in tensors:
+            if (vita_name(name) or "").startswith("language."):
+                tensors[name] = ours[vita_name(name)].contiguous()
+        save_file(tensors, out / file.name, {"format": "pt"})
+    print(f"{out} has VITA-1.5's released layout: what reads that reads it")
+
+
+def copy_files(folder, out, leave) -> None:
+    """Files and folders, without those whose names end so."""
+    for item in Path(folder).iterdir():
+        if item.is_dir():
+            shutil.copytree(item, out / item.name)
+        elif not item.name.endswith(leave):
+            shutil.copy(item, out)
+
+
+def new_folder(folder) -> Path:
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty: another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 # --- action tokens --------------------------------------------------------------------------------

@@ -649,6 +649,11 @@ class Episodes:
         if isinstance(reader, Store):
             self.store, self.kept = reader, range(len(reader.names))
             self.source = Source(normalise=reader.normalise)
+        said = (path if path.is_dir() else path.parent) / "reasoning.jsonl"  # a line an episode
+        self.reasoning = {}
+        with reading(f"{said}, fields episode, reasoning"):
+            for row in read_lines(said) if said.exists() else ():
+                self.reasoning[int(row["episode"])] = [str(words) for words in row["reasoning"]]
 
     def __len__(self):
         return len(self.lengths)
@@ -665,8 +670,10 @@ class Episodes:
 
     def read(self, i):
         """Episode i, checked in everything but its pictures."""
+        number = self.kept[i] if self.store else i
+        said = self.reasoning.get(number, [])
         with reading(self.names[i]):
-            frames = self.reader.frames(self.kept[i] if self.store else i)
+            frames = self.reader.frames(number)
             if self.lengths[i] < 1:
                 raise ValueError("the episode is empty")
             state, action, words = (self.store or self.reader).numbers(i)
@@ -676,6 +683,8 @@ class Episodes:
                 if not np.isfinite(x).all():
                     step = int(np.argmin(np.isfinite(x).all(1)))
                     raise ValueError(f"field {kind}: not a finite number at step {step}")
+            if said and len(said) != self.lengths[i]:
+                raise ValueError(f"field reasoning: {len(said)} for {self.lengths[i]} steps")
             absent = [name for name in self.source.cameras if name not in frames]
             if absent:
                 raise ValueError(f"no camera {absent[0]}; there are {', '.join(frames)}")
@@ -684,7 +693,7 @@ class Episodes:
         if sign in ("+1", "-1"):
             action[:, -1] = (1 + float(sign) * action[:, -1]) / 2
         frames = {name: frames[name] for name in self.source.cameras or frames}
-        return Episode(frames, state, action, words, self.reader.fps)
+        return Episode(frames, state, action, words, self.reader.fps, said)
 
     def settle(self, skip_bad=False, every=False, again=False):
         """Reads everything once, keeps the numbers in CACHE; faults stop it, or are left out."""
@@ -764,6 +773,10 @@ def write_store(episodes, folder, pictures=False, side=0, every=False):
         for name, array in arrays.items():
             with open(temporary / name, "ab") as file:
                 file.write(array.tobytes())
+        if pictures and episode.reasoning:
+            said = {"episode": len(index["kept"]), "reasoning": episode.reasoning}
+            with open(temporary / "reasoning.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(said) + "\n")
         row = fresh.names[i], i, episode.instruction, len(episode.action)
         for name, value in zip(("names", "kept", "text", "lengths"), row):
             index[name].append(value)
@@ -871,9 +884,9 @@ def open_episodes(spec, skip_bad=False, every=False, again=False):
 Part = namedtuple("Part", "name episodes stats weight normalise")
 
 
-def load(spec, skip_bad=False):
+def load(spec, skip_bad=False, tabletop=demonstrations):
     """`bridge,fractal=2,my/folder`: rows, groups or paths, with weights -> list of Part, each read
-    through once; the stats of a question file are None."""
+    through once; the stats of a question file are None. tabletop: suite -> its demonstrations."""
     wanted = {}
     for word in filter(None, spec.split(",")):
         name, _, weight = word.partition("=")
@@ -883,7 +896,9 @@ def load(spec, skip_bad=False):
             wanted[member] = weight * share
     parts = []
     for name, weight in wanted.items():
-        episodes = open_episodes(name, skip_bad)
+        kind, _, suite = name.partition(":")
+        own = kind == "tabletop"
+        episodes = tabletop(suite or "bridge") if own else open_episodes(name, skip_bad)
         stats = None if isinstance(episodes, QuestionFile) else statistics(episodes)
         how = episodes.source.normalise if isinstance(episodes, Episodes) else "q99"
         parts.append(Part(name, episodes, stats, weight, how))
@@ -891,6 +906,57 @@ def load(spec, skip_bad=False):
     if len(set(widths.values())) > 1:
         raise UserError(f"--data: actions of different widths cannot be mixed: {widths}")
     return parts
+
+
+def recordings(cfg, dist, resumed=None):
+    """What --data names, or else the world's own demonstrations -> parts to act like, parts to
+    answer like. Their stats are the checkpoint's if there is one, say how to normalise ("how"), and
+    are as wide as the widest robot's. Rank 0 reads first; its error is everybody's."""
+
+    def tabletop(suite):
+        return demonstrations(suite, cfg.demos, cfg.seed, cfg.size, cfg.wrist_size, cfg.noise)
+
+    parts = dist.first(lambda: load(cfg.data or cfg.world, cfg.skip_bad, tabletop))
+    acts, asks = ([p for p in parts if bool(p.stats) == act] for act in (True, False))
+    if not acts:
+        raise UserError(f"--data {cfg.data}: questions alone; name recordings of a robot as well")
+    S = max(len(p.stats["state"]["q01"]) for p in acts)
+    for i, part in enumerate(acts):
+        stats = {
+            kind: {name: v + [0.0] * (kind == "state") * (S - len(v)) for name, v in s.items()}
+            | {"how": part.normalise if cfg.normalise == "auto" else cfg.normalise}
+            for kind, s in part.stats.items()
+        }
+        known = resumed.meta["robots"] if resumed else {}
+        acts[i] = part._replace(stats=known.get(part.name, stats))
+    return acts, asks
+
+
+def acting(robots, name):
+    """{recordings: stats} -> the robot's name and the stats to act by: those asked for (--robot),
+    or the first of the training."""
+    if name and name not in robots:
+        near = nearest(name, list(robots))
+        raise UserError(f"--robot {name} was not trained on: did you mean {near}?")
+    name = name or next(iter(robots))
+    return robot_name(name), robots[name]
+
+
+def robot_name(recordings):
+    """What a prompt calls the robot of these recordings: bridge, tabletop, a folder's name."""
+    return Path(recordings).name.partition(":")[0]
+
+
+def dims(robots):
+    """{recordings: stats} -> how many numbers a state and an action have."""
+    stats = next(iter(robots.values()))
+    return len(stats["state"]["q01"]), len(stats["action"]["q01"])
+
+
+def counted(acts, windows):
+    """What is trained on, in words."""
+    names = ", ".join(p.name for p in acts[:3]) + " ..." * (len(acts) > 3)
+    return f"{names}: {sum(len(p.episodes) for p in acts)} episodes, {sum(map(len, windows))} steps"
 
 
 # --- Normalisation --------------------------------------------------------------------------------
@@ -913,23 +979,26 @@ def statistics(episodes):
     return {k: summary(np.concatenate([getattr(e, k) for e in episodes])) for k in keys}
 
 
-def bounds(stats, how):
-    """how: q99 | minmax -> (low, high) float32; one to either side of what never moves."""
-    low, high = ("q01", "q99") if how == "q99" else ("min", "max")
+def bounds(stats):
+    """-> (low, high) float32, q01 and q99, or min and max where stats["how"] is "minmax"; one to
+    either side of what never moves."""
+    low, high = ("min", "max") if stats.get("how") == "minmax" else ("q01", "q99")
     low, high = np.array(stats[low], np.float32), np.array(stats[high], np.float32)
     still = high - low < 1e-6
     return np.where(still, low - 1, low), np.where(still, high + 1, high)
 
 
-def normalise(x, stats, how="q99", clip=1.0):
-    """(..., A) in the recording's units -> [-1, 1] between the bounds, clipped at +-clip."""
-    low, high = bounds(stats, how)
+def normalise(x, stats, clip=1.0):
+    """(..., A) in the recording's units -> [-1, 1] between the bounds, clipped at +-clip; zeros
+    take the place of numbers that another robot has and this one has not."""
+    low, high = bounds(stats)
+    x = np.pad(x, [(0, 0)] * (np.ndim(x) - 1) + [(0, len(low) - np.shape(x)[-1])])
     return np.clip(2 * (x - low) / (high - low) - 1, -clip, clip).astype(np.float32)
 
 
-def unnormalise(x, stats, how="q99"):
+def unnormalise(x, stats):
     """The inverse of `normalise` inside the bounds."""
-    low, high = bounds(stats, how)
+    low, high = bounds(stats)
     return (np.asarray(x) + 1) / 2 * (high - low) + low
 
 
@@ -944,17 +1013,25 @@ def shift(image, dx, dy):
     return image[rows][:, columns]
 
 
+def scaled(images, sides):
+    """A picture of each camera, the first at sides[0], the others at sides[1] (0: as they are)."""
+    return [resized(image, sides[k > 0]) for k, image in enumerate(images)]
+
+
+def lengths(episodes):
+    if isinstance(episodes, Episodes):  # known without reading them
+        return episodes.lengths
+    return [len(e.action) for e in episodes]
+
+
 class Windows:
     """Every step of every episode as a training sample."""
 
-    def __init__(self, episodes, stats, horizon, how="q99", augment=0, sides=(0, 0), width=0):
-        """sides: of the first camera's pictures and the others' (0: as recorded); width: at least
-        so many numbers of state, zeros to fill, where datasets with different robots are mixed."""
+    def __init__(self, episodes, stats, horizon, augment=0, sides=(0, 0), robot="tabletop"):
+        """sides: of the first camera's pictures and the others' (0: as recorded)."""
         self.episodes, self.stats, self.horizon = episodes, stats, horizon
-        self.how, self.augment, self.sides, self.width = how, augment, sides, width
-        known = isinstance(episodes, Episodes)
-        lengths = episodes.lengths if known else [len(e.action) for e in episodes]
-        self.starts = np.cumsum([0, *lengths])
+        self.augment, self.sides, self.robot = augment, sides, robot
+        self.starts = np.cumsum([0, *lengths(episodes)])
 
     def __len__(self):
         return int(self.starts[-1])
@@ -972,22 +1049,22 @@ class Windows:
         """-> the normalised actions from step t on (H, A), whether each is inside (H,)."""
         steps = np.arange(t, t + self.horizon)
         action = episode.action[np.minimum(steps, len(episode.action) - 1)]
-        return normalise(action, self.stats["action"], self.how), steps < len(episode.action)
+        return normalise(action, self.stats["action"]), steps < len(episode.action)
 
     def get(self, index, rng):
-        """-> "images", "instruction", "state" (S,), "action" (H, A), "mask" (H,) of one step."""
+        """-> "images", "instruction", "robot", "state" (S,), "action" (H, A), "mask" (H,)."""
         episode, t = self.find(index)
         action, inside = self.chunk(episode, t)
         images = [frames[t] for frames in episode.images.values()]
-        images = [resized(image, self.sides[k > 0]) for k, image in enumerate(images)]
+        images = scaled(images, self.sides)
         if self.augment:
             moves = rng.integers(-self.augment, self.augment + 1, (len(images), 2))
             images = [shift(i, *(m * len(i) / 64).astype(int)) for i, m in zip(images, moves)]
-        state = normalise(episode.state[t], self.stats["state"], self.how)
         return {
             "images": images,
             "instruction": episode.instruction,
-            "state": np.pad(state, (0, max(0, self.width - len(state)))),  # (S,)
+            "robot": self.robot,
+            "state": normalise(episode.state[t], self.stats["state"]),  # (S,)
             "action": action,
             "mask": inside,
         }
@@ -1060,7 +1137,7 @@ def warnings(part):
     for kind, s in part.stats.items():
         still = [str(d) for d in np.flatnonzero(np.subtract(s["max"], s["min"]) < 1e-6)]
         lines += [f"{kind} {', '.join(still)}: never changes"] if still else []
-    low, high = bounds(stats, part.normalise)
+    low, high = bounds(stats | {"how": part.normalise})
     actions = np.concatenate([e.action for e in part.episodes])
     clipped = ((actions < low) | (actions > high)).mean(0)
     far = np.maximum(stats["max"] - high, low - stats["min"]) / (high - low)

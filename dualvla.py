@@ -77,9 +77,11 @@ from worlds import benchmarks, events, loop, pictures, score
 
 @dataclass
 class Config:
-    backbone: str = "tiny"  # tiny, Qwen3-VL-2B/4B/8B, Qwen2.5-VL-3B/7B, a folder or a hub id
+    backbone: str = "tiny"  # tiny, Qwen3-VL-2B/4B/8B, Qwen2.5-VL-3B/7B, Eagle2-2B, folder or hub id
     world: str = "tabletop:bridge"  # where to act; its suite also gives the demonstrations
-    data: str = ""  # recordings to train on; empty: the world's own demonstrations
+    data: str = ""  # recordings to train on, `bridge,fractal=2,FOLDER`; empty: the world's own
+    skip_bad: bool = False  # leave out recordings that cannot be read, and list them
+    robot: str = ""  # whose recordings to act like; empty: the first of --data
     out: str = ""  # run folder, with a folder for each stage; empty: runs/dualvla-<world>-...
     stage: str = "chain"  # chain | expert | generalist | dual: last stage; those it needs run first
     expert: str = ""  # E's run folder, instead of training E
@@ -90,6 +92,8 @@ class Config:
     eval_only: str = ""  # run folder to evaluate, without training
     ablation: str = ""  # a row of the paper's tables; `list` prints them all
     preset: str = ""  # a named configuration, see below
+    describe: bool = False  # prints the parameters of each part, without weights, and leaves
+    export: str = ""  # run folder whose VLM becomes a Hugging Face checkpoint in --out
     show: str = ""  # pruning or pareto: prints a table, draws a picture, and leaves
     benchmark: str = ""  # a question file (VLMEvalKit's TSV) to answer after --eval-only
     episodes: int = 200  # evaluation episodes in each domain
@@ -139,7 +143,7 @@ class Config:
     size: int = 64  # static camera, pixels
     wrist_size: int = 32  # wrist camera, pixels
     augment: int = 2  # random shift of the pictures, in 64ths of their side
-    normalise: str = "q99"  # q99 | minmax: bounds of actions and state
+    normalise: str = "auto"  # auto | q99 | minmax: bounds of actions, state; auto: see SOURCES
     # evaluation and logging
     domains: tuple[str, ...] = ("in",)  # what differs from training; empty: all the suite knows
     talk: int = 40  # words of reasoning at most, when acting (InstructVLA: 50)
@@ -230,10 +234,10 @@ def sense(samples, cfg, processor, form="", tail=True):
     "said", "learn" -> batch. form: ask all in this one, and leave out what was said.
     tail: the queries (or, to learn from, the action words) stand at the end of the prompt."""
     pixels, grids, rows, labels = [], [], [], []
-    first, robot = first_action(processor), cfg.world.partition(":")[0]
+    first = first_action(processor)
     for sample in samples:
         patches, grid = processor.images(sample["images"])
-        asked = USER.format(instruction=sample["instruction"], robot=robot)
+        asked = USER.format(instruction=sample["instruction"], robot=sample["robot"])
         asked += FORMS[form or sample["form"]]
         said = "" if form else sample["said"]
         said = tuple(processor.tokenizer.encode(said, add_special_tokens=False))
@@ -372,6 +376,14 @@ class DualVLA(nn.Module):
             mixture = Mixture(getattr(parent, leaf), experts, cfg.rank, cfg.alpha, self.gates)
             setattr(parent, leaf, mixture)
 
+    def merge(self):
+        """E alone: its one expert counts fully everywhere, so it can join the frozen matrices."""
+        for name, m in [*self.named_modules()]:
+            if isinstance(m, Mixture):
+                m.base.weight.data += m.alpha * m.up[0] @ m.down[0]
+                parent, _, leaf = name.rpartition(".")
+                setattr(self.get_submodule(parent), leaf, m.base)
+
     def learn_words(self):
         """E also learns the embeddings of the action words, and of no others."""
         words = self.vlm.get_input_embeddings().weight
@@ -385,10 +397,10 @@ class DualVLA(nn.Module):
         """The vision tower's features of a batch's pictures; frozen, it sees once for all three."""
         pixels, grids = batch["pixel_values"], batch["image_grid_thw"]
         if self.cfg.tune == "full":
-            return self.vlm.model.get_image_features(pixels, grids)
+            return self.vlm.model.get_image_features(pixels, image_grid_thw=grids)
         if "seen" not in batch:
             with torch.no_grad():
-                batch["seen"] = self.vlm.model.get_image_features(pixels, grids)
+                batch["seen"] = self.vlm.model.get_image_features(pixels, image_grid_thw=grids)
         return batch["seen"]
 
     def look(self, x, mask, position_ids, seen=None, caches=(None, None)):
@@ -511,16 +523,16 @@ class Thread:
     def __init__(self, model, batch):
         prompt = batch["prompt"]
         self.model, self.caches = model, (DynamicCache(), DynamicCache())
-        self.real, self.position = prompt["real"], prompt["position_ids"][:, :, -1:]
+        self.real, self.position = prompt["real"], prompt["position_ids"][..., -1:]
         self.h = model.read(prompt, batch, caches=self.caches)[:, -1]  # (B, D)
 
     def go_on(self, x, use):
         """New tokens x (B, n, D), use (B, n): which of them are real -> hidden states (B, n, D)."""
         self.real = torch.cat([self.real, use], dim=1)
-        place = self.position + use.cumsum(1)  # (3, B, n)
+        place = self.position + use.cumsum(1)  # (3, B, n), or (B, n) where rows do not count
         mask = common.causal_mask(self.real)[:, :, -x.shape[1] :]
         h = self.model.look(x, mask, place, caches=self.caches)
-        self.position = place[:, :, -1:]
+        self.position = place[..., -1:]
         self.h = torch.where(use[:, -1:], h[:, -1], self.h)
         return h
 
@@ -778,19 +790,26 @@ def keep(scene, action, rule, rng=None):
 
 
 def action_labels(episode):
-    return acceleration_keyframes(episode.state[:, :6], episode.state[:, 7] > 0.5)
+    return acceleration_keyframes(episode.state[:, :6], episode.state[:, -1] > 0.5)
 
 
 def scene_labels(episodes, cfg, say=print):
     """Event boundaries, marked or found -> scene labels (T,) bool of each episode."""
+    if not any(e.reasoning for e in episodes):  # nothing to prune
+        return [np.zeros(len(e.action), bool) for e in episodes]
     if cfg.event_scores:
         found = events.from_file(cfg.event_scores, episodes)
     elif cfg.events == "phase":
         found = [events.boundaries(e.phase) for e in episodes]
     else:
-        suite = loop.suite_of(cfg.world)
-        wanted = suite, cfg.event_demos, cfg.seed + 500, cfg.size, cfg.wrist_size, cfg.noise
-        detector = events.detector(cfg.events, data.demonstrations(*wanted), cfg.seed, say)
+        suite, known = loop.suite_of(cfg.world), []
+        if suite:
+            wanted = cfg.event_demos, cfg.seed + 500, cfg.size, cfg.wrist_size, cfg.noise
+            known = data.demonstrations(suite, *wanted)
+        elif cfg.events == "ddm":
+            raise common.UserError("--events ddm learns from the tabletop's marks: take "
+                                   "--events similarity or --event-scores FILE")  # fmt: skip
+        detector = events.detector(cfg.events, known, cfg.seed, say)
         found = [detector.boundaries(e) for e in episodes]
     return [events.dilate(f, len(e.action), cfg.reach) for f, e in zip(found, episodes)]
 
@@ -808,8 +827,9 @@ def keep_labels(episodes, cfg, say=print):
 class Samples(data.Windows):
     """Windows that carry a form of prompt and, where it was kept, what is to be said."""
 
-    def __init__(self, episodes, stats, cfg, kept):
-        super().__init__(episodes, stats, cfg.horizon, cfg.normalise, cfg.augment)
+    def __init__(self, episodes, stats, cfg, kept, robot="tabletop"):
+        sides = cfg.size, cfg.wrist_size
+        super().__init__(episodes, stats, cfg.horizon, cfg.augment, sides, robot)
         self.cfg, self.kept = cfg, kept
 
     def get(self, index, rng):
@@ -817,8 +837,8 @@ class Samples(data.Windows):
         e = int(np.searchsorted(self.starts, index, side="right")) - 1
         t, episode, cfg = index - int(self.starts[e]), self.episodes[e], self.cfg
         form, said, kept = "plain", "", bool(self.kept[e][t])
-        if u < cfg.reason:
-            form, said = "reason", episode.reasoning[t] if episode.reasoning else ""
+        if u < cfg.reason and episode.reasoning:
+            form, said = "reason", episode.reasoning[t]
         elif u < cfg.reason + cfg.motion:
             form, said = "motion", events.move_name(episode.state, t)
         said = said if kept or cfg.masking == "ignore" else ""  # ASSUMPTION A3
@@ -846,17 +866,20 @@ class Batches(data.Batches):
 class Policy:
     """A trained model with its normalisation: what `worlds.loop` acts with."""
 
-    def __init__(self, model, cfg, processor, stats, device):
-        self.model, self.cfg, self.processor, self.stats = model, cfg, processor, stats
+    def __init__(self, model, cfg, processor, robots, device):
+        """robots: {what was trained on: its statistics}; --robot says like which to act."""
+        self.model, self.cfg, self.processor = model, cfg, processor
+        self.robot, self.stats = data.acting(robots, cfg.robot)
         self.device, self.said = device, []
         self.form = "plain" if cfg.stage == "expert" else "reason"  # how it is asked
 
     def batch(self, observations, instructions):
         samples = [
             {
-                "images": list(o["images"].values()),
+                "images": data.scaled(o["images"].values(), (self.cfg.size, self.cfg.wrist_size)),
                 "instruction": words,
-                "state": data.normalise(o["state"], self.stats["state"], self.cfg.normalise),
+                "robot": self.robot,
+                "state": data.normalise(o["state"], self.stats["state"]),
             }
             for o, words in zip(observations, instructions)
         ]
@@ -875,7 +898,7 @@ class Policy:
             a, said = self.model.act(batch, x_0, self.form, self.cfg.talk)
         self.said = [self.processor.tokenizer.decode(ids).strip() for ids in said]
         a = a.clamp(-1, 1).cpu().numpy()  # as training clipped them
-        return data.unnormalise(a, self.stats["action"], self.cfg.normalise)
+        return data.unnormalise(a, self.stats["action"])
 
     def view(self, observation, instruction):
         """A panel with what it says at this sight; none for a silent one."""
@@ -950,18 +973,18 @@ def judged(policy, cfg, folder, say):
 
 def evaluate(policy, cfg, dist, folder, say, sets):
     """Everything that a stage's result reports."""
-    results = {}
+    results, acts = {}, loop.suite_of(cfg.world)
     for form in ("plain", "reason") if cfg.stage != "expert" else ("plain",):
         policy.form = form
-        say(f"closed loop, asked in the form {form!r}:")
+        say(f"asked in the form {form!r}:")
         quiet = cfg if form == "reason" or cfg.stage == "expert" else replace(cfg, gifs=0)
         results[form] = {"domains": loop.evaluate(policy, quiet, dist, folder, say)}
-        if dist.main:
+        if dist.main and acts:
             results[form] |= score.speed(policy, loop.suite_of(cfg.world), cfg)
     vqa = abilities(policy.model, cfg, policy.processor, policy.device, sets)["answers"]
     say("  questions: " + ", ".join(f"{name} {share:.1%}" for name, share in vqa.items()))
-    vla = judged(policy, cfg, folder, say) if dist.main and cfg.score_episodes else None
-    first = {form: next(iter(r["domains"].values())) for form, r in results.items()}
+    vla = judged(policy, cfg, folder, say) if dist.main and acts and cfg.score_episodes else None
+    first = {f: next(iter(r["domains"].values()), loop.NOTHING) for f, r in results.items()}
     head = first[policy.form]
     return {
         "success": head["success"], "ci95": head["ci95"], "episodes": head["episodes"],
@@ -1011,7 +1034,7 @@ def train(cfg, dist, run, model, batches, meta, resumed, measure, teacher=None):
         batches, batch_size=None, sampler=todo, num_workers=cfg.workers, generator=torch.Generator()
     )
     parameters = [p for p in model.parameters() if p.requires_grad]
-    action_dim = len(meta["stats"]["action"]["q01"])  # [method]
+    action_dim = data.dims(meta["robots"])[1]  # [method]
     stop = common.Stop()
 
     def seconds():
@@ -1072,7 +1095,7 @@ FREE = (  # what a resumed or evaluated run may change
     "steps", "episodes", "domains", "execute", "ensemble", "parallel", "gifs", "questions",
     "log_every", "save_every", "workers", "threads", "device", "euler", "eval_only", "out", "talk",
     "score_episodes", "bracket", "judge", "judge_model", "judge_price", "judge_examples",
-    "benchmark",
+    "benchmark", "robot",
 )  # fmt: skip
 
 
@@ -1098,46 +1121,43 @@ def build(cfg, state_dim, action_dim, checkpoint=None):
     return model, processor
 
 
-def load_policy(folder, device):
+def load_policy(folder, device, robot=""):
     """A run folder, one of its stages, or one checkpoint -> Policy."""
     stages = [Path(folder, name) for name in ORDER if Path(folder, name, "checkpoints").exists()]
     checkpoint = common.load_checkpoint(stages[-1] if stages else folder, "dualvla")
     cfg = common.resume_config(Config(), checkpoint.meta["config"])
-    stats = checkpoint.meta["stats"]
-    dims = len(stats["state"]["q01"]), len(stats["action"]["q01"])
-    model, processor = build(cfg, *dims, checkpoint)
-    return Policy(model.to(device).eval().requires_grad_(False), cfg, processor, stats, device)
-
-
-def demonstrations(cfg, dist):
-    wanted = loop.suite_of(cfg.world), cfg.demos, cfg.seed, cfg.size, cfg.wrist_size, cfg.noise
-    episodes = data.demonstrations(*wanted) if dist.main else None
-    dist.barrier()  # the others read what rank 0 has cached
-    return episodes or data.demonstrations(*wanted)
+    cfg.robot = robot or cfg.robot
+    robots = checkpoint.meta["robots"]
+    model, processor = build(cfg, *data.dims(robots), checkpoint)
+    return Policy(model.to(device).eval().requires_grad_(False), cfg, processor, robots, device)
 
 
 def prepare(cfg, dist, run, resumed):
     """Demonstrations, pruning, statistics, model -> Policy, batches, meta."""
-    episodes = demonstrations(cfg, dist)
     before = {"expert": "", "generalist": cfg.expert, "dual": cfg.generalist}[cfg.stage]
     start = resumed or (common.load_checkpoint(before, "dualvla") if before else None)
-    stats = start.meta["stats"] if start else data.statistics(episodes)
-    model, processor = build(
-        cfg, len(stats["state"]["q01"]), len(stats["action"]["q01"]), start
-    )  # fmt: skip
+    acts, asks = data.recordings(cfg, dist, start)
+    robots = {part.name: part.stats for part in acts}
+    model, processor = build(cfg, *data.dims(robots), start)
     bits = resumed.meta["kept"] if resumed else None
     if not resumed:
+        episodes = [e for part in acts for e in part.episodes] if dist.main else []
         kept = keep_labels(episodes, cfg, run.say) if dist.main else []
         bits = dist.share(["".join(str(int(k)) for k in row) for row in kept])
     kept = [np.array(list(row)) == "1" for row in bits]
-    samples = Samples(episodes, stats, cfg, kept)
-    mixtures = [data.Mixture([samples], seed=cfg.seed)]
+    ends = np.cumsum([len(p.episodes) for p in acts])
+    samples = [
+        Samples(p.episodes, p.stats, cfg, kept[n - len(p.episodes) : n], data.robot_name(p.name))
+        for p, n in zip(acts, ends)
+    ]
+    mixtures = [data.Mixture(samples, [p.weight for p in acts], cfg.seed)]
     if cfg.mix:
-        mixtures.append(data.Mixture([data.Questions(cfg.size, cfg.wrist_size)], seed=cfg.seed))
+        asked = [p.episodes for p in asks] or [data.Questions(cfg.size, cfg.wrist_size)]
+        mixtures.append(data.Mixture(asked, [p.weight for p in asks], cfg.seed))
     counts = common.param_counts(model)
     words = ", ".join(f"{name} {common.human(n)}" for name, n in counts.items())
-    run.say(f"{len(episodes)} demonstrations, {len(samples)} steps; parameters: {words}")
-    if cfg.reason:
+    run.say(f"{data.counted(acts, samples)}; parameters: {words}")
+    if cfg.reason and acts[0].episodes[0].reasoning:
         run.say(f"reasoning stays at {np.concatenate(kept).mean():.1%} of the steps")
     if dist.main and not resumed:
         shown = [mixtures[0][i] for i in range(4)]
@@ -1146,15 +1166,14 @@ def prepare(cfg, dist, run, resumed):
         pictures.contact_sheet(run.folder / "first_batch.png", rows)
     join = partial(collate, cfg=cfg, processor=processor)
     batches = Batches(mixtures, join, cfg.batch, dist.rank, dist.processes, cfg.mix)
-    meta = {"method": "dualvla", "config": dataclasses.asdict(cfg), "stats": stats, "kept": bits}
-    return Policy(model.to(dist.device), cfg, processor, stats, dist.device), batches, meta
+    settings = {"method": "dualvla", "config": dataclasses.asdict(cfg)}
+    meta = settings | {"robots": robots, "kept": bits}
+    return Policy(model.to(dist.device), cfg, processor, robots, dist.device), batches, meta
 
 
 def check(cfg):
     """What no type can say about the flags, before anything is spent on them."""
     loop.domains_of(loop.suite_of(cfg.world), cfg.domains)
-    if cfg.data:
-        raise common.UserError(f"--data {cfg.data}: only the world's demonstrations can be read")
     for name in ("batch", "demos", "repeats", "episodes", "parallel", "log_every", "queries",
                  "rank"):  # fmt: skip
         if getattr(cfg, name) < 1:
@@ -1199,7 +1218,8 @@ def show(cfg):
         return pictures.plot_curves(
             folder / "pareto.png", list_ablations(), title, "answers %", "success %"
         )
-    episodes = demonstrations(cfg, common.setup(cfg))
+    acts, _ = data.recordings(cfg, common.setup(cfg))
+    episodes = [e for part in acts for e in part.episodes]
     action, scene = [action_labels(e) for e in episodes], scene_labels(episodes, cfg)
     _, processor = common.load_backbone(cfg.backbone)
     count = lru_cache(lambda text: len(processor.tokenizer.encode(text)))
@@ -1213,6 +1233,20 @@ def show(cfg):
     labels = {"action": action[0], "scene": scene[0], "kept": keep(scene[0], action[0], "both")}
     events.timeline(folder / "pruning.png", episodes[0], labels)
     print(f"an episode's timeline: {folder / 'pruning.png'}")
+
+
+def export(cfg):
+    """--export: the VLM of a run as an ordinary checkpoint, where there is an equal one."""
+    policy = load_policy(cfg.export, torch.device("cpu"))
+    if policy.model.gate is not None:
+        raise common.UserError(
+            f"--export {cfg.export}: its two LoRA experts are weighted anew for each token, so no "
+            "ordinary checkpoint equals it; --benchmark FILE asks it, --tune full can be exported"
+        )
+    policy.model.merge()
+    out = cfg.out or f"{cfg.export}/export"
+    name, tokenizer = policy.cfg.backbone, policy.processor.tokenizer
+    common.export_backbone(policy.model.vlm, name, tokenizer, out)
 
 
 def last_stage(cfg):
@@ -1268,7 +1302,7 @@ def run_stage(cfg, dist):
 
 def evaluate_only(cfg, dist):
     """--eval-only: the closed loop, questions and scores again, or one --benchmark."""
-    policy = load_policy(cfg.eval_only, dist.device)
+    policy = load_policy(cfg.eval_only, dist.device, cfg.robot)
     cfg = common.resume_config(cfg, dataclasses.asdict(policy.cfg), FREE + ("world", "seed"))
     if "out" not in cfg.explicit:
         cfg.out = str(Path(cfg.eval_only) / time.strftime("eval-%Y%m%d-%H%M%S"))
@@ -1302,6 +1336,14 @@ def main(argv=None):
         list_ablations()
         return
     check(cfg)
+    if cfg.describe:
+        builds = {
+            f"DualVLA --stage {stage}": lambda s=stage: build(replace(cfg, stage=s), 8, 7)[0]
+            for stage in ORDER[: ORDER.index(last_stage(cfg)) + 1]
+        }
+        return common.describe(cfg.backbone, common.load_backbone, builds)
+    if cfg.export:
+        return export(cfg)
     if cfg.show:
         return show(cfg)
     dist = common.setup(cfg)
@@ -1334,7 +1376,8 @@ def main(argv=None):
             results[stage] = json.loads((folders[stage] / "result.json").read_text())
     if dist.main:
         common.write_json(out / "result.json", results.get(last, {}) | {"stages": results})
-        summary(results)
+        if loop.suite_of(cfg.world):
+            summary(results)
         print(f"results, pictures, films and scores of each stage are in {out}")
     dist.destroy()
 

@@ -75,9 +75,11 @@ from worlds import loop, pictures
 
 @dataclass
 class Config:
-    backbone: str = "tiny"  # tiny, Qwen3-VL-2B/4B/8B, Qwen2.5-VL-3B/7B, a folder or a hub id
+    backbone: str = "tiny"  # tiny, Qwen3-VL-2B/4B/8B, Qwen2.5-VL-3B/7B, Eagle2-2B, folder or hub id
     world: str = "tabletop:bridge"  # where to act; its suite also gives the demonstrations
-    data: str = ""  # recordings to train on; empty: the world's own demonstrations
+    data: str = ""  # recordings to train on, `bridge,fractal=2,FOLDER`; empty: the world's own
+    skip_bad: bool = False  # leave out recordings that cannot be read, and list them
+    robot: str = ""  # whose recordings to act like; empty: the first of --data
     out: str = ""  # run folder; empty: runs/<method>-<world>-<seed>-<time>
     steps: int = 1500  # optimizer steps (paper: 40000)
     seed: int = 0  # everything random follows from it
@@ -85,6 +87,8 @@ class Config:
     eval_only: str = ""  # run folder to evaluate, without training
     ablation: str = ""  # a row of the paper's tables; `list` prints them all
     preset: str = ""  # a named configuration, see below
+    describe: bool = False  # prints the parameters of each part, without weights, and leaves
+    export: str = ""  # run folder whose right brain becomes a Hugging Face checkpoint in --out
     episodes: int = 200  # evaluation episodes in each domain (paper: 480 on SimplerEnv)
     # the brains
     brain: str = "twin"  # twin | vanilla | nofreeze: Sec. 4, one brain, both trained (Table 5)
@@ -124,7 +128,7 @@ class Config:
     size: int = 64  # static camera, pixels
     wrist_size: int = 32  # wrist camera, pixels
     augment: int = 2  # random shift of the pictures, in 64ths of their side
-    normalise: str = "q99"  # q99 | minmax: bounds of actions and state (LIBERO: minmax)
+    normalise: str = "auto"  # auto | q99 | minmax: bounds of actions, state; auto: see SOURCES
     # evaluation and logging
     domains: tuple[str, ...] = ()  # what differs from training; empty: all that the suite knows
     execute: int = 4  # actions executed of each chunk (paper: LIBERO all 8, GR1 12 of 16)
@@ -191,11 +195,11 @@ ASK_OFT = " Please predict the next {H} robot actions: <action>{slots}<action>."
 
 
 def sense(samples, cfg, processor, fast=None):
-    """Samples with "images", "instruction", "state" (normalised) and, in training, "action" (H, A)
-    and "mask" (H,) -> batch. Training and acting both come through here: they see the same."""
+    """Samples with "images", "instruction", "robot", "state" (normalised) and, in training,
+    "action" (H, A), "mask" (H,) -> batch. Training and acting come through here: they see alike."""
     pixels, grids, left, right, said = [], [], [], [], []
     for sample in samples:
-        words = dict(instruction=sample["instruction"], robot=cfg.world.partition(":")[0])
+        words = dict(instruction=sample["instruction"], robot=sample["robot"])
         patches, grid = processor.images(sample["images"])
         pixels.append(patches)
         grids.append(grid)
@@ -328,8 +332,9 @@ class TwinBrain(nn.Module):
     def __init__(self, cfg, vlm, processor, state_dim, action_dim):
         super().__init__()
         self.cfg, self.processor = cfg, processor
-        if not cfg.deepstack and hasattr(vlm.model.visual, "deepstack_visual_indexes"):
+        if not cfg.deepstack and vlm.config.model_type == "qwen3_vl":
             vlm.model.visual.deepstack_visual_indexes = []
+            vlm.config.vision_config.deepstack_visual_indexes = []
             vlm.model.visual.deepstack_merger_list = nn.ModuleList()
         vlm.model.language_model.config._attn_implementation = "asymot"
         tied = vlm.lm_head.weight is vlm.get_input_embeddings().weight
@@ -435,7 +440,7 @@ class TwinBrain(nn.Module):
         """Greedy decoding of `limit` tokens after the right prompt (QwenFAST) -> (B, limit) ids."""
         out, cache = self.think(batch)
         h, right, ids = out.last_hidden_state, batch["right"], []
-        real, position = right["real"], right["position_ids"][:, :, -1:]
+        real, position = right["real"], right["position_ids"][..., -1:]
         real_L = batch["left"]["real"] if self.left is not None else real[:, :0]
         for _ in range(limit):
             ids.append(self.right.lm_head(h[:, -1:]).argmax(-1))  # (B, 1)
@@ -624,16 +629,19 @@ def total_loss(losses, cfg):
 class Policy:
     """A trained model with its normalisation: what `worlds.loop` acts with."""
 
-    def __init__(self, model, cfg, processor, stats, device, fast=None):
-        self.model, self.cfg, self.processor, self.stats = model, cfg, processor, stats
+    def __init__(self, model, cfg, processor, robots, device, fast=None):
+        """robots: {what was trained on: its statistics}; --robot says like which to act."""
+        self.model, self.cfg, self.processor = model, cfg, processor
+        self.robot, self.stats = data.acting(robots, cfg.robot)
         self.device, self.fast = device, fast
 
     def batch(self, observations, instructions):
         samples = [
             {
-                "images": list(o["images"].values()),
+                "images": data.scaled(o["images"].values(), (self.cfg.size, self.cfg.wrist_size)),
                 "instruction": words,
-                "state": data.normalise(o["state"], self.stats["state"], self.cfg.normalise),
+                "robot": self.robot,
+                "state": data.normalise(o["state"], self.stats["state"]),
             }
             for o, words in zip(observations, instructions)
         ]
@@ -647,7 +655,7 @@ class Policy:
         with common.autocast(self.device, self.cfg.dtype):
             a = self.model.act(self.batch(observations, instructions), a_0, self.fast)
         a = a.clamp(-1, 1).cpu().numpy()  # as training clipped them
-        return data.unnormalise(a, self.stats["action"], self.cfg.normalise)
+        return data.unnormalise(a, self.stats["action"])
 
     @torch.no_grad()
     def view(self, observation, instruction):
@@ -733,7 +741,7 @@ def train(cfg, dist, run, model, batches, meta, resumed, measure, teacher=None):
         batches, batch_size=None, sampler=todo, num_workers=cfg.workers, generator=torch.Generator()
     )
     parameters = [p for p in model.parameters() if p.requires_grad]
-    action_dim = len(meta["stats"]["action"]["q01"])  # [method]
+    action_dim = data.dims(meta["robots"])[1]  # [method]
     stop = common.Stop()
 
     def seconds():
@@ -793,7 +801,7 @@ def train(cfg, dist, run, model, batches, meta, resumed, measure, teacher=None):
 
 FREE = (  # what a resumed or evaluated run may change
     "steps", "episodes", "domains", "execute", "ensemble", "parallel", "gifs", "questions",
-    "log_every", "save_every", "workers", "threads", "device", "euler", "eval_only", "out",
+    "log_every", "save_every", "workers", "threads", "device", "euler", "eval_only", "out", "robot",
 )  # fmt: skip
 
 
@@ -813,41 +821,38 @@ def build(cfg, state_dim, action_dim, checkpoint=None):
     return model, processor
 
 
-def load_policy(folder, device):
+def load_policy(folder, device, robot=""):
     """A run folder (or one checkpoint of it) -> Policy."""
     checkpoint = common.load_checkpoint(folder, "twinbrain")
     cfg = common.resume_config(Config(), checkpoint.meta["config"])
-    stats, fast = checkpoint.meta["stats"], None
-    dims = len(stats["state"]["q01"]), len(stats["action"]["q01"])
-    model, processor = build(cfg, *dims, checkpoint)
+    cfg.robot = robot or cfg.robot
+    robots, fast = checkpoint.meta["robots"], None
+    model, processor = build(cfg, *data.dims(robots), checkpoint)
     if cfg.head == "fast":
         fast = common.Fast.load(checkpoint.meta["fast"], processor.tokenizer)
-    return Policy(model.to(device).eval(), cfg, processor, stats, device, fast)
+    return Policy(model.to(device).eval(), cfg, processor, robots, device, fast)
 
 
 def prepare(cfg, dist, run, resumed):
     """Demonstrations, statistics, model -> Policy, batches, meta."""
-    suite = loop.suite_of(cfg.world)
-    wanted = suite, cfg.demos, cfg.seed, cfg.size, cfg.wrist_size, cfg.noise
-    episodes = data.demonstrations(*wanted) if dist.main else None
-    dist.barrier()  # the others read what rank 0 has cached
-    episodes = episodes or data.demonstrations(*wanted)
-    stats = resumed.meta["stats"] if resumed else data.statistics(episodes)
-    dims = len(stats["state"]["q01"]), len(stats["action"]["q01"])
-    model, processor = build(cfg, *dims, resumed)
-    windows = data.Windows(episodes, stats, cfg.horizon, cfg.normalise, cfg.augment)
-    mixtures = [data.Mixture([windows], seed=cfg.seed)]
+    acts, asks = data.recordings(cfg, dist, resumed)
+    robots = {part.name: part.stats for part in acts}
+    model, processor = build(cfg, *data.dims(robots), resumed)
+    how = cfg.horizon, cfg.augment, (cfg.size, cfg.wrist_size)
+    windows = [data.Windows(p.episodes, p.stats, *how, data.robot_name(p.name)) for p in acts]
+    mixtures = [data.Mixture(windows, [p.weight for p in acts], cfg.seed)]
     if cfg.cotrain:
-        mixtures.append(data.Mixture([data.Questions(cfg.size, cfg.wrist_size)], seed=cfg.seed))
+        asked = [p.episodes for p in asks] or [data.Questions(cfg.size, cfg.wrist_size)]
+        mixtures.append(data.Mixture(asked, [p.weight for p in asks], cfg.seed))
     fast = None
     if cfg.head == "fast":
         fast = (
             common.Fast.load(resumed.meta["fast"], processor.tokenizer) if resumed
-            else common.Fast.fit(windows.chunks(every=7), processor.tokenizer)
+            else common.Fast.fit(sum((w.chunks(7) for w in windows), []), processor.tokenizer)
         )
     counts = common.param_counts(model)
     words = ", ".join(f"{name} {common.human(n)}" for name, n in counts.items())
-    run.say(f"{len(episodes)} demonstrations, {len(windows)} steps; parameters: {words}")
+    run.say(f"{data.counted(acts, windows)}; parameters: {words}")
     if dist.main and not resumed:
         samples = [mixtures[0][i] for i in range(4)]
         ids = sense(samples, cfg, processor, fast)["right"]["input_ids"]
@@ -857,15 +862,13 @@ def prepare(cfg, dist, run, resumed):
     join = partial(collate, cfg=cfg, processor=processor, fast=fast)
     batches = data.Batches(mixtures, join, cfg.batch, dist.rank, dist.processes)
     settings = {"method": "twinbrain", "config": dataclasses.asdict(cfg)}
-    meta = settings | {"stats": stats, "fast": fast.state() if fast else None}
-    return Policy(model.to(dist.device), cfg, processor, stats, dist.device, fast), batches, meta
+    meta = settings | {"robots": robots, "fast": fast.state() if fast else None}
+    return Policy(model.to(dist.device), cfg, processor, robots, dist.device, fast), batches, meta
 
 
 def check(cfg):
     """What no type can say about the flags, before anything is spent on them."""
     loop.domains_of(loop.suite_of(cfg.world), cfg.domains)
-    if cfg.data:
-        raise common.UserError(f"--data {cfg.data}: only the world's demonstrations can be read")
     if cfg.ablation == "t9-student" and not cfg.distill:
         raise common.UserError("--ablation t9-student needs --distill RUN, a twin's run folder")
     for name in ("steps", "batch", "demos", "repeats", "episodes", "parallel", "log_every"):
@@ -899,7 +902,7 @@ def session(cfg, dist):
         resumed = common.load_checkpoint(cfg.resume, "twinbrain", dist=dist)
         cfg = common.resume_config(cfg, resumed.meta["config"], FREE)
     if cfg.eval_only:
-        policy = load_policy(cfg.eval_only, dist.device)
+        policy = load_policy(cfg.eval_only, dist.device, cfg.robot)
         free = FREE + ("world", "seed")
         cfg = common.resume_config(cfg, dataclasses.asdict(policy.cfg), free)
         if cfg.out == policy.cfg.out:
@@ -914,13 +917,12 @@ def session(cfg, dist):
         teacher = load_policy(cfg.distill, dist.device).model if cfg.distill else None  # [method]
         measure = partial(abilities, policy.model, cfg, policy.processor, dist.device, sets)
         seconds = train(cfg, dist, run, policy.model, batches, meta, resumed, measure, teacher)
-    run.say("closed loop:")
     results = loop.evaluate(policy, cfg, dist, run.folder, run.say)
     vqa = abilities(policy.model, cfg, policy.processor, dist.device, sets)
     for side, scores in vqa.items():
         words = ", ".join(f"{name} {share:.1%}" for name, share in scores.items())
         run.say(f"  questions to the {side} brain alone: {words}")
-    first = next(iter(results.values()))
+    first = next(iter(results.values()), loop.NOTHING)
     outside = [r["success"] for name, r in results.items() if name not in ("in", "look")]
     run.result({
         "method": "twinbrain", "arm": cfg.ablation or cfg.brain, "backbone": cfg.backbone,
@@ -941,6 +943,14 @@ def main(argv=None):
     cfg = common.parse(Config, PRESETS, ABLATIONS, argv)
     if cfg.ablation == "list":
         return list_ablations()
+    if cfg.describe:
+        builds = {f"TwinBrainVLA --brain {cfg.brain}": lambda: build(cfg, 8, 7)[0]}
+        return common.describe(cfg.backbone, common.load_backbone, builds)
+    if cfg.export:
+        policy = load_policy(cfg.export, torch.device("cpu"))
+        name, tokenizer = policy.cfg.backbone, policy.processor.tokenizer
+        out = cfg.out or f"{cfg.export}/export"
+        return common.export_backbone(policy.model.right, name, tokenizer, out)
     dist = common.setup(cfg)
     session(cfg, dist)
     dist.destroy()

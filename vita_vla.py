@@ -57,7 +57,14 @@ from PIL import Image
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, CLIPTextModelWithProjection, DynamicCache, ViTMAEModel
+from transformers import (
+    AutoTokenizer,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    DynamicCache,
+    ViTMAEConfig,
+    ViTMAEModel,
+)
 
 import common
 import data
@@ -68,9 +75,11 @@ from worlds import loop, pictures
 
 @dataclass
 class Config:
-    backbone: str = "tiny"  # tiny, VITA-1.5, Qwen3-VL-2B/4B/8B, Qwen2.5-VL-3B/7B, folder or hub id
+    backbone: str = "tiny"  # tiny, VITA-1.5, Qwen3-VL-2B/4B/8B, Qwen2.5-VL-3B/7B, Eagle2-2B, DIR
     world: str = "tabletop:abc_d"  # where to act; its suite also gives the demonstrations
-    data: str = ""  # recordings to train on; empty: the world's own demonstrations
+    data: str = ""  # recordings to train on, `bridge,fractal=2,FOLDER`; empty: the world's own
+    skip_bad: bool = False  # leave out recordings that cannot be read, and list them
+    robot: str = ""  # whose recordings to act like; empty: the first of --data
     out: str = ""  # run folder; empty: runs/<method>-<world>-<seed>-<time>
     steps: int = 0  # optimizer steps of a stage; 0: see teacher-steps, align-steps, finetune-steps
     seed: int = 0  # everything random follows from it
@@ -78,13 +87,15 @@ class Config:
     eval_only: str = ""  # run folder to evaluate, without training
     ablation: str = ""  # a row of the paper's tables; `list` prints them all
     preset: str = ""  # a named configuration, see below
+    describe: bool = False  # prints the parameters of each part, without weights, and leaves
+    export: str = ""  # run folder of a student whose VLM becomes a Hugging Face checkpoint in --out
     episodes: int = 100  # evaluation episodes in each domain (paper: 1000 chains on CALVIN)
     # what is trained
-    stage: str = "chain"  # chain | teacher | align | finetune: one stage, or all of the recipe's
-    recipe: str = "two-stage"  # two-stage | only-finetune | freeze-vlm: Section 4.1's settings
+    stage: str = "chain"  # chain | teacher | align | finetune | frozen: one, or all of the recipe's
+    recipe: str = "two-stage"  # two-stage | only-finetune | freeze-vlm: Section 4's settings
     teacher: str = ""  # run folder of a teacher, or a released Seer checkpoint (.pth)
-    student: str = ""  # finetune: run folder of the student to start from; empty: the VLM as it is
-    freeze_vlm: bool = False  # finetune: the VLM as it is stays frozen (Section 4.2)
+    student: str = ""  # finetune: run folder of the student to start from
+    freeze_vlm: bool = False  # finetune: the VLM as it is stays frozen (--stage frozen)
     teacher_steps: int = 1500  # optimizer steps of the teacher's stage
     align_steps: int = 500  # of stage 1 (paper: 3 epochs)
     finetune_steps: int = 1000  # of stage 2 (paper: 2 epochs)
@@ -99,8 +110,12 @@ class Config:
     foresight_weight: float = 0.1  # of the predicted pictures' loss
     foresight_steps: int = 1  # of a window's last steps that predict pictures; 0: all (Seer)
     patch: int = 8  # pixels of a predicted patch (paper: 16)
-    dropout: float = 0.0  # inside the GPT-2 blocks (paper: 0.1)
+    dropout: float = 0.0  # what the GPT-2 blocks add to their input (paper: 0.1)
+    attention_dropout: float = 0.0  # of the GPT-2 blocks' attention (paper: 0.1)
+    embedding_dropout: float = 0.0  # of what enters the GPT-2 blocks (paper: 0.1)
     goal: int = 0  # pre-training on play: foresight sees the state this many steps ahead (Seer: 4)
+    action_sees: str = "all"  # all | pictures | pictures-state: pictures are Seer's atten_only_obs
+    hide_foresight: float = 0.0  # share that actions do not see (Seer's mask_l_obs_ratio: 0, 0.5)
     # the student
     history: int = 3  # S, observed steps (paper: 10 on CALVIN, 7 on LIBERO)
     future: int = 3  # N, actions predicted at each step
@@ -128,10 +143,10 @@ class Config:
     # demonstrations of the embedded world
     demos: int = 3000  # episodes
     noise: float = 0.3  # disturbances while the expert demonstrates, for recovery
-    size: int = 64  # static camera, pixels (paper: 200)
+    size: int = 64  # static camera, pixels (paper: 200); VITA-1.5 reads both cameras at this size
     wrist_size: int = 32  # wrist camera, pixels
     augment: int = 2  # random shift of the pictures, in 64ths of their side
-    normalise: str = "q99"  # q99 | minmax: bounds of actions and state
+    normalise: str = "auto"  # auto | q99 | minmax: bounds of actions, state; auto: see SOURCES
     # evaluation and logging
     domains: tuple[str, ...] = ()  # what differs from training; empty: chain in abc_d, else all
     execute: int = 1  # actions executed of each plan: one, as the history is made of every step
@@ -146,9 +161,10 @@ class Config:
 
 CALVIN = dict(
     backbone="VITA-1.5", eyes="mae", width=1024, depth=24, heads=16, resampler=3, queries=16,
-    foresight=16, patch=16, dropout=0.1, foresight_steps=0, history=10, batch=8, lr=1e-4,
-    lr_head=1e-4, lr_teacher=1e-3, gripper_weight=0.01, optimizer="adamw", size=200, wrist_size=84,
-    act_index=1, episodes=1000, workers=4, augment=0,
+    foresight=16, patch=16, dropout=0.1, attention_dropout=0.1, embedding_dropout=0.1,
+    foresight_steps=0, history=10, batch=8, lr=1e-4, lr_head=1e-4, lr_teacher=1e-3,
+    gripper_weight=0.01, optimizer="adamw", size=200, wrist_size=84, act_index=1, episodes=1000,
+    workers=4, augment=0,
 )  # fmt: skip
 LIBERO = dict(width=384, heads=12, queries=6, foresight=9, history=7, act_index=0, ensemble=True,
               gripper_state="raw", episodes=500)  # fmt: skip
@@ -319,16 +335,27 @@ DECODER = ("action_decoder.", "arm_action_decoder.", "gripper_action_decoder.")
 # --- Model: the teacher, Seer ---------------------------------------------------------------------
 
 
-def seer_mask(S, context, foresight, actions, goal=0):
+def seer_mask(S, context, foresight, actions, goal=0, action_sees="all", hide=0.0, seed=0):
     """(S * n, S * n) True where a token looks: at the context (words, state, pictures) of its own
-    and earlier steps, an action token also at its step's foresight; nobody at anything else. With
-    goal > 0, foresight sees the state (second token) of that many steps ahead."""
+    and earlier steps, an action token also at its step's foresight; nobody at anything else.
+
+    As Seer pre-trains: with goal > 0, foresight sees the state (second token) of that many steps
+    ahead; of the context, actions see their own step's pictures only, or these and its state; and
+    at each step a share `hide` of the foresight, drawn once, stays hidden from them."""
     n = context + foresight + actions
     step, kind = torch.arange(S * n) // n, torch.arange(S * n) % n
     sees = (step[None] <= step[:, None]) & (kind < context)[None]
     is_foresight = (kind >= context) & (kind < context + foresight)
-    same = step[None] == step[:, None]
-    sees |= same & (kind >= context + foresight)[:, None] & is_foresight[None]
+    is_action, same = (kind >= context + foresight)[:, None], step[None] == step[:, None]
+    if action_sees != "all":
+        first = 1 if action_sees == "pictures-state" else 2
+        sees &= ~is_action | (same & (kind >= first)[None])
+    shown = is_foresight.clone()
+    generator = torch.Generator().manual_seed(seed)
+    for i in range(S):
+        hidden = torch.randperm(foresight, generator=generator)[: int(hide * foresight)]
+        shown[i * n + context + hidden] = False
+    sees |= same & is_action & shown[None]
     if goal:
         sees |= is_foresight[:, None] & (kind == 1)[None] & (step[None] == step[:, None] + goal)
     return sees
@@ -380,17 +407,20 @@ class PerceiverResampler(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, width, heads, fused, out):
+    def __init__(self, width, heads, fused, out, dropout=0.0):
         super().__init__()
-        self.heads, self.fused, self.out = heads, fused, out
+        self.heads, self.fused, self.out, self.dropout = heads, fused, out, dropout
         self.add_module(fused, nn.Linear(width, 3 * width))
         self.add_module(out, nn.Linear(width, width))
 
     def forward(self, x, mask=None):
         q, k, v = self.get_submodule(self.fused)(x).chunk(3, dim=-1)
         q, k, v = (z.unflatten(-1, (self.heads, -1)).transpose(1, 2) for z in (q, k, v))
-        y = common.attend(q, k, v, mask).transpose(1, 2).flatten(2)
-        return self.get_submodule(self.out)(y)
+        if self.training and self.dropout:
+            y = F.scaled_dot_product_attention(q, k, v, mask, self.dropout)
+        else:
+            y = common.attend(q, k, v, mask)
+        return self.get_submodule(self.out)(y.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
@@ -399,12 +429,12 @@ class Block(nn.Module):
     GPT2 = ("ln_1", "attn", "ln_2", "mlp", "c_attn", "c_proj", "c_fc", "c_proj")
     TIMM = ("norm1", "attn", "norm2", "mlp", "qkv", "proj", "fc1", "fc2")
 
-    def __init__(self, width, heads, names, dropout=0.0):
+    def __init__(self, width, heads, names, dropout=0.0, attention_dropout=0.0):
         super().__init__()
         self.names, tanh = names, "tanh" if names is Block.GPT2 else "none"
         first, attention, second, mlp, fused, out, up, down = names
         self.add_module(first, nn.LayerNorm(width))
-        self.add_module(attention, Attention(width, heads, fused, out))
+        self.add_module(attention, Attention(width, heads, fused, out, attention_dropout))
         self.add_module(second, nn.LayerNorm(width))
         parts = {up: nn.Linear(width, 4 * width), "act": nn.GELU(approximate=tanh)}
         self.add_module(mlp, nn.Sequential())
@@ -444,6 +474,9 @@ class PaperEyes(nn.Module):
 
     def __init__(self, vision=None, text=None):
         super().__init__()
+        if common.blank():  # the library's default configurations are these two models'
+            vision = ViTMAEModel(ViTMAEConfig())
+            text = CLIPTextModelWithProjection(CLIPTextConfig())
         self.vision = vision or ViTMAEModel.from_pretrained(self.MAE)
         self.text = text or CLIPTextModelWithProjection.from_pretrained(self.CLIP)
         self.vision.config.mask_ratio = 0.0
@@ -481,7 +514,8 @@ class Seer(nn.Module):
         self.embedding_layer_norm = nn.LayerNorm(H)
         self.transformer_backbone = nn.Module()
         self.transformer_backbone.h = nn.ModuleList(
-            Block(H, cfg.heads, Block.GPT2, cfg.dropout) for _ in range(cfg.depth)
+            Block(H, cfg.heads, Block.GPT2, cfg.dropout, cfg.attention_dropout)
+            for _ in range(cfg.depth)
         )
         self.transformer_backbone.ln_f = nn.LayerNorm(H)
         add_decoder(self, H)
@@ -520,7 +554,9 @@ class Seer(nn.Module):
         x = torch.cat([x, *(m.to(x.dtype) for m in more)], dim=2)
         x = x + self.transformer_backbone_position_embedding[:, :S]
         x = self.embedding_layer_norm(x.flatten(1, 2))  # (B, S * n, H)
-        mask = seer_mask(S, A, 2 * cfg.foresight, cfg.future, cfg.goal).to(x.device)
+        x = F.dropout(x, cfg.embedding_dropout, self.training)
+        how = cfg.goal, cfg.action_sees, cfg.hide_foresight, cfg.seed
+        mask = seer_mask(S, A, 2 * cfg.foresight, cfg.future, *how).to(x.device)
         for block in self.transformer_backbone.h:
             x = block(x, mask)
         x = self.transformer_backbone.ln_f(x).unflatten(1, (S, -1))  # (B, S, n, H)
@@ -718,7 +754,7 @@ class Histories:
 
     def __init__(self, episodes, stats, cfg):
         self.episodes, self.stats, self.cfg = episodes, stats, cfg
-        counts = [max(1, len(e.action) - cfg.history + 1) for e in episodes]
+        counts = [max(1, T - cfg.history + 1) for T in data.lengths(episodes)]
         self.starts = np.cumsum([0] + counts)
 
     def __len__(self):
@@ -737,6 +773,7 @@ class Histories:
 
         def look(t):  # one shift for a whole window: its pictures fit each other
             frames = [camera[min(t, T - 1)] for camera in cameras]
+            frames = data.scaled(frames, (cfg.size, cfg.wrist_size))
             return [data.shift(f, *(m * len(f) / 64).astype(int)) for f, m in zip(frames, moves)]
 
         action = episode.action[np.minimum(ahead, T - 1)]  # (n, N, A)
@@ -744,8 +781,8 @@ class Histories:
             "images": [look(t) for t in now],
             "goal": [look(t + cfg.future) for t in now[-cfg.foresight_steps :]],
             "instruction": episode.instruction,
-            "state": data.normalise(episode.state[now], self.stats["state"], cfg.normalise),
-            "action": data.normalise(action, self.stats["action"], cfg.normalise),
+            "state": data.normalise(episode.state[now], self.stats["state"]),
+            "action": data.normalise(action, self.stats["action"]),
             "mask": ahead < T,  # ASSUMPTION A6
         }
 
@@ -756,15 +793,17 @@ class Histories:
 class Policy:
     """A trained teacher or student with its normalisation: what `worlds.loop` acts with."""
 
-    def __init__(self, model, cfg, processor, stats, device):
-        self.model, self.cfg, self.processor, self.stats = model, cfg, processor, stats
-        self.device = device
+    def __init__(self, model, cfg, processor, robots, device):
+        """robots: {what was trained on: its statistics}; --robot says like which to act."""
+        self.model, self.cfg, self.processor, self.device = model, cfg, processor, device
+        self.stats = data.acting(robots, cfg.robot)[1]
 
     def remember(self, observation, words):
         """Adds the observation to its world's memory -> sample of the last S steps."""
         memory = observation.get("memory", {})
-        state = data.normalise(observation["state"], self.stats["state"], self.cfg.normalise)
-        step = {"images": list(observation["images"].values()), "state": state}
+        state = data.normalise(observation["state"], self.stats["state"])
+        sides = self.cfg.size, self.cfg.wrist_size
+        step = {"images": data.scaled(observation["images"].values(), sides), "state": state}
         memory["steps"] = (memory.get("steps", []) + [step])[-self.cfg.history :]
         return {
             "images": [s["images"] for s in memory["steps"]],
@@ -783,7 +822,7 @@ class Policy:
         plans = torch.cat([arm, gripper.sigmoid()[..., None]], dim=-1).cpu().numpy()  # (n, N, 7)
         now = np.stack([self.choose(o, plan) for o, plan in zip(observations, plans)])  # (n, 7)
         now[:, 6] = np.where(now[:, 6] > 0.5, 1.0, -1.0)
-        return data.unnormalise(now[:, None], self.stats["action"], self.cfg.normalise)
+        return data.unnormalise(now[:, None], self.stats["action"])
 
     def last_hidden(self, samples, observations):
         """-> states of the newest step's action tokens in Seer's width (n, N, H)."""
@@ -964,12 +1003,13 @@ def train(cfg, dist, run, model, batches, meta, resumed, teacher=None):  # [meth
 FREE = (  # what a resumed or evaluated run may change
     "steps", "episodes", "domains", "execute", "ensemble", "parallel", "gifs", "act_index",
     "log_every", "save_every", "workers", "threads", "device", "cache", "eval_only", "out",
+    "robot",
 )  # fmt: skip
 
 
 def build(cfg, checkpoint=None):
     """-> teacher or student, processor; weights from backbone, teacher, --student or checkpoint."""
-    vlm, processor = common.load_vlm(cfg.backbone)
+    vlm, processor = common.load_vlm(cfg.backbone, cfg.size)
     common.seed_all(cfg.seed)
     if cfg.stage == "teacher":
         model = Seer(cfg, PaperEyes() if cfg.eyes == "mae" else BackboneEyes(vlm))
@@ -1016,28 +1056,28 @@ def load_teacher(cfg, device):
     return model.to(device).eval().requires_grad_(False)
 
 
-def load_policy(folder, device):
+def load_policy(folder, device, robot=""):
     """A run folder (or one checkpoint of it) -> Policy."""
     checkpoint = common.load_checkpoint(folder, "vita_vla")
     cfg = common.resume_config(Config(), checkpoint.meta["config"])
+    cfg.robot = robot or cfg.robot
     model, processor = build(replace(cfg, student=""), checkpoint)
-    return Policy(model.to(device).eval(), cfg, processor, checkpoint.meta["stats"], device)
+    return Policy(model.to(device).eval(), cfg, processor, checkpoint.meta["robots"], device)
 
 
 def prepare(cfg, dist, run, resumed):
     """Demonstrations, statistics, model -> Policy, batches, meta."""
-    suite = loop.suite_of(cfg.world)
-    wanted = suite, cfg.demos, cfg.seed, cfg.size, cfg.wrist_size, cfg.noise
-    episodes = data.demonstrations(*wanted) if dist.main else None
-    dist.barrier()  # the others read what rank 0 has cached
-    episodes = episodes or data.demonstrations(*wanted)
-    stats = resumed.meta["stats"] if resumed else data.statistics(episodes)
+    acts, _ = data.recordings(cfg, dist, resumed)
+    robots = {part.name: part.stats for part in acts}
+    if (A := data.dims(robots)[1]) != 7:
+        raise common.UserError(f"{cfg.data or cfg.world}: actions of {A} numbers; Seer's decoder "
+                               "moves an arm by six and a gripper")  # fmt: skip
     model, processor = build(cfg, resumed)
-    windows = Histories(episodes, stats, cfg)
-    mixtures = [data.Mixture([windows], seed=cfg.seed)]
+    windows = [Histories(part.episodes, part.stats, cfg) for part in acts]
+    mixtures = [data.Mixture(windows, [part.weight for part in acts], cfg.seed)]
     counts = common.param_counts(model)
     words = ", ".join(f"{name} {common.human(n)}" for name, n in counts.items())
-    run.say(f"{len(episodes)} demonstrations, {len(windows)} windows; parameters: {words}")
+    run.say(f"{data.counted(acts, windows)}; parameters: {words}")
     if dist.main and not resumed:
         samples = [mixtures[0][i] for i in range(4)]
         ids = sense(samples, cfg, processor)["prompt"]["input_ids"]
@@ -1046,22 +1086,28 @@ def prepare(cfg, dist, run, resumed):
         pictures.contact_sheet(run.folder / "first_batch.png", rows)
     join = partial(sense, cfg=cfg, processor=processor)
     batches = data.Batches(mixtures, join, cfg.batch, dist.rank, dist.processes)
-    meta = {"method": "vita_vla", "config": dataclasses.asdict(cfg), "stats": stats}
-    return Policy(model.to(dist.device), cfg, processor, stats, dist.device), batches, meta
+    meta = {"method": "vita_vla", "config": dataclasses.asdict(cfg), "robots": robots}
+    return Policy(model.to(dist.device), cfg, processor, robots, dist.device), batches, meta
 
 
 def check(cfg):
     """What no type can say about the flags, before anything is spent on them."""
     suite = loop.suite_of(cfg.world)
     loop.domains_of(suite, cfg.domains)
-    if cfg.data:
-        raise common.UserError(f"--data {cfg.data}: only the world's demonstrations can be read")
     for name in ("batch", "demos", "episodes", "parallel", "log_every", "history", "future"):
         if getattr(cfg, name) < 1:
             raise common.UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: at least 1")
-    if cfg.stage == "align" and not cfg.teacher:
+    if cfg.stage == "align" and not (cfg.teacher or cfg.describe):
         raise common.UserError("--stage align needs --teacher RUN: make one with `python "
                                "vita_vla.py --stage teacher --out RUN`")  # fmt: skip
+    if cfg.stage == "align" and cfg.recipe == "only-finetune":
+        raise common.UserError("--recipe only-finetune has no --stage align: take finetune")
+    begun = cfg.resume or cfg.eval_only or cfg.describe
+    if cfg.stage == "finetune" and not (cfg.student or cfg.teacher or begun):
+        raise common.UserError("--stage finetune needs --student RUN, of stage align, or for "
+                               "only-finetune --teacher RUN, whose decoder it takes")  # fmt: skip
+    if not 0 <= cfg.hide_foresight <= 1:
+        raise common.UserError(f"--hide-foresight {cfg.hide_foresight}: a share, from 0 to 1")
     if cfg.execute != 1:
         raise common.UserError("--execute is 1 here: the history is made of every step")
     if not 0 <= cfg.act_index < cfg.future:
@@ -1088,6 +1134,19 @@ def list_ablations():
             first, length = (np.mean([r[k] for r in mine]) for k in ("success", "length"))
             ours = f"{100 * first:.1f}, {length:.2f} ({len(mine)})"
         print(f"{name:16} {about['_row']:42} {about['_paper'] or '-':22}  {ours}")
+
+
+def export(cfg):
+    """--export: the VLM of a student as an ordinary checkpoint, its head the backbone's own."""
+    policy = load_policy(cfg.export, torch.device("cpu"))
+    if not isinstance(policy.model, VitaVLA):
+        raise common.UserError(f"--export {cfg.export}: a teacher has no VLM; name a student's run")
+    name, student, out = policy.cfg.backbone, policy.model.vlm, cfg.out or f"{cfg.export}/export"
+    if isinstance(student, common.Vita15):
+        return common.export_vita(student, name, out)
+    vlm, processor = common.load_backbone(name)
+    vlm.model.load_state_dict(student.model.state_dict())
+    common.export_backbone(vlm, name, processor.tokenizer, out)
 
 
 STAGES = {
@@ -1145,7 +1204,7 @@ def session(cfg, dist):
         resumed = common.load_checkpoint(cfg.resume, "vita_vla", dist=dist)
         cfg = common.resume_config(cfg, resumed.meta["config"], FREE)
     if cfg.eval_only:
-        policy = load_policy(cfg.eval_only, dist.device)
+        policy = load_policy(cfg.eval_only, dist.device, cfg.robot)
         free = FREE + ("world", "seed")
         cfg = common.resume_config(cfg, dataclasses.asdict(policy.cfg), free)
         if cfg.out == policy.cfg.out:
@@ -1165,9 +1224,8 @@ def session(cfg, dist):
             policy.model.load_state_dict(tensors, strict=False)
         teacher = teacher if cfg.stage == "align" else None
         seconds = train(cfg, dist, run, policy.model, batches, meta, resumed, teacher)
-    run.say("closed loop:")
     results = loop.evaluate(policy, cfg, dist, run.folder, run.say)
-    first = next(iter(results.values()))
+    first = next(iter(results.values()), loop.NOTHING)
     run.result({
         "method": "vita_vla", "arm": cfg.ablation or cfg.recipe, "stage": cfg.stage,
         "backbone": cfg.backbone, "world": cfg.world, "seed": cfg.seed, "steps": cfg.steps,
@@ -1186,8 +1244,24 @@ def main(argv=None):
     cfg = common.parse(Config, PRESETS, ABLATIONS, argv)
     if cfg.ablation == "list":
         return list_ablations()
-    dist = common.setup(cfg)
+    if cfg.stage == "frozen":  # recipe freeze-vlm's last, by itself
+        cfg.stage, cfg.freeze_vlm = "finetune", True
+    elif cfg.stage == "finetune" and cfg.recipe == "freeze-vlm" and not cfg.freeze_vlm:
+        print("this stage of freeze-vlm trains the VLM; --stage frozen comes after it")
     check(cfg)
+    if cfg.describe:
+        alone = "frozen" if cfg.freeze_vlm else cfg.stage
+        stages = STAGES[cfg.recipe] if cfg.stage == "chain" else (alone,)
+        builds = {
+            f"VITA-VLA, {name}": lambda s=name: build(
+                replace(cfg, stage=s.replace("frozen", "finetune"), freeze_vlm=s == "frozen")
+            )[0]
+            for name in stages
+        }
+        return common.describe(cfg.backbone, common.load_vlm, builds)
+    if cfg.export:
+        return export(cfg)
+    dist = common.setup(cfg)
     for stage in chain(cfg, dist):
         session(stage, dist)
     dist.destroy()

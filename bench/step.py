@@ -62,7 +62,7 @@ def main():
         seen = world.reset(i)
         action = rng.uniform(-1, 1, (cfgs[0].horizon, 7)).astype(np.float32)
         sample = {"images": list(seen["images"].values()), "state": seen["state"]}
-        sample |= {"instruction": world.instruction, "action": action}
+        sample |= {"instruction": world.instruction, "robot": "tabletop", "action": action}
         samples.append(sample | {"mask": np.ones(cfgs[0].horizon, bool)})
     vanilla, twin = (make_stepper(cfg, dist, samples) for cfg in cfgs)
     times = [(vanilla(i), twin(i)) for i in range(args.steps + 3)][3:]

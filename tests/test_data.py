@@ -49,15 +49,15 @@ def test_statistics_are_the_quantiles_of_all_steps(key):
 
 @pytest.mark.parametrize("how", ["q99", "minmax"])
 def test_normalising_there_and_back(how):
-    stats, rng = STATS["action"], np.random.default_rng(0)
-    low, high = data.bounds(stats, how)
+    stats, rng = STATS["action"] | {"how": how}, np.random.default_rng(0)
+    low, high = data.bounds(stats)
     inside = low + (high - low) * rng.random((20, 4, 2))
-    there = data.normalise(inside, stats, how)
+    there = data.normalise(inside, stats)
     assert there.dtype == np.float32 and np.abs(there).max() <= 1
-    assert np.allclose(data.unnormalise(there, stats, how), inside, atol=1e-5)
-    edges = data.normalise(np.stack([low, high, high + 9]), stats, how)
+    assert np.allclose(data.unnormalise(there, stats), inside, atol=1e-5)
+    edges = data.normalise(np.stack([low, high, high + 9]), stats)
     assert edges[:, 0].tolist() == [-1, 1, 1]
-    assert np.allclose(data.normalise(high + (high - low), stats, how, clip=5.0), 3)
+    assert np.allclose(data.normalise(high + (high - low), stats, clip=5.0), 3)
     names = ("q01", "q99") if how == "q99" else ("min", "max")
     assert np.allclose([low, high], [stats[name] for name in names])
 
@@ -69,6 +69,13 @@ def test_what_never_moves_becomes_zero():
     there = data.normalise(still.action, stats)
     assert not there[:, 1].any() and there[:, 0].any()
     assert np.allclose(data.unnormalise(there, stats)[:, 1], 0.25)
+
+
+def test_a_narrower_robot_is_filled_with_zeros():
+    stats = {name: [*values, 0.0] for name, values in STATS["state"].items()}
+    narrow = data.normalise(EPISODES[0].state, stats)
+    assert np.array_equal(narrow[:, :-1], data.normalise(EPISODES[0].state, STATS["state"]))
+    assert not narrow[:, -1].any()
 
 
 # --- windows --------------------------------------------------------------------------------------

@@ -65,7 +65,9 @@ class Case:
         both = self.robot + (self.asked if cfg.mix else [])
         self.batch = dualvla.collate(both, cfg, self.processor)
         self.noise = dualvla.draw_noise(cfg, 0, 7, ALONE)
-        self.policy = dualvla.Policy(self.model, cfg, self.processor, self.stats, ALONE.device)
+        self.policy = dualvla.Policy(
+            self.model, cfg, self.processor, {"tabletop": self.stats}, ALONE.device
+        )
 
     def step(self, teachers=(None, None)):
         """Losses by name and gradients of what trains."""
@@ -562,7 +564,7 @@ def test_speaking_word_by_word_equals_one_pass(episodes, case, spelled, actions)
     """Rows that say different numbers of words, then act, against each row's prompt in one pass."""
     case = case if actions == "flow" else spelled[0]
     form, model = "reason", case.model
-    plain = [{k: s[k] for k in ("images", "instruction", "state")} for s in case.robot]
+    plain = [{k: s[k] for k in ("images", "instruction", "robot", "state")} for s in case.robot]
     batch = dualvla.sense(plain, case.cfg, case.processor, form, tail=False)
     lengths = iter([2, 0, 5, 3])
     stops = [next(lengths) for _ in plain]
@@ -597,7 +599,7 @@ def test_each_form_acts(episodes, case, spelled, actions, form):
     chunks = policy.act(seen, words, np.random.default_rng(0))
     assert chunks.shape == (3, 4, 7) and np.isfinite(chunks).all() and len(policy.said) == 3
     assert np.array_equal(chunks, policy.act(seen, words, np.random.default_rng(0)))
-    low, high = data.bounds(policy.stats["action"], "q99")
+    low, high = data.bounds(policy.stats["action"])
     assert (chunks >= low - 1e-6).all() and (chunks <= high + 1e-6).all()
     view = policy.view(seen[0], words[0])
     assert view is None if form == "plain" else np.asarray(view).ndim == 3

@@ -245,14 +245,14 @@ def test_windows_of_a_recording(kind, tmp_path):
     pairs = [(numbers(e, T, 8), numbers(e, T, 7)) for e, T in enumerate(LENGTHS)]
     eager = [data.Episode({}, state, action, "") for state, action in pairs]
     assert stats == data.statistics(eager)  # over all steps, to the last bit
-    windows = data.Windows(episodes, stats, 3, augment=2, sides=(64, 16), width=10)
+    windows = data.Windows(episodes, stats, 3, augment=2, sides=(64, 16))
     assert len(windows) == sum(LENGTHS)
     mixture = data.Mixture([windows], seed=0)
     sample = mixture[5]
     assert [image.shape for image in sample["images"]] == [(64, 64, 3), (16, 16, 3)]
-    assert sample["state"].shape == (10,) and not sample["state"][8:].any()
+    assert sample["state"].shape == (8,)
     again = data.open_episodes(tmp_path / "set")
-    again = data.Windows(again, stats, 3, augment=2, sides=(64, 16), width=10)
+    again = data.Windows(again, stats, 3, augment=2, sides=(64, 16))
     for i in range(8):
         one, other = mixture[i], data.Mixture([again], seed=0)[i]
         assert all(np.array_equal(a, b) for a, b in zip(one["images"], other["images"]))
@@ -420,6 +420,24 @@ def test_weights_and_names(tmp_path):
 
 
 # --- faults ---------------------------------------------------------------------------------------
+
+
+def test_reasoning_beside_a_dataset(tmp_path):
+    root = LEROBOT["v3.0-images"](tmp_path / "set")
+    said = [{"episode": e, "reasoning": [f"{e} {t}" for t in range(T)]}
+            for e, T in enumerate(LENGTHS) if e != 1]  # fmt: skip
+    lines(root / "reasoning.jsonl", said)
+    data.main(["cache", str(root), "--out", str(tmp_path / "store")])
+    for place in (root, tmp_path / "store"):
+        episodes = data.open_episodes(place)
+        assert episodes[2].reasoning == said[1]["reasoning"] and not episodes[1].reasoning
+    lines(root / "reasoning.jsonl", [{"episode": 3, "reasoning": ["one too few"]}])
+    with pytest.raises(UserError, match="episode 3.*field reasoning: 1 for"):
+        data.load(str(root))
+    lines(root / "reasoning.jsonl", [{"said": 3}])
+    with pytest.raises(UserError, match="reasoning.jsonl, fields episode, reasoning"):
+        data.load(str(root))
+
 
 
 def truncate(path):

@@ -1,4 +1,5 @@
 """The tabletop: equal seeds give equal pixels, physics decides, the expert solves every task."""
+
 import json
 import math
 
@@ -94,12 +95,15 @@ def test_chains_stay_possible():
             assert world.next_goal() == (i < 4)
 
 
-@pytest.mark.parametrize("suite, task, dims", [
-    ("bridge", "carrot_on_plate", (0, 1, 2, 6)),
-    ("goal", "press_button", (3,)),
-    ("goal", "open_drawer", (4,)),
-    ("object", "red_block", (5,)),
-])
+@pytest.mark.parametrize(
+    "suite, task, dims",
+    [
+        ("bridge", "carrot_on_plate", (0, 1, 2, 6)),
+        ("goal", "press_button", (3,)),
+        ("goal", "open_drawer", (4,)),
+        ("object", "red_block", (5,)),
+    ],
+)
 def test_every_action_dimension_matters(suite, task, dims):
     domain = "shape" if 5 in dims else "in"  # the bar needs the yaw
     for dim in dims:

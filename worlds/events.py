@@ -228,7 +228,9 @@ def detector(kind, episodes, seed=0, say=print, steps=400):
         made = DDMNet(3 * len(episodes[0].images))
         torch.set_rng_state(state)  # nobody else's randomness depends on this
         made.fit(episodes[: len(episodes) - len(held)] or episodes, seed, steps)
-    say(f"event boundaries ({kind}): " + ", ".join(f"{k} {v:.3f}" for k, v in worth(made, held)))
+    if held:
+        rows = ", ".join(f"{name} {value:.3f}" for name, value in worth(made, held))
+        say(f"event boundaries ({kind}): {rows}")
     return made
 
 
@@ -274,12 +276,13 @@ MOVES = (("right", "left"), ("forward", "back"), ("up", "down"), (), ("tilt up",
 
 
 def move_name(state, t, window=3, threshold=0.02):
-    """States (T, 8) -> what the hand does next: "move left up and close the fingers", or "stop"."""
+    """States (T, S), xyz first, the gripper last -> what the hand does next: "move left up and
+    close the fingers", or "stop"."""
     change = state[min(t + window, len(state) - 1)] - state[t]
     way = [names[int(d < 0)] for names, d in zip(MOVES, change) if names and abs(d) > threshold]
     straight = [word for word in way if " " not in word]
     words = ["move " + " ".join(straight)] if straight else []
     words += [word for word in way if " " in word]
-    if abs(change[7]) > threshold:
-        words.append(f"{'open' if change[7] > 0 else 'close'} the fingers")
+    if abs(change[-1]) > threshold:
+        words.append(f"{'open' if change[-1] > 0 else 'close'} the fingers")
     return " and ".join(words) or "stop"

@@ -1,0 +1,102 @@
+"""--data: the three scripts trained on recordings of several robots, from disk to acting."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_formats import truncate, write_questions, write_v2, write_v3
+
+import common
+import data
+import dualvla
+import twinbrain
+import vita_vla
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = [
+    "--steps", "2", "--save-every", "1", "--log-every", "1", "--episodes", "2", "--gifs", "0",
+    "--batch", "4", "--width", "32", "--depth", "1", "--heads", "2", "--threads", "1",
+    "--device", "cpu",
+]  # fmt: skip
+MORE = {
+    twinbrain: ["--questions", "2", "--cotrain", "0.1"],
+    vita_vla: ["--stage", "teacher", "--foresight", "1", "--history", "2"],
+    dualvla: ["--stage", "generalist", "--questions", "2", "--queries", "2", "--rank", "2",
+              "--score-episodes", "0", "--talk", "2"],
+}  # fmt: skip
+
+
+@pytest.fixture
+def both(tmp_path):
+    """Two robots, the second with fewer numbers of state, and a file of questions."""
+    write_v3(tmp_path / "wide", False)
+    write_v2(tmp_path / "narrow", False, dims=(7, 7))
+    return tmp_path, f"{tmp_path / 'wide'}=2,{tmp_path / 'narrow'}"
+
+
+@pytest.mark.parametrize("script", MORE, ids=lambda script: script.__name__)
+def test_training_on_recordings_and_acting_like_one_of_them(script, both, capsys):
+    folder, spec = both
+    questions = write_questions(folder / "asked", "json")
+    out = folder / "run"
+    words = spec if script is vita_vla else f"{spec},{questions}"
+    script.main([*TINY, *MORE[script], "--data", words, "--out", str(out)])
+    said = capsys.readouterr().out
+    assert "wide, " in said and "8 episodes" in said and "not acted" in said
+    stage = out / "generalist" if script is dualvla else out
+    got = json.loads((stage / "result.json").read_text())
+    assert got["success"] is None and got["episodes"] == 0 and got["world"] == "none"
+    meta = common.load_checkpoint(stage, script.__name__).meta
+    wide, narrow = meta["robots"].values()
+    assert len(wide["state"]["q01"]) == len(narrow["state"]["q01"]) == 8
+    assert narrow["state"]["max"][7] == 0 and wide["state"]["max"][7] != 0
+    acting = ["--eval-only", str(stage), "--world", "tabletop:bridge", "--domains", "in"]
+    script.main([*acting, "--robot", str(folder / "narrow"), "--episodes", "1"])
+    assert "closed loop:" in capsys.readouterr().out
+    with pytest.raises(common.UserError, match="--robot wide was not trained on: did you mean"):
+        script.main([*acting, "--robot", "wide"])
+
+
+def test_the_recordings_are_trained_on_by_their_weights(both):
+    folder, spec = both
+    cfg = twinbrain.Config(data=spec, normalise="minmax")
+    acts, asks = data.recordings(cfg, common.Dist(0, 1, None))
+    assert [p.weight for p in acts] == [2, 1] and not asks
+    assert acts[0].stats["state"]["how"] == "minmax"
+    windows = [data.Windows(p.episodes, p.stats, 4, robot=data.robot_name(p.name)) for p in acts]
+    mixture = data.Mixture(windows, [p.weight for p in acts], seed=0)
+    names = [mixture[i]["robot"] for i in range(300)]
+    assert set(names) == {"wide", "narrow"} and 160 < names.count("wide") < 240
+
+
+def test_a_broken_picture_met_by_a_loaders_worker_is_one_line(both, tmp_path, status):
+    folder, _ = both
+    data.load(str(folder / "wide"))  # counted while whole
+    broken = sorted((folder / "wide" / "data").rglob("*.parquet"))[0]
+    times = broken.stat()
+    content = bytearray(broken.read_bytes())
+    at = content.find(b"IHDR")
+    while at >= 0:
+        content[at : at + 4] = b"XXXX"
+        at = content.find(b"IHDR")
+    broken.write_bytes(bytes(content))
+    os.utime(broken, ns=(times.st_atime_ns, times.st_mtime_ns))
+    more = ["--data", str(folder / "wide"), "--workers", "1", "--out", str(tmp_path / "run")]
+    code, _, err = status(twinbrain.main, *TINY, *MORE[twinbrain][:2], *more, "--steps", "40")
+    assert code == 2 and err.count("\n") == 1, err
+    assert err.startswith("error: ") and "wide" in err and "picture" in err or "image" in err
+
+
+def test_two_processes_end_in_the_same_line(both):
+    folder, _ = both
+    truncate(sorted((folder / "wide" / "data").rglob("*.parquet"))[0])
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += [str(ROOT / "twinbrain.py"), *TINY, "--questions", "2"]
+    command += ["--data", str(folder / "wide"), "--out", str(folder / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=100)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode and len(set(lines)) == 1, done.stderr  # the first to end ends the other
+    assert "wide" in lines[0] and not (folder / "run" / "checkpoints").exists()
