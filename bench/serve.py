@@ -39,7 +39,7 @@ def untrained(folder):
     model, _ = twinbrain.build(cfg, 8, 7)
     tensors = {n: t for n, t in model.state_dict().items() if not n.startswith("left.")}
     meta = {"method": "twinbrain", "config": dataclasses.asdict(cfg), "fast": None}
-    meta["stats"] = data.statistics(episodes)
+    meta["robots"] = {"tabletop:bridge": data.statistics(episodes)}
     alone = common.Dist(0, 1, torch.device("cpu"))
     common.save_checkpoint(Path(folder) / "checkpoints", 0, tensors, {}, {}, meta, alone)
     return folder

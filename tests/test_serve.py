@@ -60,9 +60,11 @@ class Fake:
     def __init__(self, horizon=4):
         self.cfg = SimpleNamespace(
             size=8, wrist_size=8, state=True, backbone="none", world="tabletop:bridge", data="",
-            normalise="q99", execute=2, horizon=horizon,
+            robot="", execute=2, horizon=horizon,
         )  # fmt: skip
-        bounds = {"q01": [-1.0] * 8, "q99": [1.0] * 8}
+        bounds = {
+            name: [sign] * 8 for name, sign in zip(("q01", "q99", "min", "max"), (-1.0, 1.0) * 2)
+        }
         self.stats = {"state": bounds, "action": {k: v[:7] for k, v in bounds.items()}}
         self.processor = SimpleNamespace(
             tokenizer=SimpleNamespace(get_added_vocab=lambda: {"<|image_pad|>": 7})
@@ -316,6 +318,39 @@ def test_the_names_of_other_clients(sent, flags):
     assert np.allclose(seen["state"], [0.5] * 7 + [0.25])
 
 
+def test_a_policy_trained_on_recordings_tells_its_cameras():
+    policy = Fake()
+    for spec, images, want in (
+        ("libero=2,qa.json", (), ["image", "wrist_image"]), ("bridge", (), ["image_0"]),
+        ("my/folder", ("front", "a/b", "c"), ["front", "a/b", "c"]), ("tabletop:goal", (), None),
+    ):  # fmt: skip
+        policy.cfg.data = spec
+        assert list(reader(policy, images=images).sides) == (want or ["static", "wrist"])
+    policy.cfg.data = "my/folder"
+    with pytest.raises(common.UserError, match="my/folder does not tell its cameras: --images"):
+        reader(policy)
+    assert serve.describe(policy, "twinbrain", serve.Config(images=("a",)), reader(
+        policy, images=("a",)))["control_hz"] is None  # fmt: skip
+
+
+def test_the_gripper_speaks_the_clients_way():
+    policy = Fake()
+    for spec, closed, open_ in (("", -1, 1), ("bridge", 0, 1)):
+        policy.cfg.data = spec
+        for want, said in serve.GRIPPERS.items():
+            scale, offset = serve.gripper(policy.cfg, want)
+            assert (scale * closed + offset, scale * open_ + offset) == said
+    assert serve.gripper(policy.cfg, "") == (1, 0)
+    policy.cfg.data = "my/folder"
+    with pytest.raises(common.UserError, match="does not tell what its last number means"):
+        serve.gripper(policy.cfg, "minus")
+    policy.cfg.data = ""
+    with serving(policy, gripper="minus") as s, Caller(s.port) as c:
+        got = c.ask(message())["actions"]
+    want = np.random.default_rng(0).standard_normal((4, 7), np.float32)
+    assert np.array_equal(got[:, :6], want[:, :6]) and np.array_equal(got[:, 6], -want[:, 6])
+
+
 def test_a_policy_without_state_asks_for_none():
     policy = Fake()
     policy.cfg.state = False
@@ -345,7 +380,12 @@ def runs(tmp_path_factory, episodes):
     for method in serve.METHODS:
         cfg, model = untrained(method, stats)
         folder = folders[method] = tmp_path_factory.mktemp(method)
-        meta = {"method": method, "config": asdict(cfg), "stats": stats, "fast": None}
+        meta = {
+            "method": method,
+            "config": asdict(cfg),
+            "robots": {"tabletop:bridge": stats},
+            "fast": None,
+        }
         hidden = ("left.",) if method == "twinbrain" else ("vlm.", "eyes.")
         if method == "dualvla":
             hidden = tuple(model.untouched)

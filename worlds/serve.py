@@ -75,6 +75,8 @@ class Config:
     prompt: str = ""  # key of the instruction
     default_prompt: str = ""  # the instruction where a message has none
     # how the policy answers
+    robot: str = ""  # whose recordings to act like; empty: as the run was evaluated
+    gripper: str = ""  # unit | plus | minus: open is 1 (closed 0), +1 or -1; empty: as trained
     execute: int = 0  # actions sent of each chunk (receding horizon); 0: all of them
     ensemble: bool = False  # one action, blended from the last 7 chunks: for asking at every step
     form: str = ""  # plain | reason: how DualVLA is asked, at once or with words before
@@ -117,6 +119,7 @@ CLIENTS = {
 
 MAX_TEXT = 4096  # bytes of a word in a message
 MAX_PROMPT = 500  # characters of an instruction: a longer one would slow the whole batch
+GRIPPERS = {"unit": (0.0, 1.0), "plus": (-1.0, 1.0), "minus": (1.0, -1.0)}  # closed, open
 MAX_SIDE = 8192  # pixels of a picture
 MAX_VALUES = 20_000  # maps, lists and what they hold; an array counts as one
 NUMBER = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248])")
@@ -240,12 +243,45 @@ def numbers(value, key):
     return vector
 
 
+def source(cfg):
+    """The recordings that a policy acts like: their name, their row of SOURCES or None."""
+    name = (cfg.robot or cfg.data or cfg.world).split(",")[0].partition("=")[0]
+    name = next(iter(data.GROUPS.get(name, [name])))
+    return name.partition(":")[0], data.SOURCES.get(name)
+
+
+def cameras(cfg, images):
+    """What a policy sees, in the order of its training -> {camera: side of its pictures}."""
+    name, row = source(cfg)
+    names = ("static", "wrist") if name == "tabletop" else row.cameras if row else ()
+    names = names or images
+    if not names:
+        raise UserError(f"{name} does not tell its cameras: --images names a key for each, in the "
+                        "order of the recordings")  # fmt: skip
+    return {camera: cfg.wrist_size if i else cfg.size for i, camera in enumerate(names)}
+
+
+def gripper(cfg, want):
+    """--gripper -> (scale, offset) for the last number of an action as trained."""
+    if not want:
+        return 1.0, 0.0
+    name, row = source(cfg)
+    own = "plus" if name == "tabletop" else "unit" if row and row.gripper else ""
+    if not own:
+        raise UserError(f"--gripper {want}: {name} does not tell what its last number means")
+    (closed, open_), (to_closed, to_open) = GRIPPERS[own], GRIPPERS[want]
+    scale = (to_open - to_closed) / (open_ - closed)
+    return scale, to_closed - scale * closed
+
+
 class Reader:
     """Messages -> observations as the worlds give them, for one policy."""
 
     def __init__(self, policy, method, cfg):
-        self.sides = {"static": policy.cfg.size, "wrist": policy.cfg.wrist_size}
-        self.width = len(policy.stats["state"]["q01"])
+        self.sides = cameras(policy.cfg, cfg.images)
+        low, high = (np.array(policy.stats["state"][name]) for name in ("min", "max"))
+        self.width, used = len(low), np.flatnonzero((low != 0) | (high != 0))
+        self.least = int(used[-1]) + 1 if len(used) else 1  # zeros fill up to another robot's width
         self.blind = method != "vita_vla" and not policy.cfg.state  # it reads no state
         self.words = set(policy.processor.tokenizer.get_added_vocab())
         self.default, self.most = cfg.default_prompt, cfg.batch
@@ -276,7 +312,7 @@ class Reader:
             parts = [self.get(message, key, what, "state", keys) for key in keys.state]
             parts = [numbers(part, key) for part, key in zip(parts, keys.state)]
             state = np.concatenate(parts)
-            if len(state) != self.width:
+            if not self.least <= len(state) <= self.width:
                 widths = ", ".join(f"{key} {len(part)}" for part, key in zip(parts, keys.state))
                 has = f"the state has {len(state)} numbers ({widths})"
                 raise UserError(f"{has}, {self.width} were trained with: --state names the keys")
@@ -354,6 +390,7 @@ class Planner(threading.Thread):
         super().__init__(name="planner", daemon=True)
         self.policy, self.cfg, self.crowd = policy, cfg, crowd
         self.queue, self.stopping = queue.SimpleQueue(), False
+        self.scale, self.offset = gripper(policy.cfg, cfg.gripper)
 
     def stop(self):
         """The batch that runs is finished, what waits behind it is not begun."""
@@ -410,6 +447,7 @@ class Planner(threading.Thread):
                 m["chunks"] = (m.get("chunks", []) + [chunk])[-7:]
             chunks = np.stack([loop.blend(m["chunks"])[None] for m in memories])
         chunks = chunks[:, : self.cfg.execute or None].astype(np.float32)  # (n, H, A)
+        chunks[..., -1] = self.scale * chunks[..., -1] + self.offset
         said = getattr(self.policy, "said", None) or [""] * len(requests)
         for r, memory, chunk, words in zip(requests, memories, chunks, said):
             r.episode.memory = memory
@@ -624,18 +662,21 @@ def describe(policy, method, cfg, reader):
     theirs, keys = policy.cfg, reader.keys
     H = getattr(theirs, "horizon", 1)
     H = 1 if cfg.ensemble else min(cfg.execute or H, H)
-    low, high = data.bounds(policy.stats["action"], theirs.normalise)
-    cameras = zip(reader.sides.items(), keys.images)
+    low, high = data.bounds(policy.stats["action"])
+    scale, offset = gripper(theirs, cfg.gripper)
+    low[-1], high[-1] = sorted((scale * low[-1] + offset, scale * high[-1] + offset))
+    seen = zip(reader.sides.items(), keys.images)
     return {
         "server": "onefile-vla", "method": method, "backbone": theirs.backbone,
         "stage": getattr(theirs, "stage", ""), "world": theirs.world,
         "action_dim": len(low), "action_horizon": H, "action_chunk_size": H,
         "execute": min(theirs.execute, H), "ensemble": cfg.ensemble,
-        "action_low": low.tolist(), "action_high": high.tolist(), "normalise": theirs.normalise,
-        "cameras": {name: {"key": key, "side": side} for (name, side), key in cameras},
+        "action_low": low.tolist(), "action_high": high.tolist(),
+        "normalise": policy.stats["action"].get("how", "q99"), "gripper": cfg.gripper or "trained",
+        "cameras": {name: {"key": key, "side": side} for (name, side), key in seen},
         "state_dim": 0 if reader.blind else reader.width, "state_keys": list(keys.state),
         "prompt_key": keys.prompt, "control_hz": None if theirs.data else data.Episode.fps,
-        "available_unnorm_keys": [theirs.world], "default_unnorm_key": theirs.world,
+        "available_unnorm_keys": [source(theirs)[0]], "default_unnorm_key": source(theirs)[0],
     }  # fmt: skip
 
 
@@ -676,7 +717,7 @@ def load(cfg):
     """-> policy, method; as `--eval-only` loads it."""
     method, folder = locate(cfg.checkpoint)
     device = common.setup(cfg).device
-    policy = importlib.import_module(method).load_policy(folder, device)
+    policy = importlib.import_module(method).load_policy(folder, device, cfg.robot)
     if cfg.form and method != "dualvla":
         raise UserError(f"--form {cfg.form}: only a run of dualvla is asked in two ways")
     if cfg.form == "reason" and policy.form == "plain":
