@@ -1272,7 +1272,8 @@ class Fast:
         if "<robot_action_0>" not in tokenizer.get_vocab():
             tokenizer.add_tokens([f"<robot_action_{i}>" for i in range(count)])
             size = max(len(tokenizer), vlm.get_input_embeddings().num_embeddings)
-            vlm.resize_token_embeddings(size)
+            with quiet():  # the library explains how it draws new words
+                vlm.resize_token_embeddings(size)
 
     @classmethod
     def fit(cls, chunks, tokenizer):

@@ -40,14 +40,14 @@ Assumptions, where the paper is silent
       time: the KL of two Gaussians of one fixed variance (`--actions tokens`: Eq. 5 to the letter).
   A5  T = 1; the KL is a mean over positions, as the losses are; one question for `--mix` robot
       samples (InstructVLA: 7).
-  A6  The base model is InstructVLA: r-LoRA on every matrix of the language model, its gates (two a
-      token) from the hidden state of a pass without LoRA, here twice a softmax, so that G starts
+  A6  The base model is InstructVLA: Eagle2, r-LoRA on every matrix of its language model, two gates
+      a token from the hidden state of a pass without LoRA, here twice a softmax, so that G starts
       as E; the vision tower is frozen; E's flow expert is trained with E and frozen then.
   A7  The flow expert's eye is a small convolutional net in the place of DINOv2, with FiLM.
   A8  A specialist is not asked for reasoning: its RA is 1 and R leaves Eq. 8.
 
   python dualvla.py                                          # laptop: E, G, DualVLA, evaluation
-  torchrun dualvla.py --backbone Qwen3-VL-2B                 # one GPU, the embedded world
+  torchrun dualvla.py --backbone Eagle2-2B                   # one GPU, the embedded world
   torchrun --nproc-per-node 8 dualvla.py --preset paper      # eight GPUs, the paper's settings
 """
 
@@ -171,7 +171,7 @@ STAGES = {  # what differs between the stages; --steps and --lr hold for all of 
     "dual": dict(steps=400, lr=1e-3),
 }
 PAPER = dict(
-    backbone="Qwen3-VL-2B", rank=128, queries=64, horizon=16, width=768, depth=12, heads=12,
+    backbone="Eagle2-2B", rank=128, queries=64, horizon=16, width=768, depth=12, heads=12,
     euler=10, batch=16, mix=7, reason=0.4, motion=0.2, optimizer="adamw", lr=2e-5, lr_head=5e-5,
     min_lr=1.0, warmup=0, steps=20_000, size=224, wrist_size=224, augment=0, state=False,
     execute=1, ensemble=True, repeats=1, workers=4, talk=50,

@@ -1172,9 +1172,19 @@ def test_vita_needs_the_words_it_puts_vectors_at(vita, tmp_path):
         common.load_vlm(str(folder))
 
 
-def test_vita_by_its_name_says_how_to_get_it():
+def test_vita_by_its_name_says_how_to_get_it(monkeypatch):
+    def unreachable(path):
+        raise OSError("no network")
+
+    monkeypatch.setattr(common, "snapshot_download", unreachable)
     with pytest.raises(common.UserError, match="hf download VITA-MLLM/VITA-1.5 --local-dir DIR"):
         common.load_vlm("VITA-1.5")
+
+
+def test_vita_by_its_name_is_fetched(vita, monkeypatch):
+    wanted = {"VITA-MLLM/VITA-1.5": str(vita.folder)}
+    monkeypatch.setattr(common, "snapshot_download", wanted.__getitem__)
+    assert isinstance(common.load_vlm("VITA-1.5")[0], common.Vita15)
 
 
 # --- windows --------------------------------------------------------------------------------------
