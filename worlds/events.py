@@ -274,12 +274,14 @@ MOVES = (("right", "left"), ("forward", "back"), ("up", "down"), (), ("tilt up",
 
 
 def move_name(state, t, window=3, threshold=0.02):
-    """States (T, 8) -> what the hand does next: "move left up and close the fingers", or "stop"."""
+    """States (T, S) that begin with x y z and end with how open the hand is -> what the hand does
+    next: "move left up and close the fingers", or "stop"."""
     change = state[min(t + window, len(state) - 1)] - state[t]
-    way = [names[int(d < 0)] for names, d in zip(MOVES, change) if names and abs(d) > threshold]
+    turns = zip(MOVES, change[:-1])
+    way = [names[int(d < 0)] for names, d in turns if names and abs(d) > threshold]
     straight = [word for word in way if " " not in word]
     words = ["move " + " ".join(straight)] if straight else []
     words += [word for word in way if " " in word]
-    if abs(change[7]) > threshold:
-        words.append(f"{'open' if change[7] > 0 else 'close'} the fingers")
+    if abs(change[-1]) > threshold:
+        words.append(f"{'open' if change[-1] > 0 else 'close'} the fingers")
     return " and ".join(words) or "stop"

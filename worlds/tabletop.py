@@ -556,8 +556,22 @@ FINGER = 0.02  # radius of the closed fingers
 class Tabletop:
     """A suite of tasks. reset(), then observe() and step() until success or max_steps."""
 
+    slow, fps = False, 5.0
+
+    @staticmethod
+    def offers(suite):
+        """Tasks and domains of a suite, as worlds/__init__.py asks it of a world."""
+        suite = suite or "bridge"
+        if suite not in SUITES:
+            raise LookupError(suite, list(SUITES))
+        more = {"abc_d": ("chain",), "franka": ("pick_all",)}.get(suite, ())
+        return TRAIN_TASKS[suite], ("in", "look", "colour", "shape", "pair", "wording") + more
+
+    def expert(self, seed=0, noise=0.0):
+        return Expert(self, seed, noise)
+
     def __init__(self, suite="bridge", size=64, wrist_size=32):
-        self.suite, self.size, self.wrist_size = suite, size, wrist_size
+        self.suite, self.size, self.wrist_size = suite or "bridge", size, wrist_size
         self.scatter(0)
 
     def _clear(self, look):
