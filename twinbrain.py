@@ -794,7 +794,8 @@ def train(cfg, dist, run, model, batches, meta, resumed, measure, teacher=None):
 
 FREE = (  # what a resumed or evaluated run may change
     "steps", "episodes", "domains", "execute", "ensemble", "parallel", "gifs", "render",
-    "questions", "log_every", "save_every", "workers", "threads", "device", "euler", "eval_only", "out",
+    "questions", "log_every", "save_every", "workers", "threads", "device", "euler", "eval_only",
+    "out",
 )  # fmt: skip
 
 

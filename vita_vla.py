@@ -968,7 +968,8 @@ def train(cfg, dist, run, model, batches, meta, resumed, teacher=None):  # [meth
 
 FREE = (  # what a resumed or evaluated run may change
     "steps", "episodes", "domains", "execute", "ensemble", "parallel", "gifs", "render",
-    "act_index", "log_every", "save_every", "workers", "threads", "device", "cache", "eval_only", "out",
+    "act_index", "log_every", "save_every", "workers", "threads", "device", "cache", "eval_only",
+    "out",
 )  # fmt: skip
 
 

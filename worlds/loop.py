@@ -221,7 +221,7 @@ def film_stride(world):
     """Steps from one frame of a film to the next, and its frames in a second: in real time, but a
     world of few steps in a second is shown a little faster."""
     World, _ = find(world)
-    stride = max(1, int(World.fps // 20))
+    stride = max(1, int(World.fps // 10))
     return stride, max(8.0, World.fps / stride)
 
 

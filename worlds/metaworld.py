@@ -237,7 +237,7 @@ class Expert:
 
     def act(self):
         """-> action (4,) float32 for the world as it is now"""
-        if self.left == 0 and self.rng.random() < 0.2 * self.noise:
+        if self.left == 0 and self.rng.random() < 0.12 * self.noise:
             self.left = self.rng.randint(2, 4)
             self.push = np.array([self.rng.uniform(-2, 2) for _ in range(3)])
         if self.left:
@@ -250,14 +250,15 @@ class Expert:
         return action
 
     def _phase(self, action):
-        obs = self.world.obs
-        if self.world.thing != "hand" and np.linalg.norm(obs[4:7] - self.first) > 0.01:
-            return PHASES.index("work")  # the thing has moved
-        slow = np.abs(action[:3]).max() < 0.2
-        if action[3] < 0 and slow:
+        hand, thing = self.world.obs[:3], self.world.obs[4:7]
+        x, y, z = thing - hand
+        if np.linalg.norm(thing - hand) > 0.12:
+            self.first = thing.copy()  # whatever moves it there, the hand does not
+        if np.linalg.norm(thing - self.first) > 0.01 and self.world.thing != "hand":
+            return PHASES.index("work")
+        if action[3] < 0 and np.linalg.norm(thing - hand) < 0.1:
             return PHASES.index("grasp")
-        down = action[2] < -0.2 and abs(action[2]) >= np.abs(action[:2]).max()
-        return PHASES.index("descend" if down else "reach")
+        return PHASES.index("descend" if np.hypot(x, y) < 0.05 and z < -0.06 else "reach")
 
     @property
     def reasoning(self):

@@ -14,8 +14,6 @@ import time
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-import common
-
 INKS = ("#1f6fb4", "#d9541e", "#2c9a3f", "#8c4fb0", "#b8860b", "#00929a", "#c2326f", "#5a5a5a")
 
 
@@ -134,10 +132,12 @@ def save_mp4(path, frames: list, fps: float = 10) -> None:
 
 def check(how: str) -> None:
     """Whether `--render` can do what it is asked, before a run is spent on it."""
+    from common import UserError  # which brings PyTorch: drawing alone does without
+
     if how == "mp4" and importlib.util.find_spec("av") is None:
-        raise common.UserError("--render mp4 needs av: pip install 'onefile-vla[data]'")
+        raise UserError("--render mp4 needs av: pip install 'onefile-vla[data]'")
     if how == "show" and not sys.stdout.isatty():
-        raise common.UserError("--render show draws into a terminal, and this is none: take gif")
+        raise UserError("--render show draws into a terminal, and this is none: take gif")
 
 
 def render(path, frames: list, fps: float, how: str) -> None:

@@ -10,12 +10,16 @@ The table is [0, 1] x [0, 1]; x points right, y away from the viewer, z up; angl
 Everything is plain Python floats and one `random.Random(seed)`, so equal seeds and equal actions
 give equal pixels.
 
+`python worlds/tabletop.py` lets a person drive, in a terminal.
+
 The hand has seven actions: three moves, three turns and the fingers. Each matters in some task:
 roll presses the tilted button, pitch reaches the drawer's handle, yaw fits the hand to a bar.
 """
 import math
 import random
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -1496,3 +1500,10 @@ def all_sentences(seed=0, n=2):
                         found.add(expert.reasoning)
                         world.step(action)
     return sorted(found)
+
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    from worlds import terminal
+
+    sys.exit(terminal.main(Tabletop, sys.argv[1:]))
