@@ -124,11 +124,14 @@ class Crew:
         return {i: answer for i, (answer, _) in answers.items()}
 
     def close(self):
-        for pipe in self.pipes:
-            pipe.close()
-        for hand in self.hands:
-            hand.join(5)
+        for pipe, hand in zip(self.pipes, self.hands):
+            try:
+                pipe.send(None)
+            except OSError:  # it has ended before
+                pass
+            hand.join(10)
             hand.terminate()
+            pipe.close()
         self.hands, self.pipes = [], []
 
     def __enter__(self):
@@ -146,15 +149,11 @@ def call(world, what, *arguments):
 
 
 def work(make, pipe):
-    """A process of a Crew: answers until the pipe closes."""
+    """A process of a Crew: answers until it is sent None."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     worlds = {}
-    while True:
-        try:
-            calls = pipe.recv()
-        except EOFError:
-            break
+    while (calls := pipe.recv()) is not None:
         try:
             for i in calls.keys() - worlds:
                 worlds[i] = make()
@@ -163,9 +162,6 @@ def work(make, pipe):
             pipe.send((error, {}))
         except Exception:  # the one who asked shows where it happened
             pipe.send((RuntimeError(traceback.format_exc()), {}))
-    for world in worlds.values():
-        if hasattr(world, "close"):
-            world.close()
 
 
 def rollout(policy, cfg, world, starts, film=0, crew=None):

@@ -11,6 +11,7 @@ Unlike the benchmark's, an episode ends after 300 steps, and its goals are drawn
 a task allows, anew in each episode.
 """
 
+import atexit
 import importlib
 import os
 import random
@@ -86,7 +87,7 @@ TASKS = {f"{name}-v3": tuple(words.split(" | ")) for name, _, words in ROWS}
 GROUPS = {"": TEN, "mt10": MT10, "mt50": [name.removesuffix("-v3") for name in TASKS]}
 
 LIMIT = 300  # steps of an episode (the benchmark's: 500); experts take 40 to 180
-LOOK_AT, DISTANCE, AZIMUTH, ELEVATION = (0.0, 0.72, 0.08), 1.15, 150, -35  # the static camera's
+LOOK_AT, DISTANCE, AZIMUTH, ELEVATION = (0.0, 0.7, 0.12), 1.25, 150, -35  # the static camera's
 PHASES = ("reach", "descend", "grasp", "work")
 
 
@@ -138,6 +139,8 @@ def draw(env, task, side):
             raise common.UserError(f"MuJoCo cannot draw here ({error}): {remedy}") from None
         for flag in ("SHADOW", "REFLECTION", "SKYBOX", "HAZE"):
             made.scene.flags[getattr(mujoco.mjtRndFlag, f"mjRND_{flag}")] = 0
+        if not _cameras:
+            atexit.register(close_cameras)
         _cameras[task, side] = made
     renderer, views = _cameras[task, side], []
     for name, place in env._target_site_config:
