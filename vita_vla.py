@@ -283,9 +283,6 @@ def mae_inputs(samples):
 # --- Model: what teacher and student share --------------------------------------------------------
 
 
-ARM = 6  # numbers of the arm in the papers' actions (and states), before the gripper's
-
-
 def add_state_encoder(model, width, arm):
     """Section 3.2: the arm and the gripper each through a linear layer, joined by a third."""
     model.arm_state_encoder = nn.Linear(arm, width)
@@ -468,7 +465,7 @@ class Seer(nn.Module):
 
     cameras = ("primary", "wrist")
 
-    def __init__(self, cfg, eyes, arm=ARM):
+    def __init__(self, cfg, eyes, arm=6):
         super().__init__()
         H, self.cfg, self.eyes = cfg.width, cfg, eyes.requires_grad_(False)
         E = eyes.picture_width
@@ -615,7 +612,7 @@ class DecoderMapper(nn.Module):
 class VitaVLA(nn.Module):
     """The VLM with a state token, action tokens, the mapper M and Seer's decoder."""
 
-    def __init__(self, cfg, vlm, processor, arm=ARM):
+    def __init__(self, cfg, vlm, processor, arm=6):
         super().__init__()
         D, H, self.cfg, self.processor = vlm.width, cfg.width, cfg, processor
         self.vlm = vlm
@@ -973,14 +970,10 @@ FREE = (  # what a resumed or evaluated run may change
 )  # fmt: skip
 
 
-def arm_of(stats):
-    return len(stats["action"]["q01"]) - 1
-
-
-def build(cfg, checkpoint=None, arm=ARM):
+def build(cfg, checkpoint=None, arm=6):
     """-> teacher or student, processor; weights from backbone, teacher, --student or checkpoint.
-    arm: how many numbers of an action come before the gripper's; a checkpoint knows it."""
-    arm = arm_of(checkpoint.meta["stats"]) if checkpoint else arm
+    arm: numbers of an action before the gripper's."""
+    arm = len(checkpoint.meta["stats"]["action"]["q01"]) - 1 if checkpoint else arm
     vlm, processor = common.load_vlm(cfg.backbone)
     common.seed_all(cfg.seed)
     if cfg.stage == "teacher":
@@ -1043,7 +1036,7 @@ def prepare(cfg, dist, run, resumed):
     dist.barrier()  # the others read what rank 0 has cached
     episodes = episodes or data.demonstrations(*wanted)
     stats = resumed.meta["stats"] if resumed else data.statistics(episodes)
-    model, processor = build(cfg, resumed, arm_of(stats))
+    model, processor = build(cfg, resumed, len(stats["action"]["q01"]) - 1)
     windows = Histories(episodes, stats, cfg)
     mixtures = [data.Mixture([windows], seed=cfg.seed)]
     counts = common.param_counts(model)
@@ -1084,8 +1077,8 @@ def check(cfg):
         if getattr(cfg, name) % cfg.patch:
             flag = f"--{name.replace('_', '-')} {getattr(cfg, name)}"
             raise common.UserError(f"{flag}: a multiple of --patch {cfg.patch}")
-    chains = cfg.world == "tabletop:abc_d"
-    return replace(cfg, domains=cfg.domains or (("chain",) if chains else ()))
+    usual = ("chain",) if cfg.world == "tabletop:abc_d" else ()
+    return replace(cfg, domains=cfg.domains or usual)
 
 
 def list_ablations():
