@@ -159,7 +159,7 @@ def parse(Config, presets: dict[str, dict], ablations: dict[str, dict], argv=Non
             raise UserError(f"unknown {kind} {row!r} (did you mean {nearest(row, table)}?)")
         settings |= {k: v for k, v in table.get(row, {}).items() if not k.startswith("_")}
     settings |= given
-    if settings.get("data") and "tabletop" not in settings["data"]:
+    if settings.get("data") and not re.search("tabletop|metaworld", settings["data"]):
         settings.setdefault("world", "none")  # who learns from other recordings acts elsewhere
     cfg = Config(**settings)
     cfg.explicit = tuple(given)

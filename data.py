@@ -22,7 +22,7 @@ import pickle
 import random
 import re
 import shutil
-from collections import namedtuple
+from collections import Counter, namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,7 +34,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import UserError, nearest, run_main
-from worlds import pictures, questions, tabletop
+from worlds import loop, pictures, questions, tabletop
 
 CACHE = Path(os.environ.get("ONEFILE_VLA_CACHE", Path.home() / ".cache" / "onefile-vla"))
 DATA = Path(os.environ.get("ONEFILE_VLA_DATA", Path.home() / ".cache" / "onefile-vla" / "data"))
@@ -51,17 +51,26 @@ class Episode:
     fps: float = 5.0
     reasoning: list[str] = field(default_factory=list)
     phase: list[int] = field(default_factory=list)
+    task: str = ""  # the world's name for what is demonstrated
+    failed: list[str] = field(default_factory=list)  # tasks at which the expert failed before
 
 
-# --- The tabletop's own demonstrations ------------------------------------------------------------
+# --- A world's own demonstrations -----------------------------------------------------------------
 
 
-def record(suite, seed, size, wrist_size, noise, tries=20):
+@lru_cache(maxsize=1)
+def place(world, size, wrist_size):
+    """The world of a name, made once in a process for one recording after the other."""
+    World, suite = loop.find(world)
+    return World(suite, size, wrist_size)
+
+
+def record(world, seed, size, wrist_size, noise, tries=20):
     """One successful demonstration of the scripted expert; a failed try is drawn again."""
+    world, failed = place(world, size, wrist_size), []
     for attempt in range(tries):
-        world = tabletop.Tabletop(suite, size, wrist_size)
         observation = world.reset(seed * tries + attempt)
-        expert = tabletop.Expert(world, seed=seed, noise=noise)
+        expert = world.expert(seed=seed, noise=noise)
         steps, reasoning, phase = [], [], []
         while not world.success and len(steps) < world.max_steps:
             action = expert.act()
@@ -72,40 +81,48 @@ def record(suite, seed, size, wrist_size, noise, tries=20):
             observation = world.observe()
         if world.success:
             break
+        failed.append(world.task)
     else:
-        raise RuntimeError(f"suite {suite}: the expert failed {tries} times at seed {seed}")
+        raise RuntimeError(f"the expert failed {tries} times at seed {seed}: {', '.join(failed)}")
     cameras = steps[0][0]["images"]
     return Episode(
         images={name: np.stack([o["images"][name] for o, _ in steps]) for name in cameras},
         state=np.stack([o["state"] for o, _ in steps]),
         action=np.stack([a for _, a in steps]).astype(np.float32),
         instruction=world.instruction,
+        fps=world.fps,
         reasoning=reasoning,
         phase=phase,
+        task=world.task,
+        failed=failed,
     )
 
 
 def _record_many(arguments):
-    suite, seeds, size, wrist_size, noise = arguments
-    return [record(suite, seed, size, wrist_size, noise) for seed in seeds]
+    world, seeds, *how = arguments
+    return [record(world, seed, *how) for seed in seeds]
 
 
-def demonstrations(suite, episodes=1000, seed=0, size=64, wrist_size=32, noise=0.3):
-    """The expert's demonstrations of a suite: made on first use, on all cores, then cached."""
-    source = hashlib.sha256(Path(tabletop.__file__).read_bytes()).hexdigest()[:12]
-    name = f"tabletop-{suite}-{episodes}-{seed}-{size}-{wrist_size}-{noise}-{source}.npz"
-    path = CACHE / name
+def demonstrations(world, episodes=1000, seed=0, size=64, wrist_size=32, noise=0.3):
+    """The experts' demonstrations of a `--world`: made on first use, on all cores, then cached."""
+    World, suite = loop.find(world)
+    code = Path(importlib.import_module(World.__module__).__file__).read_bytes()
+    source = hashlib.sha256(code + world.encode()).hexdigest()[:12]
+    name = re.sub(r"[^\w.-]", "-", world)[:80]
+    path = CACHE / f"{name}-{episodes}-{seed}-{size}-{wrist_size}-{noise}-{source}.npz"
     if path.exists():
         return load_demonstrations(path)
     seeds = range(seed * 1_000_000, seed * 1_000_000 + episodes)
-    blocks = [seeds[i : i + 20] for i in range(0, episodes, 20)]
-    jobs = [(suite, list(block), size, wrist_size, noise) for block in blocks]
-    made = []
+    share = 4 if World.slow else 20
+    blocks = [list(seeds[i : i + share]) for i in range(0, episodes, share)]
+    jobs = [(world, block, size, wrist_size, noise) for block in blocks]
+    made, words = [], f"demonstrations of {world} (once, then cached)"
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
-        words = f"demonstrations of tabletop:{suite} (once, then cached)"
-        done = pool.map(_record_many, jobs)
-        for block in tqdm(done, words, len(jobs), leave=False, disable=None):
-            made.extend(block)
+        with tqdm(None, words, episodes, leave=False, disable=None) as bar:
+            for block in pool.map(_record_many, jobs):
+                made.extend(block)
+                bar.update(len(block))
+    tqdm.write(f"demonstrations of {world}: {expert_rates(made)}")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
@@ -114,8 +131,18 @@ def demonstrations(suite, episodes=1000, seed=0, size=64, wrist_size=32, noise=0
     return made
 
 
+def expert_rates(episodes):
+    """How often the experts succeeded, in all and in the tasks where they did not always, in words;
+    what failed was drawn again."""
+    won, lost = Counter(e.task for e in episodes), Counter(t for e in episodes for t in e.failed)
+    some = [f"{task} {won[task]} of {won[task] + n}" for task, n in sorted(lost.items())]
+    share = won.total() / (won.total() + lost.total())
+    return f"the expert succeeded in {share:.1%} of its tries {', '.join(some)}".strip()
+
+
 def save_demonstrations(file, episodes):
-    text = [dict(instruction=e.instruction, fps=e.fps, reasoning=e.reasoning) for e in episodes]
+    words = ("instruction", "fps", "reasoning", "task", "failed")
+    text = [{name: getattr(e, name) for name in words} for e in episodes]
     cameras = episodes[0].images
     images = {f"image.{c}": np.concatenate([e.images[c] for e in episodes]) for c in cameras}
     np.savez(
@@ -210,7 +237,7 @@ def locate(spec):
         mine = [known[p.name] for p in (path.resolve(), path.resolve().parent) if p.name in known]
         return path, (mine + [Source()])[0]
     if source is None and not re.fullmatch(r"[\w.-]+/[\w.-]+", spec):
-        names = [*SOURCES, *GROUPS, "tabletop"]
+        names = [*SOURCES, *GROUPS, *loop.WORLDS]
         raise UserError(f"no dataset or path {spec!r} (did you mean {nearest(spec, names)}?)")
     source = source or next((s for s in SOURCES.values() if s.hub == spec), Source(spec))
     if source.hub.startswith("http"):
@@ -857,11 +884,11 @@ class QuestionFile:
 
 
 def open_episodes(spec, skip_bad=False, every=False, again=False):
-    """A row of SOURCES, a hub id, a path, or tabletop[:suite] -> a sequence of Episode, or of
+    """A row of SOURCES, a hub id, a path, or a world -> a sequence of Episode, or of
     questions. skip_bad: what cannot be read is left out and listed in `.faults`; for that all is
     read once, `every` picture too if wanted, `again` even if it was before."""
-    if str(spec).partition(":")[0] == "tabletop":
-        return demonstrations(str(spec).partition(":")[2] or "bridge")
+    if str(spec).partition(":")[0] in loop.WORLDS:
+        return demonstrations(str(spec))
     path, source = locate(str(spec))
     if path.suffix in (".json", ".jsonl", ".tsv"):
         return QuestionFile(path, skip_bad)
@@ -884,9 +911,9 @@ def open_episodes(spec, skip_bad=False, every=False, again=False):
 Part = namedtuple("Part", "name episodes stats weight normalise")
 
 
-def load(spec, skip_bad=False, tabletop=demonstrations):
+def load(spec, skip_bad=False, demonstrate=demonstrations):
     """`bridge,fractal=2,my/folder`: rows, groups or paths, with weights -> list of Part, each read
-    through once; the stats of a question file are None. tabletop: suite -> its demonstrations."""
+    through once; the stats of a question file are None. demonstrate: world -> its Episodes."""
     wanted = {}
     for word in filter(None, spec.split(",")):
         name, _, weight = word.partition("=")
@@ -896,9 +923,8 @@ def load(spec, skip_bad=False, tabletop=demonstrations):
             wanted[member] = weight * share
     parts = []
     for name, weight in wanted.items():
-        kind, _, suite = name.partition(":")
-        own = kind == "tabletop"
-        episodes = tabletop(suite or "bridge") if own else open_episodes(name, skip_bad)
+        own = name.partition(":")[0] in loop.WORLDS
+        episodes = demonstrate(name) if own else open_episodes(name, skip_bad)
         stats = None if isinstance(episodes, QuestionFile) else statistics(episodes)
         how = episodes.source.normalise if isinstance(episodes, Episodes) else "q99"
         parts.append(Part(name, episodes, stats, weight, how))
@@ -913,10 +939,10 @@ def recordings(cfg, dist, resumed=None):
     answer like. Their stats are the checkpoint's if there is one, say how to normalise ("how"), and
     are as wide as the widest robot's. Rank 0 reads first; its error is everybody's."""
 
-    def tabletop(suite):
-        return demonstrations(suite, cfg.demos, cfg.seed, cfg.size, cfg.wrist_size, cfg.noise)
+    def demonstrate(world):
+        return demonstrations(world, cfg.demos, cfg.seed, cfg.size, cfg.wrist_size, cfg.noise)
 
-    parts = dist.first(lambda: load(cfg.data or cfg.world, cfg.skip_bad, tabletop))
+    parts = dist.first(lambda: load(cfg.data or cfg.world, cfg.skip_bad, demonstrate))
     acts, asks = ([p for p in parts if bool(p.stats) == act] for act in (True, False))
     if not acts:
         raise UserError(f"--data {cfg.data}: questions alone; name recordings of a robot as well")
@@ -992,6 +1018,9 @@ def normalise(x, stats, clip=1.0):
     """(..., A) in the recording's units -> [-1, 1] between the bounds, clipped at +-clip; zeros
     take the place of numbers that another robot has and this one has not."""
     low, high = bounds(stats)
+    if np.shape(x)[-1] > len(low):
+        words = f"a state or action of {np.shape(x)[-1]} numbers, trained on {len(low)}"
+        raise UserError(f"another robot: {words}")
     x = np.pad(x, [(0, 0)] * (np.ndim(x) - 1) + [(0, len(low) - np.shape(x)[-1])])
     return np.clip(2 * (x - low) / (high - low) - 1, -clip, clip).astype(np.float32)
 
@@ -1155,11 +1184,13 @@ def warnings(part):
 def describe(name, episodes, picks):
     """Prints counts, lengths, instructions, ranges and warnings -> rows of a contact sheet."""
     recorded = isinstance(episodes, Episodes)
-    kind = type(episodes.reader).__name__ if recorded else "tabletop"
+    kind = type(episodes.reader).__name__ if recorded else "world"
     how = episodes.source.normalise if recorded else "q99"
     part = Part(name, episodes, statistics(episodes), 1.0, how)
     T, first = [len(e.action) for e in episodes], episodes[0]
     print(f"{kind}: {len(T)} episodes of {min(T)} to {max(T)} steps, {sum(T)} in all")
+    if first.task:
+        print(expert_rates(episodes))
     for camera, frames in first.images.items():
         print(f"camera {camera}: {frames[0].shape[1]} x {frames[0].shape[0]}")
     words = sorted({e.instruction for e in episodes})

@@ -151,6 +151,7 @@ class Config:
     ensemble: bool = False  # plan every step, blend the last 7 chunks (SimplerEnv)
     parallel: int = 100  # episodes acted side by side
     gifs: int = 2  # rollouts drawn in each domain
+    render: str = "gif"  # gif | mp4 | show: what they become; show plays them in the terminal too
     questions: int = 100  # of each of the four kinds (POPE, SEED-Bench, ScienceQA, MME)
     qa_every: int = 0  # steps between measurements of actions and answers; 0: at the end
     score_episodes: int = 40  # trajectories for the VLA Score
@@ -766,7 +767,7 @@ def teach(teachers, batch, noise, student):
 
 
 def acceleration_keyframes(pose, gripper):
-    """pose (T, 6) x y z and three angles, gripper (T,) 0 or 1 -> action labels (T,) bool."""
+    """pose (T, 6) x y z and three angles (or without), gripper (T,) 0 or 1 -> labels (T,) bool."""
     pose = np.array(pose, np.float64)
     pose[:, 3:] = np.unwrap(pose[:, 3:], axis=0)
     a, label = np.zeros(len(pose)), np.zeros(len(pose), bool)  # ASSUMPTION A2
@@ -790,7 +791,7 @@ def keep(scene, action, rule, rng=None):
 
 
 def action_labels(episode):
-    return acceleration_keyframes(episode.state[:, :6], episode.state[:, -1] > 0.5)
+    return acceleration_keyframes(episode.state[:, :-1][:, :6], episode.state[:, -1] > 0.5)
 
 
 def scene_labels(episodes, cfg, say=print):
@@ -802,12 +803,12 @@ def scene_labels(episodes, cfg, say=print):
     elif cfg.events == "phase":
         found = [events.boundaries(e.phase) for e in episodes]
     else:
-        suite, known = loop.suite_of(cfg.world), []
-        if suite:
+        known = []
+        if cfg.world != "none":
             wanted = cfg.event_demos, cfg.seed + 500, cfg.size, cfg.wrist_size, cfg.noise
-            known = data.demonstrations(suite, *wanted)
+            known = data.demonstrations(cfg.world, *wanted)
         elif cfg.events == "ddm":
-            raise common.UserError("--events ddm learns from the tabletop's marks: take "
+            raise common.UserError("--events ddm learns from a world's marks: take "
                                    "--events similarity or --event-scores FILE")  # fmt: skip
         detector = events.detector(cfg.events, known, cfg.seed, say)
         found = [detector.boundaries(e) for e in episodes]
@@ -901,13 +902,7 @@ class Policy:
         return data.unnormalise(a, self.stats["action"])
 
     def view(self, observation, instruction):
-        """A panel with what it says at this sight; none for a silent one."""
-        if self.form == "plain":
-            return None
-        before, side = self.said, 4 * len(next(iter(observation["images"].values())))
-        self.act([observation], [instruction], np.random.default_rng(0))
-        self.said, words = before, self.said[0] or "(acts without a word)"
-        return pictures.caption_frame([np.full((side, side, 3), 255, np.uint8)], [words], 1)
+        return None
 
     def write(self, samples, limit=20):
         """Samples with "images" and "question" -> its answers in words."""
@@ -943,8 +938,8 @@ def along_the_way(policy, cfg, sets):
     """Answers and actions in the middle of training: the curves of degeneration."""
     scores = abilities(policy.model, cfg, policy.processor, policy.device, sets)
     policy.form = "plain"  # what E, G and the student can all be asked
-    starts = loop.starts_of(loop.suite_of(cfg.world), "in", min(cfg.episodes, 50), cfg.seed)
-    reached, _ = loop.rollout(policy, cfg, loop.suite_of(cfg.world), starts)
+    starts = loop.starts_of(cfg.world, "in", min(cfg.episodes, 50), cfg.seed)
+    reached, _ = loop.rollout(policy, cfg, cfg.world, starts)
     return scores | {"actions": {"success": float(np.mean([n > 0 for n in reached]))}}
 
 
@@ -958,10 +953,14 @@ def vla_score(R, A, intent, RA, B, reasons=True, bracket="outer"):
 
 
 def judged(policy, cfg, folder, say):
-    """VLA Score over trajectories in the demonstrations' domain -> means of its parts and of it."""
-    suite, reasons = loop.suite_of(cfg.world), policy.form != "plain"
-    starts = loop.starts_of(suite, "in", cfg.score_episodes, cfg.seed)
-    runs = score.trajectories(policy, cfg, suite, starts)
+    """VLA Score over trajectories in the demonstrations' domain -> means of its parts and of it, or
+    None where the world cannot be asked for the truth."""
+    if not score.knows(cfg.world):
+        say("  no VLA Score: its judges need a world that can be copied")
+        return None
+    reasons = policy.form != "plain"
+    starts = loop.starts_of(cfg.world, "in", cfg.score_episodes, cfg.seed)
+    runs = score.trajectories(policy, cfg, cfg.world, starts)
     rows = score.judge_all(runs, cfg, folder / "scores.jsonl", reasons, say)
     for r in rows:
         parts = [r[k] / 10 for k in ("Reasoning", "Action", "Intention", "Alignment")]
@@ -973,14 +972,14 @@ def judged(policy, cfg, folder, say):
 
 def evaluate(policy, cfg, dist, folder, say, sets):
     """Everything that a stage's result reports."""
-    results, acts = {}, loop.suite_of(cfg.world)
+    results, acts = {}, cfg.world != "none"
     for form in ("plain", "reason") if cfg.stage != "expert" else ("plain",):
         policy.form = form
         say(f"asked in the form {form!r}:")
         quiet = cfg if form == "reason" or cfg.stage == "expert" else replace(cfg, gifs=0)
         results[form] = {"domains": loop.evaluate(policy, quiet, dist, folder, say)}
         if dist.main and acts:
-            results[form] |= score.speed(policy, loop.suite_of(cfg.world), cfg)
+            results[form] |= score.speed(policy, cfg)
     vqa = abilities(policy.model, cfg, policy.processor, policy.device, sets)["answers"]
     say("  questions: " + ", ".join(f"{name} {share:.1%}" for name, share in vqa.items()))
     vla = judged(policy, cfg, folder, say) if dist.main and acts and cfg.score_episodes else None
@@ -1092,8 +1091,9 @@ def train(cfg, dist, run, model, batches, meta, resumed, measure, teacher=None):
 # --- main -----------------------------------------------------------------------------------------
 
 FREE = (  # what a resumed or evaluated run may change
-    "steps", "episodes", "domains", "execute", "ensemble", "parallel", "gifs", "questions",
-    "log_every", "save_every", "workers", "threads", "device", "euler", "eval_only", "out", "talk",
+    "steps", "episodes", "domains", "execute", "ensemble", "parallel", "gifs", "render",
+    "questions", "log_every", "save_every", "workers", "threads", "device", "euler", "eval_only",
+    "out", "talk",
     "score_episodes", "bracket", "judge", "judge_model", "judge_price", "judge_examples",
     "benchmark", "robot",
 )  # fmt: skip
@@ -1173,7 +1173,7 @@ def prepare(cfg, dist, run, resumed):
 
 def check(cfg):
     """What no type can say about the flags, before anything is spent on them."""
-    loop.domains_of(loop.suite_of(cfg.world), cfg.domains)
+    loop.check(cfg)
     for name in ("batch", "demos", "repeats", "episodes", "parallel", "log_every", "queries",
                  "rank"):  # fmt: skip
         if getattr(cfg, name) < 1:
@@ -1376,7 +1376,7 @@ def main(argv=None):
             results[stage] = json.loads((folders[stage] / "result.json").read_text())
     if dist.main:
         common.write_json(out / "result.json", results.get(last, {}) | {"stages": results})
-        if loop.suite_of(cfg.world):
+        if cfg.world != "none":
             summary(results)
         print(f"results, pictures, films and scores of each stage are in {out}")
     dist.destroy()

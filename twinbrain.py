@@ -135,6 +135,7 @@ class Config:
     ensemble: bool = False  # plan every step, blend the last 7 chunks (SimplerEnv)
     parallel: int = 50  # episodes acted side by side
     gifs: int = 2  # rollouts drawn in each domain
+    render: str = "gif"  # gif | mp4 | show: what they become; show plays them in the terminal too
     questions: int = 100  # of each of the four kinds (POPE, SEED-Bench, ScienceQA, MME)
     qa_every: int = 0  # steps between measurements of the general abilities; 0: at the end
     log_every: int = 20  # steps between log lines
@@ -800,8 +801,9 @@ def train(cfg, dist, run, model, batches, meta, resumed, measure, teacher=None):
 # --- main -----------------------------------------------------------------------------------------
 
 FREE = (  # what a resumed or evaluated run may change
-    "steps", "episodes", "domains", "execute", "ensemble", "parallel", "gifs", "questions",
-    "log_every", "save_every", "workers", "threads", "device", "euler", "eval_only", "out", "robot",
+    "steps", "episodes", "domains", "execute", "ensemble", "parallel", "gifs", "render",
+    "questions", "log_every", "save_every", "workers", "threads", "device", "euler", "eval_only",
+    "out", "robot",
 )  # fmt: skip
 
 
@@ -868,7 +870,7 @@ def prepare(cfg, dist, run, resumed):
 
 def check(cfg):
     """What no type can say about the flags, before anything is spent on them."""
-    loop.domains_of(loop.suite_of(cfg.world), cfg.domains)
+    loop.check(cfg)
     if cfg.ablation == "t9-student" and not cfg.distill:
         raise common.UserError("--ablation t9-student needs --distill RUN, a twin's run folder")
     for name in ("steps", "batch", "demos", "repeats", "episodes", "parallel", "log_every"):

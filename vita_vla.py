@@ -155,6 +155,7 @@ class Config:
     cache: bool = True  # keep keys, values and pictures of the history between control steps
     parallel: int = 50  # episodes acted side by side
     gifs: int = 2  # rollouts drawn in each domain
+    render: str = "gif"  # gif | mp4 | show: what they become; show plays them in the terminal too
     log_every: int = 20  # steps between log lines
     save_every: int = 500  # steps between checkpoints
 
@@ -223,7 +224,7 @@ def chat(sample, grids, cfg, processor):
 
 
 def sense(samples, cfg, processor):
-    """Samples of n <= S steps, with "images" [n][cameras], "instruction", "state" (n, 8) and, in
+    """Samples of n <= S steps, with "images" [n][cameras], "instruction", "state" (n, S) and, in
     training, "action" (n, N, A), "mask" (n, N), "goal" [n or fewer][cameras] -> batch, padded to S.
     Training and acting both come through here."""
     B, S = len(samples), max(len(s["images"]) for s in samples)
@@ -241,7 +242,7 @@ def sense(samples, cfg, processor):
         "image_grid_thw": torch.tensor([g for grid in grids for g in grid]),
         "text": torch.tensor(text),  # (B, WORDS)
         "steps": torch.tensor([[i < len(s["images"]) for i in range(S)] for s in samples]),
-        "state": torch.from_numpy(fill(B, S, [s["state"] for s in samples])),  # (B, S, 8)
+        "state": torch.from_numpy(fill(B, S, [s["state"] for s in samples])),  # (B, S, state)
     }
     if cfg.eyes == "mae" and cfg.stage != "finetune":
         batch |= mae_inputs(samples)
@@ -298,33 +299,34 @@ def mae_inputs(samples):
 # --- Model: what teacher and student share --------------------------------------------------------
 
 
-def add_state_encoder(model, width):
+def add_state_encoder(model, width, arm):
     """Section 3.2: the arm and the gripper each through a linear layer, joined by a third."""
-    model.arm_state_encoder = nn.Linear(6, width)
+    model.arm_state_encoder = nn.Linear(arm, width)
     model.gripper_state_encoder = nn.Linear(2, width)
     model.state_projector = nn.Linear(2 * width, width)
 
 
 def encode_state(model, state, how):
-    """Normalised state (..., 8): six of the arm, the gripper last -> (..., width)."""
+    """Normalised state (..., S): the arm's numbers first, the gripper last -> (..., width)."""
     gripper = state[..., -2:]
     if how == "onehot":  # closed or open
         gripper = F.one_hot((state[..., -1] > 0).long(), 2).to(state.dtype)
-    both = model.arm_state_encoder(state[..., :6]), model.gripper_state_encoder(gripper)
+    arm = model.arm_state_encoder.in_features
+    both = model.arm_state_encoder(state[..., :arm]), model.gripper_state_encoder(gripper)
     return model.state_projector(torch.cat(both, dim=-1))
 
 
-def add_decoder(model, H):
+def add_decoder(model, H, arm):
     """Seer's action decoder, which the student takes over."""
     half = H // 2
     layers = nn.Linear(H, half), nn.ReLU(), nn.Linear(half, half), nn.ReLU()
     model.action_decoder = nn.Sequential(*layers)
-    model.arm_action_decoder = nn.Sequential(nn.Linear(half, 6), nn.Tanh())
+    model.arm_action_decoder = nn.Sequential(nn.Linear(half, arm), nn.Tanh())
     model.gripper_action_decoder = nn.Sequential(nn.Linear(half, 1))  # its sigmoid: in the loss
 
 
 def decode(model, h):
-    """(..., H) -> arm (..., 6) in [-1, 1], logit (...) that the gripper is to be open."""
+    """(..., H) -> arm (..., A - 1) in [-1, 1], logit (...) that the gripper is to be open."""
     h = model.action_decoder(h)
     return model.arm_action_decoder(h).float(), model.gripper_action_decoder(h)[..., 0].float()
 
@@ -496,12 +498,12 @@ class Seer(nn.Module):
 
     cameras = ("primary", "wrist")
 
-    def __init__(self, cfg, eyes):
+    def __init__(self, cfg, eyes, arm=6):
         super().__init__()
         H, self.cfg, self.eyes = cfg.width, cfg, eyes.requires_grad_(False)
         E = eyes.picture_width
         self.text_projector = nn.Linear(eyes.text_width, H)
-        add_state_encoder(self, H)
+        add_state_encoder(self, H, arm)
         if cfg.resampler:
             self.perceiver_resampler = PerceiverResampler(E, cfg.queries, cfg.resampler)
         for camera in self.cameras:
@@ -518,7 +520,7 @@ class Seer(nn.Module):
             for _ in range(cfg.depth)
         )
         self.transformer_backbone.ln_f = nn.LayerNorm(H)
-        add_decoder(self, H)
+        add_decoder(self, H, arm)
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, H))
         self.image_decoder_obs_pred_projector = nn.Linear(H, H)
         heads = 16 if cfg.eyes == "mae" else cfg.heads
@@ -646,11 +648,11 @@ class DecoderMapper(nn.Module):
 class VitaVLA(nn.Module):
     """The VLM with a state token, action tokens, the mapper M and Seer's decoder."""
 
-    def __init__(self, cfg, vlm, processor):
+    def __init__(self, cfg, vlm, processor, arm=6):
         super().__init__()
         D, H, self.cfg, self.processor = vlm.width, cfg.width, cfg, processor
         self.vlm = vlm
-        add_state_encoder(self, D)
+        add_state_encoder(self, D, arm)
         count = cfg.future if cfg.tokens == "separate" else 1
         std = vlm.language.get_input_embeddings().weight.std()  # at home among the words
         self.action_token = nn.Parameter(std * torch.randn(count, D))
@@ -659,7 +661,7 @@ class VitaVLA(nn.Module):
         else:
             layers = nn.Linear(D, H), nn.GELU(), nn.Linear(H, H), nn.GELU(), nn.Linear(H, H)
             self.mapper = nn.Sequential(*layers)
-        add_decoder(self, H)
+        add_decoder(self, H, arm)
         train_vlm = cfg.stage == "finetune" and not cfg.freeze_vlm
         vlm.language.requires_grad_(train_vlm)
         for name, p in self.named_parameters():
@@ -670,7 +672,7 @@ class VitaVLA(nn.Module):
                 self.get_submodule(name).requires_grad_(False)
 
     def embed(self, prompt, seen, state, places):
-        """Prompt (B, T), picture tokens (n, D), states (steps, 8) in order -> (B, T, D)."""
+        """Prompt (B, T), picture tokens (n, D), states (steps, S) in order -> (B, T, D)."""
         x = self.vlm.language.get_input_embeddings()(prompt["input_ids"])
         x = put(x, places, seen[0])
         if self.cfg.state_input == "encoder":
@@ -728,12 +730,12 @@ def align_loss(h_VLA, h_small, steps, how):
 
 
 def action_losses(decoded, batch, how):
-    """Arm (B, S, N, 6) and gripper logit (B, S, N) against batch["action"] (B, S, N, 7)."""
+    """Arm (B, S, N, A - 1) and gripper logit (B, S, N) against batch["action"] (B, S, N, A)."""
     arm, gripper = decoded
     target, mask = batch["action"], batch["mask"]
     error = F.l1_loss if how == "mae" else F.smooth_l1_loss  # ASSUMPTION A2
-    arm = masked_mean(error(arm, target[..., :6], reduction="none"), mask)
-    open_ = (target[..., 6] > 0).float()
+    arm = masked_mean(error(arm, target[..., :-1], reduction="none"), mask)
+    open_ = (target[..., -1] > 0).float()
     bce = F.binary_cross_entropy_with_logits(gripper, open_, reduction="none")
     return {"arm": arm, "gripper": masked_mean(bce, mask)}
 
@@ -761,7 +763,7 @@ class Histories:
         return int(self.starts[-1])
 
     def get(self, index, rng):
-        """-> "images" [n][cameras], "goal" of the last steps, N on, "instruction", "state" (n, 8),
+        """-> "images" [n][cameras], "goal" of the last steps, N on, "instruction", "state" (n, S),
         "action" (n, N, A), "mask" (n, N), for n <= S steps."""
         cfg, e = self.cfg, int(np.searchsorted(self.starts, index, side="right")) - 1
         episode, t = self.episodes[e], index - int(self.starts[e])
@@ -819,9 +821,9 @@ class Policy:
         with common.autocast(self.device, self.cfg.dtype):
             h = self.last_hidden(samples, observations)  # (n, N, H)
             arm, gripper = decode(self.model, h)
-        plans = torch.cat([arm, gripper.sigmoid()[..., None]], dim=-1).cpu().numpy()  # (n, N, 7)
-        now = np.stack([self.choose(o, plan) for o, plan in zip(observations, plans)])  # (n, 7)
-        now[:, 6] = np.where(now[:, 6] > 0.5, 1.0, -1.0)
+        plans = torch.cat([arm, gripper.sigmoid()[..., None]], dim=-1).cpu().numpy()  # (n, N, A)
+        now = np.stack([self.choose(o, plan) for o, plan in zip(observations, plans)])  # (n, A)
+        now[:, -1] = np.where(now[:, -1] > 0.5, 1.0, -1.0)
         return data.unnormalise(now[:, None], self.stats["action"])
 
     def last_hidden(self, samples, observations):
@@ -893,7 +895,7 @@ class Policy:
         return torch.stack([row[act][-cfg.future :] for row, act in zip(h, acts)])
 
     def choose(self, observation, plan):
-        """plan (N, 7) of probabilities -> the action to execute now (7,)."""
+        """plan (N, A), the gripper a probability -> the action to execute now (A,)."""
         if not self.cfg.ensemble:
             return plan[self.cfg.act_index]
         memory = observation.setdefault("memory", {})
@@ -1001,20 +1003,22 @@ def train(cfg, dist, run, model, batches, meta, resumed, teacher=None):  # [meth
 # --- main -----------------------------------------------------------------------------------------
 
 FREE = (  # what a resumed or evaluated run may change
-    "steps", "episodes", "domains", "execute", "ensemble", "parallel", "gifs", "act_index",
-    "log_every", "save_every", "workers", "threads", "device", "cache", "eval_only", "out",
-    "robot",
+    "steps", "episodes", "domains", "execute", "ensemble", "parallel", "gifs", "render",
+    "act_index", "log_every", "save_every", "workers", "threads", "device", "cache", "eval_only",
+    "out", "robot",
 )  # fmt: skip
 
 
-def build(cfg, checkpoint=None):
-    """-> teacher or student, processor; weights from backbone, teacher, --student or checkpoint."""
+def build(cfg, checkpoint=None, arm=6):
+    """-> teacher or student, processor; weights from backbone, teacher, --student or checkpoint.
+    arm: numbers of an action before the gripper's."""
+    arm = data.dims(checkpoint.meta["robots"])[1] - 1 if checkpoint else arm
     vlm, processor = common.load_vlm(cfg.backbone, cfg.size)
     common.seed_all(cfg.seed)
     if cfg.stage == "teacher":
-        model = Seer(cfg, PaperEyes() if cfg.eyes == "mae" else BackboneEyes(vlm))
+        model = Seer(cfg, PaperEyes() if cfg.eyes == "mae" else BackboneEyes(vlm), arm)
     else:
-        model = VitaVLA(cfg, vlm, processor)
+        model = VitaVLA(cfg, vlm, processor, arm)
     if checkpoint:
         fit(model, checkpoint.tensors, checkpoint.path)
     elif cfg.stage == "finetune" and cfg.student:
@@ -1069,10 +1073,7 @@ def prepare(cfg, dist, run, resumed):
     """Demonstrations, statistics, model -> Policy, batches, meta."""
     acts, _ = data.recordings(cfg, dist, resumed)
     robots = {part.name: part.stats for part in acts}
-    if (A := data.dims(robots)[1]) != 7:
-        raise common.UserError(f"{cfg.data or cfg.world}: actions of {A} numbers; Seer's decoder "
-                               "moves an arm by six and a gripper")  # fmt: skip
-    model, processor = build(cfg, resumed)
+    model, processor = build(cfg, resumed, data.dims(robots)[1] - 1)
     windows = [Histories(part.episodes, part.stats, cfg) for part in acts]
     mixtures = [data.Mixture(windows, [part.weight for part in acts], cfg.seed)]
     counts = common.param_counts(model)
@@ -1092,8 +1093,7 @@ def prepare(cfg, dist, run, resumed):
 
 def check(cfg):
     """What no type can say about the flags, before anything is spent on them."""
-    suite = loop.suite_of(cfg.world)
-    loop.domains_of(suite, cfg.domains)
+    loop.check(cfg)
     for name in ("batch", "demos", "episodes", "parallel", "log_every", "history", "future"):
         if getattr(cfg, name) < 1:
             raise common.UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: at least 1")
@@ -1120,7 +1120,8 @@ def check(cfg):
         if getattr(cfg, name) % cfg.patch:
             flag = f"--{name.replace('_', '-')} {getattr(cfg, name)}"
             raise common.UserError(f"{flag}: a multiple of --patch {cfg.patch}")
-    return replace(cfg, domains=cfg.domains or (("chain",) if suite == "abc_d" else ()))
+    usual = ("chain",) if cfg.world == "tabletop:abc_d" else ()
+    return replace(cfg, domains=cfg.domains or usual)
 
 
 def list_ablations():

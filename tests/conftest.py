@@ -19,7 +19,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def episodes():
-    return [data.record("bridge", seed, 64, 32, 0.3) for seed in range(4)]
+    return [data.record("tabletop:bridge", seed, 64, 32, 0.3) for seed in range(4)]
 
 
 @pytest.fixture

@@ -328,7 +328,7 @@ def test_libero(tmp_path):
 
 
 def test_the_tabletop_by_name(tmp_path):
-    episodes = [data.record("bridge", seed, 32, 16, 0.3) for seed in range(2)]
+    episodes = [data.record("tabletop:bridge", seed, 32, 16, 0.3) for seed in range(2)]
     with open(tmp_path / "mine.npz", "wb") as file:
         data.save_demonstrations(file, episodes)
     read = data.open_episodes(tmp_path / "mine.npz")

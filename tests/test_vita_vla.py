@@ -505,7 +505,8 @@ def base(episodes, flags):
     """Losses and trained names of both stages under these flags."""
     out = {}
     if "size" in flags:
-        episodes = [data.record("bridge", seed, flags["size"], 32, 0.3) for seed in range(2)]
+        how = flags["size"], 32, 0.3
+        episodes = [data.record("tabletop:bridge", seed, *how) for seed in range(2)]
     for stage in ("align", "finetune"):
         case = Case(episodes, stage=stage, **flags)
         rng = torch.Generator().manual_seed(0)
