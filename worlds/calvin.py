@@ -38,7 +38,7 @@ import numpy as np
 
 from worlds import client
 
-PROTOCOL = {"episodes": 1000, "steps": 360, "execute": 1, "ensemble": 0, "seed": 0}
+PROTOCOL = {"episodes": 1000, "steps": 360, "execute": 1, "ensemble": 0}
 DIGEST = "840cb992c69ce9b6d59f6020966b6300c15233f8e0b9667b6486c1962424d308"  # of the 1000 chains
 PAPERS = {  # VITA-VLA, Table 1: in a row, average length
     "VITA-VLA": (92.5, 77.1, 61.0, 49.2, 38.2, 3.18),
@@ -195,7 +195,7 @@ class Calvin:
 
     width, max_steps = 7, PROTOCOL["steps"]
 
-    def __init__(self, root="", dataset="", egl=False, gripper="1"):
+    def __init__(self, root="", dataset="", egl=False):
         self.root = Path(root or os.environ.get("CALVIN_ROOT", "")).expanduser()
         for file in (SEQUENCES, STATES, ORACLE, SENTENCES, Path("calvin_env/conf")):
             if not (root or "CALVIN_ROOT" in os.environ) or not (self.root / file).exists():
@@ -203,7 +203,6 @@ class Calvin:
                 raise client.UserError(f"CALVIN: {where}; {INSTALL}")
         self.env, self.oracle, self.sentences = build(self.root, dataset, egl)
         self.chains, self.place = kept_chains(self.root), placing(self.root)
-        self.opens = client.OPEN[gripper]
 
     def reset(self, seed, task=None):
         """The start of chain `seed`, with one sub-task as the goal (the chain's first)."""
@@ -234,8 +233,8 @@ class Calvin:
         return {"images": images, "state": np.asarray(self.raw["robot_obs"], np.float32)}
 
     def step(self, action):
-        """action (7,): dx dy dz droll dpitch dyaw in -1..1, gripper"""
-        hand = 1.0 if self.opens(action[6]) else -1.0
+        """action (7,): dx dy dz droll dpitch dyaw in -1..1, gripper (open above a half)"""
+        hand = 1.0 if action[6] > 0.5 else -1.0
         self.raw, _, _, info = self.env.step(np.array([*action[:6], hand], np.float64))
         done = self.oracle.get_task_info_for_set(self.before, info, {self.task})
         self.steps, self.success = self.steps + 1, bool(done)
@@ -276,11 +275,11 @@ def main(argv=None):
     protocol = client.settings(args, PROTOCOL, egl=args.egl, dataset=args.dataset)
     if protocol["episodes"] > PROTOCOL["episodes"]:
         raise client.UserError(f"--episodes {args.episodes}: there are 1000 chains")
-    world = Calvin(args.calvin, args.dataset, args.egl, args.gripper)
+    world = Calvin(args.calvin, args.dataset, args.egl)
     protocol["official_chains"] = digest(world.chains) == DIGEST
     if not protocol["official_chains"]:
         print("warning: these are not the published thousand chains: another clone or numpy")
-    policy = client.Server(args.server, args.token)
+    policy = client.Server(args.server, args.token, args.gripper)
     versions = {"calvin": world.root, "calvin_env": world.root / "calvin_env",
                 "pybullet": "pybullet"}  # fmt: skip
     results = client.Results("calvin", args.out, protocol, policy, versions)

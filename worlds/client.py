@@ -59,7 +59,7 @@ def unpack_array(fields):
 class Server:
     """A policy behind a websocket. `metadata` is what it said of itself."""
 
-    def __init__(self, address, token="", patience=600.0):
+    def __init__(self, address, token="", gripper="1", patience=600.0):
         try:
             import msgpack
             from websockets.exceptions import WebSocketException
@@ -70,7 +70,7 @@ class Server:
         host, _, port = address.partition("://")[2 * ("://" in address)].rpartition(":")
         if not host or not port.isdigit() or not 0 < int(port) < 65536:
             raise UserError(f"--server {address}: HOST:PORT is needed, such as 127.0.0.1:8000")
-        self.address, self.patience, self.fresh = address, patience, True
+        self.address, self.patience, self.gripper = address, patience, gripper
         self.msgpack, self.broken = msgpack, WebSocketException
         about = {"compression": None, "max_size": 2**26, "open_timeout": 10}
         if token:
@@ -80,6 +80,7 @@ class Server:
         try:
             self.socket = connect(address if "://" in address else f"ws://{address}", **about)
             self.metadata = self.read()
+            self.reset()
         except (OSError, ValueError, WebSocketException) as error:
             why = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise UserError(
@@ -105,7 +106,8 @@ class Server:
         self.fresh = self.metadata.get("server") == "onefile-vla"  # openpi's remember nothing
 
     def infer(self, observation, prompt, width):
-        """A world's observation and instruction -> actions (H, width) float64, in its units."""
+        """A world's observation and instruction -> actions (H, width) float64, in its units. An
+        arm's gripper, the seventh number, becomes 1 open and 0 closed."""
         message = {KEYS[camera]: image for camera, image in observation["images"].items()}
         if observation.get("state") is not None:
             message[STATE] = np.asarray(observation["state"], np.float32)
@@ -124,7 +126,10 @@ class Server:
             raise UserError(f"the policy server {self.address} sent {many}: another policy?")
         if not np.isfinite(actions).all():
             raise UserError(f"the policy server {self.address} sent actions that are not finite")
-        return actions.astype(np.float64)
+        actions = actions.astype(np.float64)
+        if width == 7:
+            actions[:, 6] = OPEN[self.gripper](actions[:, 6])
+        return actions
 
 
 # --- the loop -------------------------------------------------------------------------------------
@@ -172,8 +177,9 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message + (f" (did you mean {near[0]}?)" if "unrecogn" in message else ""))
 
 
-def parser(doc, name, episodes):
-    """The flags that every simulator has. doc: the -h text, with the install commands."""
+def parser(doc, name, episodes, seeded=False):
+    """The flags that every simulator has. doc: the -h text, with the install commands; seeded:
+    whether anything depends on --seed."""
     p = Parser(name, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                allow_abbrev=False)  # fmt: skip
     add = p.add_argument
@@ -187,7 +193,8 @@ def parser(doc, name, episodes):
     add("--gripper", default="1", choices=list(OPEN),
         help="how the policy says open: 1 (closed 0; this project's), +1 or -1 (closed the "
         "opposite; openpi's LIBERO policies -1)")  # fmt: skip
-    add("--seed", type=int, help="of the simulator (the protocol's)")
+    if seeded:
+        add("--seed", type=int, help="of the simulator (the protocol's)")
     add("--out", default="", metavar="FILE", help=f"results (./{name}-DATE.json)")
     return p
 
@@ -206,7 +213,7 @@ def settings(args, protocol, **more):
     """The protocol with what the command line changes of it, to be written with the results."""
     out = dict(protocol) | more | {"gripper": args.gripper}
     for name in ("execute", "ensemble", "seed"):
-        given = getattr(args, name)
+        given = getattr(args, name, None)
         if given is not None and given >= (0 if name != "execute" else 1):
             out[name] = given
     if args.episodes < 0:
@@ -264,7 +271,7 @@ class Results:
         self.start, self.steps, self.wins, self.lengths = time.time(), 0, {}, []
         machine = {"python": platform.python_version(), "numpy": np.__version__}
         versions = {n: v for n, v in ({n: version(p) for n, p in versions.items()}).items() if v}
-        self.about = {"benchmark": name, "protocol": protocol, "seed": protocol["seed"],
+        self.about = {"benchmark": name, "protocol": protocol, "seed": protocol.get("seed"),
                       "versions": machine | versions, "server": server.metadata}  # fmt: skip
         if not self.path.parent.is_dir():
             raise UserError(f"--out {self.path}: there is no folder {self.path.parent}")

@@ -43,8 +43,8 @@ CuttingboardToTieredbasket 52 52 56 46.5
 PlacematToBasket 30 56 42 58.5        PlacematToBowl 54 59 44 57.5      PlacematToPlate 64 62 48 63
 PlacematToTieredshelf 38 28 18 28.5   PlateToBowl 60 62 60 57           PlateToPan 56 56 54 51
 PlateToCardboardbox 58 52 50 43.5     PlateToPlate 66 68 70 78.7        TrayToPot 56 60 50 64.5
-TrayToCardboardbox 46 40 38 51.5      TrayToPlate 72 56 56 71           TrayToTieredbasket 46 42 36 57
-TrayToTieredshelf 28 34 16 31.5
+TrayToCardboardbox 46 40 38 51.5      TrayToPlate 72 56 56 71
+TrayToTieredbasket 46 42 36 57        TrayToTieredshelf 28 34 16 31.5
 """.split()
 NUMBERS = {TABLE[i]: [float(x) for x in TABLE[i + 1 : i + 5]] for i in range(0, len(TABLE), 5)}
 CLOSE = ("Cabinet", "Drawer", "Microwave")  # what is closed in the end
@@ -129,14 +129,14 @@ def rows(done):
 
 
 def main(argv=None):
-    p = client.parser(__doc__, "robocasa", "episodes of each task (50)")
+    p = client.parser(__doc__, "robocasa", "episodes of each task (50)", seeded=True)
     p.add_argument("--tasks", default="", metavar="A,B", help=", ".join(TASKS))
     args = p.parse_args(argv)
     tasks = client.chosen(args.tasks, TASKS, "--tasks")
     protocol = client.settings(args, PROTOCOL)
     world = RoboCasa(protocol["seed"], protocol["execute"])
     world.reset(0, tasks[0])  # before a server is asked for
-    policy = client.Server(args.server, args.token)
+    policy = client.Server(args.server, args.token, args.gripper)
     versions = {n: n for n in ("robocasa", "robosuite", "mujoco")}
     results = client.Results("robocasa", args.out, protocol, policy, versions)
     evaluate(world, policy, protocol, tasks, results)

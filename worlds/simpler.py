@@ -1,7 +1,7 @@
-"""SimplerEnv: Bridge's WidowX (TwinBrainVLA, DualVLA) and the Google robot (DualVLA), on ManiSkill2.
+"""SimplerEnv: Bridge's WidowX (TwinBrainVLA, DualVLA) and the Google robot (DualVLA).
 
   python worlds/simpler.py --server 127.0.0.1:8000                        # WidowX, 480 episodes
-  python worlds/simpler.py --server 127.0.0.1:8000 --suite google         # visual matching + variants
+  python worlds/simpler.py --server 127.0.0.1:8000 --suite google         # 2,289 episodes
   python worlds/simpler.py --server 127.0.0.1:8000 --tasks stack --episodes 24
 
 Install, in an environment of its own with Python 3.10 or 3.11, on a machine with an NVIDIA GPU
@@ -16,12 +16,12 @@ instruction; one camera, no state; the policy plans at each step, and the action
 adaptive ensemble of the last 7 chunks (WidowX) or 2 (Google robot). An episode always lasts to its
 step limit, and counts if the goal holds at its last step. Rotations arrive as roll, pitch, yaw and
 leave as axis and angle.
-  widowx  24 starts a task, 5 times each (TwinBrainVLA: Avg@480), 120 steps at 5 Hz; gripper +1 open,
-          -1 closed.
+  widowx  24 starts a task, 5 times each (TwinBrainVLA: Avg@480), 120 steps at 5 Hz; gripper +1
+          open, -1 closed.
   google  80 steps at 3 Hz (drawers 113); "-vm" visual matching: four recoloured arms over a real
           photograph; "-va" variants: other backgrounds, lights, tables, distractors (the altered
-          cameras are left out, as in the authors' average). The gripper's action is a change: each
-          one is repeated for 15 steps in RT-1's code and for 10 here, as in these papers.
+          cameras are left out, as in the authors' average). The gripper's action is a change, and a
+          change is repeated for 10 steps.
 """
 
 import itertools
@@ -37,8 +37,8 @@ import numpy as np
 from worlds import client
 
 PROTOCOLS = {
-    "widowx": {"episodes": 120, "execute": 1, "ensemble": 7, "seed": 0},
-    "google": {"episodes": 0, "execute": 1, "ensemble": 2, "seed": 0},
+    "widowx": {"episodes": 120, "execute": 1, "ensemble": 7},
+    "google": {"episodes": 0, "execute": 1, "ensemble": 2},
 }
 PAPERS = {
     "widowx": {  # TwinBrainVLA, Table 1; DualVLA, Table 2
@@ -76,7 +76,8 @@ WIDOWX = {
 ARMS = (None, "recolor_tabletop_visual_matching_1", "recolor_tabletop_visual_matching_2",
         "recolor_cabinet_visual_matching_1")  # fmt: skip
 TABLE = "google_pick_coke_can_1_v4"
-SCENES = ({}, {"scene_name": TABLE + "_alt_background"}, {"scene_name": TABLE + "_alt_background_2"},
+SCENES = ({}, {"scene_name": TABLE + "_alt_background"},
+          {"scene_name": TABLE + "_alt_background_2"},
           {"slightly_darker_lighting": True}, {"slightly_brighter_lighting": True},
           {"scene_name": "Baked_sc1_staging_objaverse_cabinet1_h870"},
           {"scene_name": "Baked_sc1_staging_objaverse_cabinet2_h870"})  # fmt: skip
@@ -211,8 +212,8 @@ class Simpler:
 
     width = 7
 
-    def __init__(self, gripper="1", make=make):
-        self.make, self.env, self.opens = make, None, client.OPEN[gripper]
+    def __init__(self, make=make):
+        self.make, self.env = make, None
 
     def reset(self, seed, task):
         known = starts(task)
@@ -236,14 +237,13 @@ class Simpler:
     def observe(self):
         return {"images": {"static": self.raw["image"][CAMERA[self.kind]]["rgb"]}, "state": None}
 
-    def hand(self, value):
-        """The policy's last number -> the gripper's."""
+    def hand(self, now):
+        """How open the policy wants the hand, 0 to 1 -> the gripper's number."""
         if self.kind == "widowx":
-            return 1.0 if self.opens(value) else -1.0
-        now = value if self.opens is client.OPEN["1"] else float(self.opens(value))
+            return 1.0 if now > 0.5 else -1.0
         if self.open is None:
             self.open = now
-        change = self.open - now  # of being open: above 0 closes
+        change = self.open - now  # above 0 closes
         if abs(change) > 0.5 and not self.left:
             self.change, self.left, self.open = change, STICKY, now
         if self.left:
@@ -282,9 +282,9 @@ def main(argv=None):
     args = p.parse_args(argv)
     tasks = client.chosen(args.tasks, TASKS[args.suite], f"--tasks of {args.suite}")
     protocol = client.settings(args, PROTOCOLS[args.suite], suite=args.suite)
-    world = Simpler(args.gripper)
+    world = Simpler()
     make(*starts(tasks[0])[0][:2]).close()  # before a server is asked for
-    policy = client.Server(args.server, args.token)
+    policy = client.Server(args.server, args.token, args.gripper)
     versions = {n: n for n in ("simpler_env", "mani_skill2_real2sim", "sapien")}
     results = client.Results("simpler", args.out, protocol, policy, versions)
     evaluate(world, policy, protocol, tasks, results)
