@@ -50,7 +50,7 @@ SEQUENCES = MODELS / "calvin_agent/evaluation/multistep_sequences.py"
 STATES = MODELS / "calvin_agent/evaluation/utils.py"
 ORACLE = MODELS / "conf/callbacks/rollout/tasks/new_playtable_tasks.yaml"
 SENTENCES = MODELS / "conf/annotations/new_playtable_validation.yaml"
-INSTALL = "its install commands: python worlds/calvin.py -h"
+INSTALL = client.install(__doc__)
 
 
 # --- the thousand chains --------------------------------------------------------------------------

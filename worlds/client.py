@@ -11,6 +11,7 @@ A world has what `worlds/tabletop.py` has too: reset(seed, task), observe() -> {
 """
 
 import argparse
+import contextlib
 import difflib
 import json
 import math
@@ -78,7 +79,8 @@ class Server:
         if int(metadata.version("websockets").partition(".")[0]) >= 15:
             about["proxy"] = None
         try:
-            self.socket = connect(address if "://" in address else f"ws://{address}", **about)
+            link = connect(address if "://" in address else f"ws://{address}", **about)
+            self.socket = contextlib.ExitStack().enter_context(link)
             self.metadata = self.read()
             self.reset()
         except (OSError, ValueError, WebSocketException) as error:
@@ -197,6 +199,13 @@ def parser(doc, name, episodes, seeded=False):
         add("--seed", type=int, help="of the simulator (the protocol's)")
     add("--out", default="", metavar="FILE", help=f"results (./{name}-DATE.json)")
     return p
+
+
+def install(doc):
+    """The install commands of a file's docstring, in one line."""
+    lines = doc.replace("\\\n", "").splitlines()
+    found = [line for line in lines if line.startswith(("  git ", "  pip ", "  cd "))]
+    return "install it with: " + " && ".join(" ".join(line.split()) for line in found)
 
 
 def chosen(words, known, flag):

@@ -60,7 +60,7 @@ PAPERS = {
     "OpenVLA": dict(spatial=87.4, object=88.4, goal=79.2, long=53.7, average=76.5),
 }  # as TwinBrainVLA's Table 3 and, VITA-VLA, its own Table 2 print them
 STILL = np.array([0, 0, 0, 0, 0, 0, -1.0])  # the action while things settle
-INSTALL = "its install commands: python worlds/libero.py -h"
+INSTALL = client.install(__doc__)
 
 
 # --- files ----------------------------------------------------------------------------------------

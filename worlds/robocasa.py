@@ -71,7 +71,7 @@ def make(task, seed):
         import robocasa  # noqa: F401
         import robocasa.utils.gym_utils.gymnasium_groot  # noqa: F401
     except ImportError as error:
-        words = "its install commands: python worlds/robocasa.py -h"
+        words = client.install(__doc__)
         raise client.UserError(f"RoboCasa GR1 cannot be imported ({error}); {words}") from None
     name = f"gr1_unified/{task}_GR1ArmsAndWaistFourierHands_Env"
     try:

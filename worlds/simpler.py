@@ -191,7 +191,7 @@ def make(name, built):
         import mani_skill2_real2sim.envs  # noqa: F401
         from mani_skill2_real2sim import ASSET_DIR
     except ImportError as error:
-        words = "its install commands: python worlds/simpler.py -h"
+        words = client.install(__doc__)
         raise client.UserError(f"SimplerEnv cannot be imported ({error}); {words}") from None
     built = dict(built)
     kind = "widowx" if built["robot"].startswith("widowx") else "google"
