@@ -111,8 +111,8 @@ def test_a_foreign_server_gets_no_reset(served):
 
 
 @pytest.mark.parametrize("says, value, opened", [
-    ("1", 0.7, 1), ("1", 0.3, 0), ("+1", 0.3, 1), ("+1", -1, 0), ("-1", -0.2, 1),
-    ("-1", 1, 0)])  # fmt: skip
+    ("unit", 0.7, 1), ("unit", 0.3, 0), ("plus", 0.3, 1), ("plus", -1, 0), ("minus", -0.2, 1),
+    ("minus", 1, 0)])  # fmt: skip
 def test_the_grippers_convention(served, says, value, opened):
     reply = {"actions": np.full((2, 7), value, np.float32)}
     policy = client.Server(served.start(lambda message: reply), gripper=says)

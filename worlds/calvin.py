@@ -244,7 +244,7 @@ class Calvin:
 # --- main -----------------------------------------------------------------------------------------
 
 
-def evaluate(world, policy, protocol, results, say=print):
+def evaluate(world, policy, protocol, results, say=client.say):
     """The first --episodes chains."""
     for i in range(protocol["episodes"]):
         length = 0

@@ -27,7 +27,7 @@ import numpy as np
 
 KEYS = {"static": "observation/image", "wrist": "observation/wrist_image"}  # openpi's, for LIBERO
 STATE, PROMPT = "observation/state", "prompt"
-OPEN = {"1": lambda g: g > 0.5, "+1": lambda g: g > 0, "-1": lambda g: g < 0}
+OPEN = {"unit": lambda g: g > 0.5, "plus": lambda g: g > 0, "minus": lambda g: g < 0}
 
 
 class UserError(getattr(sys.modules.get("common"), "UserError", Exception)):
@@ -60,7 +60,7 @@ def unpack_array(fields):
 class Server:
     """A policy behind a websocket. `metadata` is what it said of itself."""
 
-    def __init__(self, address, token="", gripper="1", patience=600.0):
+    def __init__(self, address, token="", gripper="unit", patience=600.0):
         try:
             import msgpack
             from websockets.exceptions import WebSocketException
@@ -192,9 +192,9 @@ def parser(doc, name, episodes, seeded=False):
     add("--execute", type=int, default=0, metavar="N", help="actions of each chunk (the paper's)")
     add("--ensemble", type=int, default=-1, metavar="N",
         help="plan at each step, blend the last N chunks; 0: do not (the paper's)")  # fmt: skip
-    add("--gripper", default="1", choices=list(OPEN),
-        help="how the policy says open: 1 (closed 0; this project's), +1 or -1 (closed the "
-        "opposite; openpi's LIBERO policies -1)")  # fmt: skip
+    add("--gripper", default="unit", choices=list(OPEN),
+        help="how the policy says open: unit (1, closed 0; this project's), plus (1, closed -1) "
+        "or minus (-1, closed 1; openpi's for LIBERO)")  # fmt: skip
     if seeded:
         add("--seed", type=int, help="of the simulator (the protocol's)")
     add("--out", default="", metavar="FILE", help=f"results (./{name}-DATE.json)")
@@ -251,6 +251,10 @@ def version(name):
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return ""
+
+
+def say(words):
+    print(words, flush=True)
 
 
 # --- results --------------------------------------------------------------------------------------
@@ -319,7 +323,7 @@ def cell(measured):
     return f"{share:5.1f} ({100 * low:.1f} to {100 * high:.1f}; {n})"
 
 
-def table(rows, papers, say=print):
+def table(rows, papers, say=say):
     """rows {name: measured}, papers {whose: {name: %}}: prints one beside the other. A column of a
     paper says so in each line."""
     wide = max(len(name) for name in [*rows, "success % (95%; episodes)"]) + 2
@@ -344,7 +348,7 @@ def mean(tasks):
     return {"success": average, "ci95": ci95(wins, n), "episodes": n}
 
 
-def close(results, protocol, rows, papers, full, say=print):
+def close(results, protocol, rows, papers, full, say=say):
     """The end of an evaluation: the table, the file, and whether it is the protocol's."""
     done = results.write(complete=True)
     table(rows(done), papers, say)

@@ -201,7 +201,7 @@ class Libero:
 # --- main -----------------------------------------------------------------------------------------
 
 
-def evaluate(world, policy, protocol, tasks, results, say=print):
+def evaluate(world, policy, protocol, tasks, results, say=client.say):
     for task in tasks:
         suite, asked = task.partition("/")[0], protocol["episodes"]
         for i in range(min(asked, protocol.get(suite, asked))):

@@ -113,7 +113,7 @@ class RoboCasa:
         return self.observe()
 
 
-def evaluate(world, policy, protocol, tasks, results, say=print):
+def evaluate(world, policy, protocol, tasks, results, say=client.say):
     for task in tasks:
         for i in range(protocol["episodes"]):
             world.reset(i, task)

@@ -263,7 +263,7 @@ class Simpler:
 # --- main -----------------------------------------------------------------------------------------
 
 
-def evaluate(world, policy, protocol, tasks, results, say=print):
+def evaluate(world, policy, protocol, tasks, results, say=client.say):
     for task in tasks:
         for i in range(protocol["episodes"] or len(starts(task))):
             world.reset(i, task)
