@@ -393,7 +393,7 @@ class Kitchen:
         return self.obs()
 
     def step(self, action):
-        assert len(action) == 7 and action[6] in (-1, 1)
+        assert len(action) == 7 and action[6] in (-1, 0, 1)
         self.got.append(np.array(action))
         return self.obs(), 0.0, len(self.got) >= 14, {}
 
@@ -430,13 +430,13 @@ def test_starts_are_read_without_torch_and_without_trust(kitchen, tmp_path):
         libero.read_starts(tmp_path / "worse")
 
 
-@pytest.mark.parametrize("paper, wait, steps, size", [
-    ("twinbrain", 10, 300, 256), ("vita", 5, 600, 128)])  # fmt: skip
-def test_liberos_protocols(kitchen, paper, wait, steps, size):
+@pytest.mark.parametrize("paper, wait, hand, steps, size", [
+    ("twinbrain", 10, -1, 300, 256), ("vita", 5, 0, 600, 128)])  # fmt: skip
+def test_liberos_protocols(kitchen, paper, wait, hand, steps, size):
     world = libero.Libero(paper, make=kitchen.make)
     world.reset(3, "goal/KITCHEN_SCENE3_turn_on_it")
     assert kitchen.made == [("KITCHEN_SCENE3_turn_on_it.bddl", size, 7)]
-    assert len(world.env.got) == wait and all((a == libero.STILL).all() for a in world.env.got)
+    assert len(world.env.got) == wait and all(a.tolist() == [0] * 6 + [hand] for a in world.env.got)
     assert np.array_equal(world.env.starts[0], kitchen.states[3]) and world.max_steps == steps
     assert world.instruction == "turn on it" and world.steps == 0
     client.play(world, Planner(H=8), execute=8)
@@ -453,6 +453,15 @@ def test_libero_speaks_as_its_recordings_do(kitchen):
     world.step(np.array([0.5] * 6 + [1.0]))
     world.step(np.array([0.5] * 6 + [0.0]))
     assert [a[6] for a in world.env.got[-2:]] == [-1, 1]  # open is -1, closed +1
+
+
+def test_a_recorded_picture_and_the_same_from_the_world_are_equal(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    raw = picture(128, 128, 3)
+    with h5py.File(tmp_path / "a.hdf5", "w") as file:
+        file["data/demo_0/obs/agentview_rgb"] = raw[None]
+    read = data.hdf5_picture(tmp_path / "a.hdf5", "demo_0", "agentview_rgb", 0)
+    assert np.array_equal(read, libero.turned(raw))
 
 
 def test_liberos_rows_average_over_suites():

@@ -196,11 +196,14 @@ class Calvin:
     width, max_steps = 7, PROTOCOL["steps"]
 
     def __init__(self, root="", dataset="", egl=False):
-        self.root = Path(root or os.environ.get("CALVIN_ROOT", "")).expanduser()
+        if not root:
+            raise client.UserError(
+                f"CALVIN: --calvin DIR (or CALVIN_ROOT) names a clone; {INSTALL}"
+            )
+        self.root = Path(root).expanduser()
         for file in (SEQUENCES, STATES, ORACLE, SENTENCES, Path("calvin_env/conf")):
-            if not (root or "CALVIN_ROOT" in os.environ) or not (self.root / file).exists():
-                where = f"no {file} in {self.root}" if root else "--calvin DIR names its clone"
-                raise client.UserError(f"CALVIN: {where}; {INSTALL}")
+            if not (self.root / file).exists():
+                raise client.UserError(f"CALVIN: no {file} in {self.root}; {INSTALL}")
         self.env, self.oracle, self.sentences = build(self.root, dataset, egl)
         self.chains, self.place = kept_chains(self.root), placing(self.root)
 

@@ -225,6 +225,8 @@ def settings(args, protocol, **more):
         given = getattr(args, name, None)
         if given is not None and given >= (0 if name != "execute" else 1):
             out[name] = given
+    if args.execute < 0:
+        raise UserError(f"--execute {args.execute}: at least 1, or 0 for the protocol's")
     if args.episodes < 0:
         raise UserError(f"--episodes {args.episodes}: at least 1, or 0 for the protocol's")
     out["protocol_episodes"] = out["episodes"]
@@ -246,7 +248,9 @@ def version(name):
     """The version of an installed package, or the commit of a clone; "" if there is none."""
     if isinstance(name, Path):
         words = ["git", "-C", str(name), "rev-parse", "HEAD"]
-        return subprocess.run(words, capture_output=True, text=True).stdout.strip()
+        with contextlib.suppress(OSError):
+            return subprocess.run(words, capture_output=True, text=True).stdout.strip()
+        return ""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

@@ -15,16 +15,17 @@ The first episode downloads 206 MB of assets; or --assets names a folder that ha
 libero/libero/assets in a clone of Lifelong-Robot-Learning/LIBERO. MuJoCo 3.3.3 and later draw
 darker floors than the recordings have.
 
-Protocol: a task's first N recorded starts; some steps of waiting with the hand open, until things
-have settled; success ends an episode. Both pictures turned by half, as in the recordings that are
+Protocol: a task's first N recorded starts; some steps of waiting until things have settled; success ends an episode. Both pictures turned by half, as in the recordings that are
 trained with. State: xyz, axis-angle, two fingers. Actions: changes of xyz and rotation, gripper -1
 open and +1 closed.
-  --paper twinbrain  (also openpi's) 50 episodes a task, 10 steps of waiting, then at most 220
+  --paper twinbrain  50 episodes a task, 10 steps of waiting with the hand open, then at most 220
                      (spatial), 280 (object), 300 (goal), 520 (long); pictures 256; 8 actions
-                     of each chunk executed; seed 7.
-  --paper vita       50 episodes a task, 20 in long; 5 steps of waiting, then at most 600; pictures
-                     128; the policy plans at each step and blends its own predictions (train with
-                     --preset libero). The seed is not stated; 7 here.
+                     of each chunk executed; seed 7. openpi's protocol is this with --execute 5.
+  --paper vita       50 episodes a task, 20 in long; 5 steps of waiting with zeros, then at most
+                     600; pictures 128; the policy plans at each step and blends its own
+                     predictions (train with --preset libero). The seed is not stated; 7 here. The
+                     authors' code shows the policy the picture from before the waiting first; here
+                     it sees the one after it.
 """
 
 import math
@@ -48,9 +49,9 @@ SUITES = {"spatial": 220, "object": 280, "goal": 300, "long": 520}  # steps, as 
 FOLDER = {"spatial": "libero_spatial", "object": "libero_object", "goal": "libero_goal",
           "long": "libero_10"}  # fmt: skip
 PROTOCOLS = {
-    "twinbrain": {"episodes": 50, "wait": 10, "steps": SUITES, "size": 256, "execute": 8,
+    "twinbrain": {"episodes": 50, "wait": 10, "hand": -1.0, "steps": SUITES, "size": 256, "execute": 8,
                   "ensemble": 0, "seed": 7},
-    "vita": {"episodes": 50, "wait": 5, "steps": dict.fromkeys(SUITES, 600), "size": 128,
+    "vita": {"episodes": 50, "wait": 5, "hand": 0.0, "steps": dict.fromkeys(SUITES, 600), "size": 128,
              "execute": 1, "ensemble": 0, "seed": 7, "long": 20},
 }  # fmt: skip
 PAPERS = {
@@ -59,7 +60,6 @@ PAPERS = {
     "pi-0.5": dict(spatial=98.8, object=98.2, goal=98.0, long=92.4, average=96.9),
     "OpenVLA": dict(spatial=87.4, object=88.4, goal=79.2, long=53.7, average=76.5),
 }  # as TwinBrainVLA's Table 3 and, VITA-VLA, its own Table 2 print them
-STILL = np.array([0, 0, 0, 0, 0, 0, -1.0])  # the action while things settle
 INSTALL = client.install(__doc__)
 
 
@@ -177,7 +177,7 @@ class Libero:
         self.env.reset()
         self.raw = self.env.set_init_state(self.starts[seed % len(self.starts)])
         for _ in range(self.protocol["wait"]):
-            self.raw, _, _, _ = self.env.step(STILL)
+            self.raw, _, _, _ = self.env.step(np.array([0.0] * 6 + [self.protocol["hand"]]))
         self.instruction, self.max_steps = sentence(name), self.protocol["steps"][suite]
         self.steps, self.success = 0, False
         return self.observe()
