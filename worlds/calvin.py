@@ -197,9 +197,7 @@ class Calvin:
 
     def __init__(self, root="", dataset="", egl=False):
         if not root:
-            raise client.UserError(
-                f"CALVIN: --calvin DIR (or CALVIN_ROOT) names a clone; {INSTALL}"
-            )
+            raise client.UserError(f"CALVIN: --calvin DIR names a clone of it; {INSTALL}")
         self.root = Path(root).expanduser()
         for file in (SEQUENCES, STATES, ORACLE, SENTENCES, Path("calvin_env/conf")):
             if not (self.root / file).exists():

@@ -15,9 +15,9 @@ The first episode downloads 206 MB of assets; or --assets names a folder that ha
 libero/libero/assets in a clone of Lifelong-Robot-Learning/LIBERO. MuJoCo 3.3.3 and later draw
 darker floors than the recordings have.
 
-Protocol: a task's first N recorded starts; some steps of waiting until things have settled; success ends an episode. Both pictures turned by half, as in the recordings that are
-trained with. State: xyz, axis-angle, two fingers. Actions: changes of xyz and rotation, gripper -1
-open and +1 closed.
+Protocol: a task's first N recorded starts; some steps of waiting until things have settled; success
+ends an episode. Both pictures turned by half, as in the recordings that are trained with. State:
+xyz, axis-angle, two fingers. Actions: changes of xyz and rotation, gripper -1 open and +1 closed.
   --paper twinbrain  50 episodes a task, 10 steps of waiting with the hand open, then at most 220
                      (spatial), 280 (object), 300 (goal), 520 (long); pictures 256; 8 actions
                      of each chunk executed; seed 7. openpi's protocol is this with --execute 5.
@@ -49,10 +49,10 @@ SUITES = {"spatial": 220, "object": 280, "goal": 300, "long": 520}  # steps, as 
 FOLDER = {"spatial": "libero_spatial", "object": "libero_object", "goal": "libero_goal",
           "long": "libero_10"}  # fmt: skip
 PROTOCOLS = {
-    "twinbrain": {"episodes": 50, "wait": 10, "hand": -1.0, "steps": SUITES, "size": 256, "execute": 8,
-                  "ensemble": 0, "seed": 7},
-    "vita": {"episodes": 50, "wait": 5, "hand": 0.0, "steps": dict.fromkeys(SUITES, 600), "size": 128,
-             "execute": 1, "ensemble": 0, "seed": 7, "long": 20},
+    "twinbrain": {"episodes": 50, "wait": 10, "hand": -1.0, "steps": SUITES, "size": 256,
+                  "execute": 8, "ensemble": 0, "seed": 7},
+    "vita": {"episodes": 50, "wait": 5, "hand": 0.0, "steps": dict.fromkeys(SUITES, 600),
+             "size": 128, "execute": 1, "ensemble": 0, "seed": 7, "long": 20},
 }  # fmt: skip
 PAPERS = {
     "TwinBrainVLA": dict(spatial=99.2, object=99.0, goal=96.8, long=95.4, average=97.6),
