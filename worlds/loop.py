@@ -17,6 +17,7 @@ import numpy as np
 
 import common
 from worlds import pictures
+from worlds.client import blend
 
 FIRST_TEST_SEED = 10_000_000  # demonstrations of --seed s take theirs from 20_000_000 s on
 NOTHING = {"success": None, "ci95": None, "episodes": 0, "per_task": {}}  # of `--world none`
@@ -74,18 +75,6 @@ def starts_of(world, domain, episodes, seed):
     World, suite = find(world)
     tasks, _ = World.offers(suite)
     return [(first + i, tasks[i % len(tasks)], domain) for i in range(episodes)]
-
-
-def blend(chunks):
-    """Adaptive ensemble: chunks [(H, A)] made one step apart, newest last -> present action (A,).
-
-    Each chunk's opinion on the present step, weighted by exp(0.1 cosine similarity to the newest).
-    """
-    opinions = [c[age] for age, c in enumerate(reversed(chunks)) if age < len(c)]  # newest first
-    opinions = np.stack(opinions)
-    norm = np.linalg.norm(opinions, axis=1) * np.linalg.norm(opinions[0]) + 1e-7
-    weights = np.exp(0.1 * (opinions @ opinions[0]) / norm)
-    return (weights[:, None] * opinions).sum(0) / weights.sum()
 
 
 class Crew:
