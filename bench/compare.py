@@ -14,7 +14,7 @@ they are t-intervals over seeds, and the difference is taken seed by seed.
 The band of a reference holds 95% of new runs at a step: mean +- t s sqrt(1 + 1/n) of the n
 reference runs' losses, in logarithms, smoothed over a tenth of the run; s is pooled over an eighth
 of the run to each side, so that three curves that happen to cross do not pinch it. A run has left
-the band where it stays outside for a twentieth of the run. Exit status 1: it left.
+the band where it stays outside for a tenth of the run. Exit status 1: it left.
 """
 
 import argparse
@@ -190,7 +190,7 @@ def pooled(pairs):
 
 def text(name, value, low, high, sign=""):
     """A measure with its interval, in words; shares in percent."""
-    scale, digits = (100, 1) if is_share(name) else (1, 2)
+    scale, digits = (100, 1) if is_share(name) else (1, 0 if name == "train_seconds" else 2)
     words = f"{scale * value:{sign}.{digits}f}"
     if math.isnan(low):
         return words
@@ -213,7 +213,7 @@ def differing(ours, theirs):
 
 
 def by_seed(side, name):
-    """-> {seed: (value, trials)} of one measure; runs that share a seed get a number of their own."""
+    """-> {seed: (value, trials)} of one measure; runs of one seed get a number besides."""
     found = {}
     for i, made in enumerate(side):
         pair, seed = measures(made.result).get(name), made.settings.get("seed", i)
@@ -241,7 +241,8 @@ def mean_curve(side, term):
 
 
 def draw_rates(path, rows, names):
-    """PNG: shares of both sides with their intervals, and the difference with its own."""
+    """PNG: shares of both sides with their intervals, and the difference with its own; what of an
+    interval lies outside the scale (0 to 100%, -50 to 50 points) is cut off."""
     rows = [row for row in rows if is_share(row[0]) and not math.isnan(row[1][1])]
     font, height, left, width = ImageFont.load_default(14), 44, 190, 420
     sheet = Image.new("RGB", (left + 2 * width + 40, 60 + height * len(rows)), "white")
@@ -262,10 +263,9 @@ def draw_rates(path, rows, names):
         y = 50 + height * i
         pen.text((8, y - 2), name, "black", font)
         pen.line([left, y + 20, left + width - 40, y + 20], "#dddddd", 1)
-        bar((left, y), *a, pictures.INKS[0])
-        bar((left, y + 12), *b, pictures.INKS[1])
-        value, low, high = (max(-0.5, min(0.5, x)) for x in d[:3])
-        bar((middle, y + 6), value, low, high, pictures.INKS[3])
+        for k, side in enumerate((a, b)):
+            bar((left, y + 12 * k), *(max(0.0, min(1.0, x)) for x in side), pictures.INKS[k])
+        bar((middle, y + 6), *(max(-0.5, min(0.5, x)) for x in d[:3]), pictures.INKS[3])
     sheet.save(path)
 
 
@@ -344,7 +344,7 @@ def left_at(line, lines):
     means = smooth(line, span)
     outside = [not low <= v <= high for (_, v), (low, _, high) in zip(means, limits)]
     for i, (step, value) in enumerate(means):
-        stays = [o for (s, _), o in zip(means[i:], outside[i:]) if s <= step + total / 20]
+        stays = [o for (s, _), o in zip(means[i:], outside[i:]) if s <= step + span]
         if all(stays) and len(stays) >= 3:
             return (step, value, limits[i][0], limits[i][2]), sum(outside) / len(outside)
     return None, sum(outside) / len(outside)
@@ -435,14 +435,18 @@ def check_curve(made, name, out):
     return any(left for _, _, left in found)
 
 
-def main(argv=None):
+def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, or METHOD:ARM")
     parser.add_argument("--against", nargs="+", default=[], metavar="RUN", help="the other side")
     parser.add_argument("--reference", default="", help="a name in assets/reference")
     parser.add_argument("--make-reference", default="", metavar="NAME")
     parser.add_argument("--out", type=Path, default=Path("compare"), help="folder for pictures")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = arguments(argv)
     if args.make_reference:
         return make_reference(read_side(args.runs), args.make_reference)
     if args.reference:
