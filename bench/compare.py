@@ -9,7 +9,7 @@
 Prints the settings that differ, every success rate with its 95% interval and the difference with
 its own, and draws the losses and the rates (--out). With one run a side the intervals are over
 episodes (Wilson; Newcombe for a difference): they say nothing about another seed. With several
-they are t-intervals over seeds, and the difference is taken seed by seed.
+they are t-intervals over seeds, and the difference is taken seed by seed where both sides have the same.
 
 The band of a reference holds 95% of new runs at a step: mean +- t s sqrt(1 + 1/n) of the n
 reference runs' losses, in logarithms, smoothed over a tenth of the run; s is pooled over an eighth
@@ -136,6 +136,7 @@ def measures(result):
 
 # --- numbers --------------------------------------------------------------------------------------
 
+ABILITIES = ("pope", "seed", "scienceqa", "mme")
 PLAIN = ("length", "ms", "words", "train_seconds", "vla_score")  # not shares
 
 
@@ -172,6 +173,12 @@ def difference(ours, theirs):
     if len(seeds) > 1:
         by_seed = [ours[s][0] - theirs[s][0] for s in seeds]
         return statistics.fmean(by_seed), *common.ci95_mean(by_seed), f"{len(seeds)} seeds"
+    if min(len(ours), len(theirs)) > 1:  # no seeds in common: the fewer runs' t, to be careful
+        sides = [[value for value, _ in side.values()] for side in (ours, theirs)]
+        gap = statistics.fmean(sides[0]) - statistics.fmean(sides[1])
+        half = math.sqrt(sum(statistics.variance(side) / len(side) for side in sides))
+        half *= student(min(map(len, sides)) - 1)
+        return gap, gap - half, gap + half, "runs, seeds not paired"
     a, n = pooled(ours.values())
     b, m = pooled(theirs.values())
     if n and m:
@@ -201,24 +208,31 @@ def text(name, value, low, high, sign=""):
 
 
 def differing(ours, theirs):
-    """Settings that are not the same on both sides -> {name: (values here, values there)}."""
-    names = dict.fromkeys(k for made in ours + theirs for k in made.settings)
+    """Settings that both sides have, and not the same -> {name: (values here, values there)}."""
     rows = {}
-    for name in names:
-        if name not in NO_MATTER:
+    for name in settings_of(ours):
+        if name in settings_of(theirs):
             a, b = ({json.dumps(m.settings.get(name)) for m in side} for side in (ours, theirs))
             if a != b:
                 rows[name] = ", ".join(sorted(a)), ", ".join(sorted(b))
     return rows
 
 
+def settings_of(side):
+    return dict.fromkeys(name for m in side for name in m.settings if name not in NO_MATTER)
+
+
 def by_seed(side, name):
     """-> {seed: (value, trials)} of one measure; runs of one seed get a number besides."""
     found = {}
     for i, made in enumerate(side):
-        pair, seed = measures(made.result).get(name), made.settings.get("seed", i)
-        if pair:
-            found[seed if seed not in found else f"{seed}, run {i}"] = pair
+        value, trials = measures(made.result).get(name, (None, None))
+        last = name.split(" ")[-1]
+        if last in ABILITIES and made.settings.get("questions"):
+            trials = made.settings["questions"] // (2 if last == "mme" else 1)  # asked in pairs
+        if value is not None:
+            seed = made.settings.get("seed", i)
+            found[seed if seed not in found else f"{seed}, run {i}"] = value, trials
     return found
 
 
@@ -273,6 +287,12 @@ def report(ours, theirs, names, out):
     rows = compare(ours, theirs)
     for setting, (a, b) in differing(ours, theirs).items():
         print(f"--{setting.replace('_', '-'):20} {a:>28} {b:>28}")
+    alone = [
+        sum(n not in settings_of(b) for n in settings_of(a))
+        for a, b in ((ours, theirs), (theirs, ours))
+    ]
+    if any(alone):
+        print(f"settings that one side alone has: {alone[0]} of A, {alone[1]} of B")
     if not rows:
         print("no result to compare: the runs are not finished (loss curves alone)")
     for name, a, b, d in rows:

@@ -296,7 +296,7 @@ def patched(diff):
 @pytest.fixture
 def forked():
     """A diff -> the changed script as a module; what it registers is taken back afterwards."""
-    kept = AttentionInterface()["asymot"]
+    kept = {n: f for n, f in AttentionInterface().items() if n.startswith("asymot")}
 
     def make(diff):
         name, source = patched(diff)
@@ -307,7 +307,8 @@ def forked():
         return module
 
     yield make
-    AttentionInterface.register("asymot", kept)
+    for name, function in kept.items():
+        AttentionInterface.register(name, function)
     for name in SCRIPTS:
         sys.modules.pop(f"forked_{name}", None)
 
@@ -539,6 +540,15 @@ def test_two_sides_by_seed(tmp_path, capsys):
     low, high = compare.ci95_difference(0.6, 100, 0.5, 100)
     wanted = f"+10.0 ({100 * low:.1f} to {100 * high:.1f}), episodes"
     assert wanted in capsys.readouterr().out
+
+
+def test_seeds_that_are_not_paired():
+    """Two runs a side, no seed in common: Welch's interval with one degree of freedom."""
+    ours, theirs = ({s: (v, 100) for s, v in side} for side in
+                    (((0, 0.5), (1, 0.7)), ((2, 0.4), (3, 0.4))))  # fmt: skip
+    gap, low, high, how = compare.difference(ours, theirs)
+    assert (gap, high - gap) == pytest.approx((0.2, 12.706 * 0.1)) and "not paired" in how
+    assert low == pytest.approx(gap - 12.706 * 0.1)
 
 
 def test_a_chain_has_the_losses_of_its_stages(tmp_path):
