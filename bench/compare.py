@@ -9,7 +9,7 @@
 Prints the settings that differ, every success rate with its 95% interval and the difference with
 its own, and draws the losses and the rates (--out). With one run a side the intervals are over
 episodes (Wilson; Newcombe for a difference): they say nothing about another seed. With several
-they are t-intervals over seeds, and the difference is taken seed by seed where both sides have the same.
+they are t-intervals over seeds, and a difference is taken seed by seed if both sides have them.
 
 The band of a reference holds 95% of new runs at a step: mean +- t s sqrt(1 + 1/n) of the n
 reference runs' losses, in logarithms, smoothed over a tenth of the run; s is pooled over an eighth
@@ -418,7 +418,9 @@ def draw_band(path, rows, term, line=None):
     series = {n: [(s, v[i]) for s, v in zip(steps, limits)] for i, n in enumerate(names)}
     if line:
         series["this run"] = smooth(line, span)
-    pictures.plot_curves(path, series, f"{term}, {len(lines)} reference runs", "step", "loss")
+    series = {n: [(s, math.log10(max(v, 1e-6))) for s, v in c] for n, c in series.items()}
+    title = f"{term}, {len(lines)} reference runs"
+    pictures.plot_curves(path, series, title, "step", "log10 of the loss")
 
 
 def check(made, rows):
