@@ -115,6 +115,8 @@ def measures(result):
         for domain, rates in about["domains"].items():
             if rates["success"] is not None:
                 found[f"{form} {domain}".strip()] = rates["success"], rates["episodes"]
+            for k, share in enumerate(rates.get("at", ()), 1):
+                found[f"{domain} {k}"] = share, rates["episodes"]
         found |= {f"{form} {key}": (about[key], None) for key in ("ms", "words") if key in about}
     if result.get("success_out") is not None:
         some = [d for d in result["domains"] if d not in ("in", "look")]
@@ -463,7 +465,7 @@ def arguments(argv=None):
     parser.add_argument("--against", nargs="+", default=[], metavar="RUN", help="the other side")
     parser.add_argument("--reference", default="", help="a name in assets/reference")
     parser.add_argument("--make-reference", default="", metavar="NAME")
-    parser.add_argument("--out", type=Path, default=Path("compare"), help="folder for pictures")
+    parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder for pictures")
     return parser.parse_args(argv)
 
 

@@ -144,6 +144,40 @@ def forgetting_table():
     return rows(head, body) + "\n\n" + source(*some)
 
 
+def chain_table():
+    """VITA-VLA's Table 1 at this scale: goals of a chain reached in a row."""
+    body, teacher = [], "--stage teacher"
+    for words, name, flags in (
+        ("teacher (Seer)", "two-stage", teacher), ("two-stage", "two-stage", ""),
+        ("only-finetune", "only-finetune", ""), ("freeze-vlm", "freeze-vlm", ""),
+    ):  # fmt: skip
+        some = arm("vita_vla", name, flags)
+        names = [*(f"chain {k}" for k in range(1, 6)), "length"]
+        body.append([words, *(cell(some, name) for name in names)])
+    for name in ("two-stage", "only-finetune", "freeze-vlm"):
+        first, _, length = vita_vla.ABLATIONS[name]["_paper"].partition(", ")
+        row = [f"{name}, CALVIN (paper)", f"{first} (paper)", "", "", "", ""]
+        body.append([*row, length and f"{length} (paper)"])
+    head = ["goals reached in a row, %", "1", "2", "3", "4", "5", "average length"]
+    some = [arm("vita_vla", n, f) for n in vita_vla.STAGES for f in ("", teacher)]
+    return rows(head, body) + "\n\n" + source(*some)
+
+
+def stages_table():
+    """DualVLA's chain: the specialist, the generalist, the student."""
+    some, body = arm("dualvla", "ours"), []
+    names = ("plain in", "reason in", "answers", "vla_score", "reason words", "reason ms")
+    for words, stage in (("E, specialist", "expert"), ("G, generalist", "generalist"),
+                         ("DualVLA", "dual")):  # fmt: skip
+        silent = stage == "expert"  # it is never asked to reason
+        cells = (cell(some, f"{stage}: {n}") for n in names if not (silent and "reason" in n))
+        row = [words, *cells]
+        body.append([*row[:2], "", *row[2:], "", ""] if silent else row)
+    head = ["", "success %", "success, reasoning first %", "questions %", "VLA Score",
+            "words a plan", "ms a plan"]  # fmt: skip
+    return rows(head, body) + "\n\n" + source(some)
+
+
 MEASURES = {  # what the ablations of a method are read by, and what they are compared with
     "twinbrain": ("t1-twin", ("in", "out")),
     "vita_vla": ("two-stage", ("chain", "length", "in", "look")),
@@ -257,6 +291,8 @@ TABLES = {
     "twinbrain": twin_table,
     "forgetting": forgetting_table,
     "twinbrain-arms": lambda: arms_table("twinbrain"),
+    "vita_vla": chain_table,
+    "dualvla": stages_table,
     "vita_vla-arms": lambda: arms_table("vita_vla"),
     "dualvla-arms": lambda: arms_table("dualvla"),
     "sources": sources_table,

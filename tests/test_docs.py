@@ -92,6 +92,21 @@ def test_a_bad_marker_is_one_clear_line(text, names, tmp_path):
         tables.main([str(page)])
 
 
+def test_chains_and_stages_have_their_tables(monkeypatch):
+    facts = dict(samples=1, episodes=100, train_seconds=1.0, machine="m", torch="t", seed=0)
+    chain = {"chain": {"success": 0.7, "episodes": 100, "at": [0.7, 0.4, 0.2, 0.1, 0.0]}}
+    monkeypatch.setattr(tables, "lines", lambda method: [
+        {"arm": "two-stage", "flags": "", "domains": chain, "length": 1.4} | facts])  # fmt: skip
+    want = compare.text("chain 2", 0.4, *common.ci95(40, 100))
+    assert f"| {want} |" in tables.chain_table() and "| 1.40 |" in tables.chain_table()
+    forms = {"plain": {"domains": {"in": {"success": 0.5, "episodes": 4}}, "ms": 7.0, "words": 3}}
+    stages = {"expert": {"forms": forms, "answers": 0.25}}
+    monkeypatch.setattr(tables, "lines", lambda method: [
+        {"arm": "ours", "flags": "", "stages": stages} | facts])  # fmt: skip
+    row = next(x for x in tables.stages_table().splitlines() if "specialist" in x).split(" | ")
+    assert row[1].startswith("50.0 (") and row[2:4] == ["", "25.0"] and len(row) == 7
+
+
 def test_every_result_line_says_where_it_comes_from():
     facts = ("command", "seed", "machine", "torch", "transformers", "samples", "train_seconds")
     for method, script in SCRIPTS.items():
