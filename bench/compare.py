@@ -465,7 +465,9 @@ def arguments(argv=None):
     parser.add_argument("--against", nargs="+", default=[], metavar="RUN", help="the other side")
     parser.add_argument("--reference", default="", help="a name in assets/reference")
     parser.add_argument("--make-reference", default="", metavar="NAME")
-    parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder for pictures")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/compare"), help="folder for pictures"
+    )
     return parser.parse_args(argv)
 
 
