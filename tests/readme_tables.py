@@ -78,14 +78,22 @@ def gap(ours, theirs, measure, other=None):
 
 
 def apart(ours, theirs, measure):
+    """The difference in words; seed by seed where its interval is wider than shares can differ."""
     found = gap(ours, theirs, measure)
-    return compare.text(measure, *found[:3], sign="+") if found else ""
+    if not found:
+        return ""
+    if compare.is_share(measure) and max(-found[1], found[2]) > 1:
+        a, b = by_seed(ours, measure), by_seed(theirs, measure)
+        gaps = [f"{100 * (a[s][0] - b[s][0]):+.1f}" for s in sorted(a.keys() & b.keys())]
+        return f"by seed {', '.join(gaps)}"
+    return compare.text(measure, *found[:3], sign="+")
 
 
 def rows(head, body):
     """Markdown of a table."""
     body = [["" if c is None else str(c).replace("|", "\\|") for c in row] for row in body]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *body])
+    lines = ["| " + " | ".join(row) + " |" for row in [head, *body]]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
 
 
 def source(*groups):
