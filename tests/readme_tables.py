@@ -1,0 +1,409 @@
+"""The tables and numbers of README.md and docs/, made from the result files they stand for.
+
+  python tests/readme_tables.py                   # names what is out of date; exit status 1 if so
+  python tests/readme_tables.py --write           # brings it up to date
+  python tests/readme_tables.py --write FILE.md   # in these files alone
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`, each on a line of its own; NAME is
+one of TABLES. A number in a sentence is `<!-- value: METHOD ARM MEASURE -->88.3<!-- end -->`, with
+`ARM-OTHER`, two arms, for a difference. MEASURE is what bench/compare.py prints; `seeds`, `samples`
+and `episodes` count. `<!-- fact: NAME -->` is one of FACTS: counted in the code itself.
+"""
+
+import argparse
+import inspect
+import json
+import re
+import statistics
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import common  # noqa: E402
+import dualvla  # noqa: E402
+import twinbrain  # noqa: E402
+import vita_vla  # noqa: E402
+from bench import compare  # noqa: E402
+
+SCRIPTS = {"twinbrain": twinbrain, "vita_vla": vita_vla, "dualvla": dualvla}
+FILES = ("README.md", "docs/results.md", "docs/claims.md", "docs/guide.md", "docs/ablation.md")
+BLOCK = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+FACT = re.compile(r"(<!-- fact: (\S+) -->)(.*?)(<!-- end -->)", re.DOTALL)
+VALUE = re.compile(r"(<!-- value: (\S+) (\S+) ([^>]+?) -->)(.*?)(<!-- end -->)", re.DOTALL)
+DOMAINS = {
+    "in": "in the demonstrations' domain", "colour": "unseen colour", "shape": "unseen shape",
+    "pair": "unseen pair", "wording": "unseen wording", "out": "mean of these four, out of domain",
+    "look": "unseen look",
+}  # fmt: skip
+
+
+# --- result files ---------------------------------------------------------------------------------
+
+
+@lru_cache
+def lines(method):
+    """The result lines of a method, oldest first; [] where there are none yet."""
+    return compare.read_lines(ROOT / "assets" / "results" / f"{method}.jsonl")
+
+
+def arm(method, name, flags=""):
+    return [x for x in lines(method) if (x["arm"], x["flags"]) == (name, flags)]
+
+
+def by_seed(some, measure):
+    """Result lines -> {seed: (value, trials)} of those that have the measure."""
+    found = {x["seed"]: compare.measures(x).get(measure) for x in some}
+    return {seed: pair for seed, pair in found.items() if pair}
+
+
+def cell(some, measure):
+    """ "88.3 (81.1 to 95.6)", or "not run"; seed by seed where no share can have the interval."""
+    pairs = by_seed(some, measure)
+    if not pairs:
+        return "not run"
+    value, low, high = compare.mean_of([*pairs.values()])
+    if compare.is_share(measure) and (low < 0 or high > 1):
+        shares = ", ".join(f"{100 * pairs[seed][0]:.1f}" for seed in sorted(pairs))
+        return f"by seed {shares}"
+    return compare.text(measure, value, low, high)
+
+
+def gap(ours, theirs, measure, other=None):
+    """The difference of two arms with its interval, or nothing where one was not run."""
+    a, b = by_seed(ours, measure), by_seed(theirs, other or measure)
+    return compare.difference(a, b) if a and b else None
+
+
+def apart(ours, theirs, measure):
+    """The difference in words; seed by seed where its interval is wider than shares can differ."""
+    found = gap(ours, theirs, measure)
+    if not found:
+        return ""
+    if compare.is_share(measure) and max(-found[1], found[2]) > 1:
+        a, b = by_seed(ours, measure), by_seed(theirs, measure)
+        gaps = [f"{100 * (a[s][0] - b[s][0]):+.1f}" for s in sorted(a.keys() & b.keys())]
+        return f"by seed {', '.join(gaps)}"
+    return compare.text(measure, *found[:3], sign="+")
+
+
+def rows(head, body):
+    """Markdown of a table."""
+    body = [["" if c is None else str(c).replace("|", "\\|") for c in row] for row in body]
+    lines = ["| " + " | ".join(row) + " |" for row in [head, *body]]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
+
+
+def source(*groups):
+    """What stands behind numbers, in a sentence: seeds, samples, episodes, machines, seconds."""
+    some = [line for group in groups for line in group]
+    if not some:
+        return "No run is on file yet."
+    seeds = sorted({x["seed"] for x in some})
+    facts = [f"Seeds {', '.join(map(str, seeds))}", listed(f"{x['samples']:,}" for x in some)]
+    facts[-1] += " samples each"
+    if any(x["episodes"] for x in some):
+        facts.append(listed(str(x["episodes"]) for x in some) + " episodes a domain and seed")
+    seconds = [x["train_seconds"] for x in some]
+    facts.append(f"{min(seconds):.0f} to {max(seconds):.0f} s of training a run")
+    facts.append(listed(x["machine"] for x in some))
+    facts.append("torch " + listed(x["torch"] for x in some))
+    return "; ".join(facts) + ". Intervals: 95%, over seeds; of one seed, over its episodes."
+
+
+def listed(words):
+    return " or ".join(dict.fromkeys(words))
+
+
+# --- the tables -----------------------------------------------------------------------------------
+
+
+def twin_table():
+    """Table 1 at this scale: with and without the left brain, by domain."""
+    twin, vanilla = arm("twinbrain", "t1-twin"), arm("twinbrain", "t1-vanilla")
+    body = [
+        [words, cell(twin, name), cell(vanilla, name), apart(twin, vanilla, name)]
+        for name, words in DOMAINS.items()
+    ]
+    paper = [twinbrain.ABLATIONS[name]["_paper"] for name in ("t1-twin", "t1-vanilla")]
+    body.append(["paper, SimplerEnv average", *(f"{p} (paper)" for p in paper), ""])
+    head = ["success %", "TwinBrainVLA", "vanilla VLA (no left brain)", "difference"]
+    return rows(head, body) + "\n\n" + source(twin, vanilla)
+
+
+def forgetting_table():
+    """What is left of the four abilities, seed by seed."""
+    body = []
+    for words, name, side in (
+        ("the untouched backbone = the left brain afterwards", "t1-twin", "left"),
+        ("right brain of the twin", "t1-twin", "right"),
+        ("vanilla VLA", "t1-vanilla", "right"),
+        ("vanilla VLA, questions mixed in", "f2-cotrain", "right"),
+    ):
+        some = sorted(arm("twinbrain", name), key=lambda x: x["seed"])
+        shares = [[x["vqa"][side][a] for x in some] for a in twinbrain.ABILITIES]
+        cells = [", ".join(f"{100 * v:.0f}" for v in row) or "not run" for row in shares]
+        body.append([words, *cells])
+    body.append(["paper, Qwen3-VL-4B, VLA training", "88.87 to 0.04 (paper)", "", "", ""])
+    head = ["% right, by seed", "existence (POPE)", "SEED-Bench", "ScienceQA", "MME pairs"]
+    some = [arm("twinbrain", name) for name in ("t1-twin", "t1-vanilla", "f2-cotrain")]
+    return rows(head, body) + "\n\n" + source(*some)
+
+
+def chain_table():
+    """VITA-VLA's Table 1 at this scale: goals of a chain reached in a row."""
+    body, teacher = [], "--stage teacher"
+    for words, name, flags in (
+        ("teacher (Seer)", "two-stage", teacher), ("two-stage", "two-stage", ""),
+        ("only-finetune", "only-finetune", ""), ("freeze-vlm", "freeze-vlm", ""),
+    ):  # fmt: skip
+        some = arm("vita_vla", name, flags)
+        names = [*(f"chain {k}" for k in range(1, 6)), "length"]
+        body.append([words, *(cell(some, name) for name in names)])
+    for name in ("two-stage", "only-finetune", "freeze-vlm"):
+        first, _, length = vita_vla.ABLATIONS[name]["_paper"].partition(", ")
+        row = [f"{name}, CALVIN (paper)", f"{first} (paper)", "", "", "", ""]
+        body.append([*row, length and f"{length} (paper)"])
+    head = ["goals reached in a row, %", "1", "2", "3", "4", "5", "average length"]
+    some = [arm("vita_vla", n, f) for n in vita_vla.STAGES for f in ("", teacher)]
+    return rows(head, body) + "\n\n" + source(*some)
+
+
+def stages_table():
+    """DualVLA's chain: the specialist, the generalist, the student."""
+    some, body = arm("dualvla", "ours"), []
+    names = ("plain in", "reason in", "answers", "vla_score", "reason words", "reason ms")
+    for words, stage in (("E, specialist", "expert"), ("G, generalist", "generalist"),
+                         ("DualVLA", "dual")):  # fmt: skip
+        silent = stage == "expert"  # it is never asked to reason
+        cells = (cell(some, f"{stage}: {n}") for n in names if not (silent and "reason" in n))
+        row = [words, *cells]
+        body.append([*row[:2], "", *row[2:], "", ""] if silent else row)
+    head = ["", "success %", "success, reasoning first %", "questions %", "VLA Score",
+            "words a plan", "ms a plan"]  # fmt: skip
+    return rows(head, body) + "\n\n" + source(some)
+
+
+MEASURES = {  # what the ablations of a method are read by, and what they are compared with
+    "twinbrain": ("t1-twin", ("in", "out")),
+    "vita_vla": ("two-stage", ("chain", "length", "in", "look")),
+    "dualvla": ("ours", ("reason in", "plain in", "answers", "vla_score")),
+}
+
+
+def arms_table(method):
+    """Every row of `--ablation list`, and runs with further flags."""
+    first, names = MEASURES[method]
+    body, base = [], arm(method, first)
+    other = names[1] if method == "twinbrain" else names[0]
+    runs = dict.fromkeys((name, "") for name in SCRIPTS[method].ABLATIONS)
+    runs |= dict.fromkeys((x["arm"], x["flags"]) for x in lines(method))
+    for name, flags in runs:
+        about, some = SCRIPTS[method].ABLATIONS[name], arm(method, name, flags)
+        flag = f"`--ablation {name}{' ' + flags if flags else ''}`"
+        row = [flag, about["_row"], about["_paper"] or "", *(cell(some, n) for n in names)]
+        row.append(apart(some, base, other) if some and (name, flags) != (first, "") else "")
+        body.append(row + [len(some) or ""])
+    head = ["flags", "row", "paper", *names, f"{other}, less {first}'s", "seeds"]
+    return rows(head, body) + "\n\n" + source(lines(method))
+
+
+def sources_table():
+    """The command, seeds and machine behind every number."""
+    body = []
+    for method in SCRIPTS:
+        for name, flags in dict.fromkeys((x["arm"], x["flags"]) for x in lines(method)):
+            some = arm(method, name, flags)
+            command = f"python bench/study.py {method} {name} --seeds {len(some)}"
+            command = f"`{command}{' -- ' + flags if flags else ''}`"
+            versions = listed(f"{x['torch']}, {x['transformers']}" for x in some)
+            seconds = statistics.fmean(x["train_seconds"] for x in some)
+            seeds = ", ".join(str(x["seed"]) for x in some)
+            machine = listed(f"{x['machine']}, {x['parallel']} at a time" for x in some)
+            body.append([command, seeds, machine, versions, f"{seconds:.0f}"])
+    head = ["command", "seeds", "machine", "torch, transformers", "seconds of training, mean"]
+    return rows(head, body)
+
+
+# --- claims ---------------------------------------------------------------------------------------
+
+SAME = 0.05  # "makes no difference": within five points either way
+BASES = {"TwinBrainVLA": "twinbrain", "VITA-VLA": "vita_vla", "DualVLA": "dualvla"}
+
+
+@lru_cache
+def claims_file():
+    return json.loads((ROOT / "assets" / "claims.json").read_text())
+
+
+def verdict(claim):
+    """-> outcome, numbers behind it. An interval that holds zero decides nothing."""
+    if "cannot" in claim:
+        return "cannot be tested at this scale", claim["cannot"]
+    test = claim.get("test")
+    if not test:
+        return "not run yet", ""
+    a, b = test["measure"], test["against_measure"]
+    ours = arm(test["method"], test["arm"], test["flags"])
+    theirs = arm(test["method"], test["against"], test["against_flags"])
+    found = gap(ours, theirs, a, b)
+    if not found:
+        return "not run yet", ""
+    value, low, high, how = found
+    numbers = f"{cell(ours, a)} against {cell(theirs, b)}; difference "
+    numbers += f"{compare.text(a, value, low, high, sign='+')}, {how}"
+    if low != low:  # no interval, no verdict
+        return "undecided", numbers
+    if test["expect"] == "same":
+        held, failed = -SAME <= low and high <= SAME, low > 0 or high < 0
+    else:
+        if test["expect"] == "less":
+            low, high = -high, -low
+        held, failed = low > 0, high < 0
+    return "held" if held else "did not hold" if failed else "undecided", numbers
+
+
+def claims_table(paper):
+    body = []
+    for claim in claims_file()["claims"]:
+        if claim["paper"] == paper:
+            outcome, numbers = verdict(claim)
+            words = f"{claim['claim']} ({claim['where']}: {claim['paper_says']})"
+            body.append([words, f"`{claim['command']}`", outcome, numbers])
+    return rows(["claim (where: the paper)", "command", "here", "numbers"], body)
+
+
+def choices_table(paper):
+    body = [
+        [c["what"], c["says"], c["elsewhere"], c["here"], c["flag"] and f"`{c['flag']}`"]
+        for c in claims_file()["choices"]
+        if c["paper"] == paper
+    ]
+    return rows(["what", "the paper", "its tables, code or base", "here", "flag"], body)
+
+
+def tally_table():
+    """How the claims came out, by paper."""
+    outcomes = ("held", "did not hold", "undecided", "cannot be tested at this scale")
+    outcomes += ("not run yet",)
+    body = []
+    for paper in BASES:
+        got = [verdict(c)[0] for c in claims_file()["claims"] if c["paper"] == paper]
+        body.append([paper, *(got.count(name) for name in outcomes), len(got)])
+    return rows(["claims of", *outcomes, "in all"], body)
+
+
+TABLES = {
+    "twinbrain": twin_table,
+    "forgetting": forgetting_table,
+    "twinbrain-arms": lambda: arms_table("twinbrain"),
+    "vita_vla": chain_table,
+    "dualvla": stages_table,
+    "vita_vla-arms": lambda: arms_table("vita_vla"),
+    "dualvla-arms": lambda: arms_table("dualvla"),
+    "sources": sources_table,
+    "tally": tally_table,
+    **{f"claims-{m}": lambda p=p: claims_table(p) for p, m in BASES.items()},
+    **{f"choices-{m}": lambda p=p: choices_table(p) for p, m in BASES.items()},
+}
+
+
+# --- facts of the code ----------------------------------------------------------------------------
+
+
+@lru_cache
+def layers():
+    """Layers of the embedded backbone's language model, and its width."""
+    config = json.loads((ROOT / "assets" / "tiny" / "config.json").read_text())["text_config"]
+    return config["num_hidden_layers"], config["hidden_size"]
+
+
+def joint_layers(k):
+    count = layers()[0]
+    return f"{len(range(0, count, k + 1))} of {count}"
+
+
+def own_lines(method):
+    """Lines of train() that only this method has."""
+    return sum("# [method]" in x for x in inspect.getsource(SCRIPTS[method].train).splitlines())
+
+
+FACTS = {
+    **{f"joint-layers-k{k}": lambda k=k: joint_layers(k) for k in (0, 1, 2, 3, 4, 8)},
+    "extra-action-tokens": lambda: f"{2 * layers()[1]:,}",
+    **{f"method-lines-{m}": lambda m=m: str(own_lines(m)) for m in SCRIPTS},
+    "claims": lambda: str(len(claims_file()["claims"])),
+    "choices": lambda: str(len(claims_file()["choices"])),
+}
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def number(method, names, measure):
+    """What stands at a `value:` marker."""
+    if method not in SCRIPTS:
+        raise common.UserError(f"value: {method}: one of {', '.join(SCRIPTS)}")
+    known = sorted({x["arm"] for x in lines(method)} | set(SCRIPTS[method].ABLATIONS), key=len)
+    ours = next((k for k in reversed(known) if names == k or names.startswith(k + "-")), names)
+    theirs = names[len(ours) + 1 :]
+    for name in filter(None, (ours, theirs)):
+        if name not in known:
+            raise common.UserError(f"value: {method} has no arm {name}")
+    some = arm(method, ours)
+    if measure in ("seeds", "samples", "episodes"):
+        counted = [str(len(some))] if measure == "seeds" else [f"{x[measure]:,}" for x in some]
+        return listed(counted) or "no"
+    if theirs:
+        return apart(some, arm(method, theirs), measure) or "not run"
+    return cell(some, measure)
+
+
+def render(text):
+    """A file's text with every table and number made anew."""
+
+    def table(found):
+        if found[2] not in TABLES:
+            near = common.nearest(found[2], TABLES)
+            raise common.UserError(f"no table {found[2]} (did you mean {near}?)")
+        return f"{found[1]}{TABLES[found[2]]()}\n{found[4]}"
+
+    def fact(found):
+        if found[2] not in FACTS:
+            raise common.UserError(f"no fact {found[2]}: one of {', '.join(FACTS)}")
+        return f"{found[1]}{FACTS[found[2]]()}{found[4]}"
+
+    text = FACT.sub(fact, BLOCK.sub(table, text))
+    return VALUE.sub(lambda f: f[1] + number(f[2], f[3], f[4]) + f[6], text)
+
+
+def outdated(path):
+    """-> the text as it should be, or None where it already is."""
+    text = path.read_text()
+    if len(re.findall("<!-- (?:table|value|fact): ", text)) != text.count("<!-- end -->"):
+        raise common.UserError(f"{path}: each marker needs one `<!-- end -->`")
+    made = render(text)
+    return None if made == text else made
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="*", type=Path, help="markdown; empty: README and docs/")
+    parser.add_argument("--write", action="store_true", help="bring the files up to date")
+    args = parser.parse_args(argv)
+    late = 0
+    for path in args.files or [ROOT / name for name in FILES]:
+        made = outdated(path)
+        if made is not None and args.write:
+            path.write_text(made)
+            print(f"wrote {path}")
+        elif made is not None:
+            late += 1
+            print(f"{path} differs from the result files: --write brings it up to date")
+    sys.exit(1 if late else 0)
+
+
+if __name__ == "__main__":
+    common.run_main(main)
