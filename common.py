@@ -7,6 +7,7 @@ Letters: B batch, T tokens, D width of a head, P patch, M merge, H chunk (or hei
 import dataclasses
 import difflib
 import errno
+import importlib.util
 import inspect
 import json
 import math
@@ -1046,41 +1047,184 @@ class Fast:
 # --- fused linear losses --------------------------------------------------------------------------
 
 
-class LinearKL(torch.autograd.Function):
-    """Mean over n positions of KL(softmax(teacher / T) || softmax(student / T)) from hidden states.
+class LinearLoss(torch.autograd.Function):
+    """Sum over rows of a loss of the logits h @ head.T, which exist for `chunk` rows at a time.
 
-    Both logits exist for `chunk` positions at a time; the student's gradients are made on the way
-    and only scaled in the backward pass. The teacher gets none.
+    rows(part, logits, train) -> the losses of those rows (float32) and, to train, their slopes by
+    the logits. Gradients are made on the way, in the dtypes of h and head, and only scaled in the
+    backward pass, in place: it runs once.
     """
 
     @staticmethod
-    def forward(ctx, h, head, h_teacher, head_teacher, T, chunk):
-        weight, weight_teacher = head.to(h.dtype), head_teacher.to(h_teacher.dtype)  # (V, D)
-        grad_h, total = torch.empty_like(h), h.new_zeros((), dtype=torch.float32)
-        grad_head = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+    def forward(ctx, h, head, rows, chunk, train):
+        weight, total = head.to(h.dtype), h.new_zeros((), dtype=torch.float32)  # (V, D)
+        grad_h = torch.empty_like(h) if train else None
+        grad_head = torch.zeros_like(head) if train and ctx.needs_input_grad[1] else None
         for i in range(0, len(h), chunk):
             part = slice(i, i + chunk)
-            log_q = ((h[part] @ weight.T).float() / T).log_softmax(-1)  # (chunk, V)
-            log_p = ((h_teacher[part] @ weight_teacher.T).float() / T).log_softmax(-1)
-            p = log_p.exp()
-            total += (p * (log_p - log_q)).sum()
-            slope = (log_q.exp() - p) / (T * len(h))  # of the mean, by the student's logits
-            grad_h[part] = slope.to(h.dtype) @ weight
-            if grad_head is not None:
-                grad_head += slope.T @ h[part].float()
-        ctx.save_for_backward(grad_h, grad_head)
-        ctx.head_dtype = head.dtype
-        return total / len(h)
+            losses, slopes = rows(part, h[part] @ weight.T, train)  # slopes (chunk, V)
+            total += losses.sum()
+            if train:
+                grad_h[part] = slopes @ weight
+            if grad_head is not None and head.dtype == h.dtype:
+                grad_head.addmm_(slopes.T, h[part])
+            elif grad_head is not None:  # a product of another dtype, never as large as the head
+                for j in range(0, len(head), WORDS):
+                    grad_head[j : j + WORDS] += slopes[:, j : j + WORDS].T @ h[part]
+        ctx.grads = grad_h, grad_head
+        return total
 
     @staticmethod
     def backward(ctx, slope):
-        grad_h, grad_head = ctx.saved_tensors
+        (grad_h, grad_head), ctx.grads = ctx.grads, None
         if grad_head is not None:
-            grad_head = (slope * grad_head).to(ctx.head_dtype)
-        return (slope * grad_h).to(grad_h.dtype), grad_head, None, None, None, None
+            grad_head.mul_(slope)
+        return grad_h.mul_(slope), grad_head, None, None, None
 
 
-def linear_kl(h, head, h_teacher, head_teacher, T=1.0, chunk=256):
-    """h, h_teacher (n, D) and (n, D'), heads (V, D) and (V, D') -> KL(teacher || student), mean."""
-    with torch.autocast(h.device.type, enabled=False):  # the products are chosen here
-        return LinearKL.apply(h, head, h_teacher, head_teacher.detach(), T, chunk)
+WORDS = 16384  # of the vocabulary at a time
+
+
+def linear_loss(h, head, rows, chunk):
+    """`LinearLoss` with the products in autocast's dtype; chunk 0: 512 rows on a GPU, else 256."""
+    device = h.device.type
+    if torch.is_autocast_enabled(device):
+        h = h.to(torch.get_autocast_dtype(device))
+    train = torch.is_grad_enabled() and (h.requires_grad or head.requires_grad)
+    chunk = chunk or (512 if h.is_cuda else 256)  # fewer read and write the head's gradient less
+    with torch.autocast(device, enabled=False):
+        return LinearLoss.apply(h, head, rows, chunk, train)
+
+
+def linear_kl(h, head, h_teacher, head_teacher, T=1.0, chunk=0):
+    """Mean over rows of KL(softmax(teacher / T) || softmax(student / T)); the teacher gets no
+    gradient. h, h_teacher (n, D) and (n, D'), heads (V, D) and (V, D')."""
+    h_teacher = h_teacher.detach()
+    if torch.is_autocast_enabled(h.device.type):
+        h_teacher = h_teacher.to(torch.get_autocast_dtype(h.device.type))
+    weight_teacher = head_teacher.detach().to(h_teacher.dtype)
+
+    def rows(part, logits, train):
+        teacher = h_teacher[part] @ weight_teacher.T  # (chunk, V)
+        if triton_runs(logits):
+            losses = logits.new_empty(len(logits), dtype=torch.float32)
+            V, sizes = logits.shape[1], dict(BLOCK=4096, TRAIN=train, num_warps=8)
+            kernel(kl_rows)[(len(logits),)](logits, teacher, losses, V, 1 / T, **sizes)
+            return losses, logits
+        log_q, log_p = ((x.float() / T).log_softmax(-1) for x in (logits, teacher))
+        p = log_p.exp()
+        losses = (p * (log_p - log_q)).sum(-1)
+        return losses, log_q.exp_().sub_(p).div_(T).to(logits.dtype) if train else None
+
+    return linear_loss(h, head, rows, chunk) / len(h)
+
+
+def linear_cross_entropy(h, head, words, count=0, chunk=0):
+    """h (n, D), head (V, D), words (n,) -> sum of -log softmax(h @ head.T)[word] over `count` (0:
+    n, the mean), the likeliest words (n,)."""
+    best = torch.empty_like(words)
+
+    def rows(part, logits, train):
+        said = words[part]
+        if triton_runs(logits):
+            losses = logits.new_empty(len(logits), dtype=torch.float32)
+            V, sizes = logits.shape[1], dict(BLOCK=8192, TRAIN=train, num_warps=8)
+            run = kernel(cross_entropy_rows)[(len(logits),)]
+            run(logits, said, losses, best[part], V, **sizes)
+            return losses, logits
+        best[part] = logits.argmax(-1)
+        log_p = logits.float().log_softmax(-1)
+        losses = -log_p.gather(1, said[:, None])
+        if not train:
+            return losses, None
+        slopes = log_p.exp_()
+        slopes.scatter_add_(1, said[:, None], -torch.ones_like(losses))
+        return losses, slopes.to(logits.dtype)
+
+    return linear_loss(h, head, rows, chunk) / (count or len(words)), best
+
+
+# --- kernels in Triton's language -----------------------------------------------------------------
+# Triton is imported with the first kernel; a CPU needs none. In Triton's interpreter
+# (TRITON_INTERPRET=1) the kernels run on a CPU too, slowly: that is how they are tested there.
+
+tl = None  # triton.language
+
+
+class constexpr:
+    """Triton reads this name where an argument is fixed when the kernel is compiled."""
+
+
+@lru_cache
+def kernel(function):
+    """A function in Triton's language -> its kernel."""
+    global tl
+    import triton
+    import triton.language as tl
+
+    return triton.jit(function)
+
+
+@lru_cache
+def has_triton():
+    return importlib.util.find_spec("triton") is not None
+
+
+def triton_runs(x):
+    """Whether kernels take this tensor: on a GPU, or in the interpreter."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and x.dtype != torch.float64
+    return (x.is_cuda or interpreted) and has_triton()
+
+
+def cross_entropy_rows(
+    logits, words, losses, best, V, BLOCK: constexpr, TRAIN: constexpr
+):
+    """A program a row: its loss, its likeliest word; to train, its logits become slopes."""
+    row = tl.program_id(0).to(tl.int64)
+    logits, word, columns = logits + row * V, tl.load(words + row), tl.arange(0, BLOCK)
+    at_word, top, total, likeliest = tl.load(logits + word).to(tl.float32), -1e30, 0.0, 0
+    for first in range(0, V, BLOCK):
+        z = tl.load(logits + first + columns, first + columns < V, other=-float("inf"))
+        z = z.to(tl.float32)
+        high = tl.max(z, 0)
+        likeliest = tl.where(high > top, first + tl.argmax(z, 0), likeliest)
+        high = tl.maximum(high, top)
+        total = total * tl.exp(top - high) + tl.sum(tl.exp(z - high), 0)
+        top = high
+    tl.store(losses + row, tl.log(total) + top - at_word)
+    tl.store(best + row, likeliest)
+    if TRAIN:
+        for first in range(0, V, BLOCK):
+            inside = first + columns < V
+            z = tl.load(logits + first + columns, inside, other=-float("inf")).to(tl.float32)
+            slope = tl.exp(z - top) / total - tl.where(first + columns == word, 1.0, 0.0)
+            tl.store(logits + first + columns, slope, inside)
+
+
+def kl_rows(
+    student, teacher, losses, V, inverse, BLOCK: constexpr, TRAIN: constexpr
+):
+    """A program a row: KL(teacher || student) at temperature 1 / inverse; to train, the student's
+    logits become slopes."""
+    row = tl.program_id(0).to(tl.int64)
+    student, teacher, columns = student + row * V, teacher + row * V, tl.arange(0, BLOCK)
+    top_s, total_s, top_t, total_t, cross = -1e30, 0.0, -1e30, 0.0, 0.0
+    for first in range(0, V, BLOCK):
+        inside = first + columns < V
+        s = tl.load(student + first + columns, inside, other=-float("inf")).to(tl.float32) * inverse
+        t = tl.load(teacher + first + columns, inside, other=-float("inf")).to(tl.float32) * inverse
+        high_s, high_t = tl.maximum(tl.max(s, 0), top_s), tl.maximum(tl.max(t, 0), top_t)
+        total_s = total_s * tl.exp(top_s - high_s) + tl.sum(tl.exp(s - high_s), 0)
+        weight, shrink = tl.exp(t - high_t), tl.exp(top_t - high_t)
+        total_t = total_t * shrink + tl.sum(weight, 0)
+        cross = cross * shrink + tl.sum(tl.where(inside, weight * (t - s), 0.0), 0)
+        top_s, top_t = high_s, high_t
+    loss = cross / total_t - (top_t + tl.log(total_t)) + (top_s + tl.log(total_s))
+    tl.store(losses + row, loss)
+    if TRAIN:
+        for first in range(0, V, BLOCK):
+            inside = first + columns < V
+            s = tl.load(student + first + columns, inside, other=0.0).to(tl.float32) * inverse
+            t = tl.load(teacher + first + columns, inside, other=0.0).to(tl.float32) * inverse
+            slope = tl.exp(s - top_s) / total_s - tl.exp(t - top_t) / total_t
+            tl.store(student + first + columns, slope * inverse, inside)

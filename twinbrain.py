@@ -602,10 +602,10 @@ def answer_loss(vlm, h, labels):
     """h (B, T, D), labels (B, T), -100 where nothing is asked -> cross-entropy, (B,) all right."""
     h, labels = h[:, :-1], labels[:, 1:]
     asked = labels >= 0
-    logits = vlm.lm_head(h[asked]).float()  # (answer tokens, vocabulary): nowhere else
-    wrong = torch.zeros_like(labels)
-    wrong[asked] = (logits.argmax(-1) != labels[asked]).long()
-    return F.cross_entropy(logits, labels[asked]), wrong.sum(1) == 0
+    words, wrong = labels[asked], torch.zeros_like(labels)
+    loss, best = common.linear_cross_entropy(h[asked], vlm.lm_head.weight, words)
+    wrong[asked] = (best != words).long()
+    return loss, wrong.sum(1) == 0
 
 
 def total_loss(losses, cfg):
