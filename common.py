@@ -1148,11 +1148,12 @@ def linear_cross_entropy(h, head, words, count=0, chunk=0):
 # Triton is imported with the first kernel; a CPU needs none. In Triton's interpreter
 # (TRITON_INTERPRET=1) the kernels run on a CPU too, slowly: that is how they are tested there.
 
-tl = None  # triton.language
 
+class tl:
+    """Stands for `triton.language` until `kernel` imports it: what the signatures below name."""
 
-class constexpr:
-    """Triton reads this name where an argument is fixed when the kernel is compiled."""
+    class constexpr:
+        """An argument that is fixed when the kernel is compiled."""
 
 
 @lru_cache
@@ -1176,9 +1177,7 @@ def triton_runs(x):
     return (x.is_cuda or interpreted) and has_triton()
 
 
-def cross_entropy_rows(
-    logits, words, losses, best, V, BLOCK: constexpr, TRAIN: constexpr
-):
+def cross_entropy_rows(logits, words, losses, best, V, BLOCK: tl.constexpr, TRAIN: tl.constexpr):
     """A program a row: its loss, its likeliest word; to train, its logits become slopes."""
     row = tl.program_id(0).to(tl.int64)
     logits, word, columns = logits + row * V, tl.load(words + row), tl.arange(0, BLOCK)
@@ -1201,9 +1200,7 @@ def cross_entropy_rows(
             tl.store(logits + first + columns, slope, inside)
 
 
-def kl_rows(
-    student, teacher, losses, V, inverse, BLOCK: constexpr, TRAIN: constexpr
-):
+def kl_rows(student, teacher, losses, V, inverse, BLOCK: tl.constexpr, TRAIN: tl.constexpr):
     """A program a row: KL(teacher || student) at temperature 1 / inverse; to train, the student's
     logits become slopes."""
     row = tl.program_id(0).to(tl.int64)
@@ -1228,3 +1225,134 @@ def kl_rows(
             t = tl.load(teacher + first + columns, inside, other=0.0).to(tl.float32) * inverse
             slope = tl.exp(s - top_s) / total_s - tl.exp(t - top_t) / total_t
             tl.store(student + first + columns, slope * inverse, inside)
+
+
+class JointAttention(torch.autograd.Function):
+    """Attention of right queries to left keys, all of them, and to right keys, causally, for
+    prompts padded on the left in both halves. What is left gets no gradient."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, first_L, first_R, scale):
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        (B, heads, T_R, D), (_, kv_heads, T, _) = q.shape, k.shape
+        out, lse = torch.empty_like(q), q.new_empty(B, heads, T_R, dtype=torch.float32)
+        side = 64 if q.element_size() * D <= 256 else 32  # of a block, for shared memory
+        ctx.sizes = heads, heads // kv_heads, T - T_R, T_R, scale, D, side, side
+        grid = -(-T_R // side), B * heads
+        kernel(joint_forward)[grid](q, k, v, out, lse, first_L, first_R, *ctx.sizes, num_warps=8)
+        ctx.save_for_backward(q, k, v, out, lse, first_L, first_R)
+        return out
+
+    @staticmethod
+    def backward(ctx, slope):
+        q, k, v, out, lse, *first = ctx.saved_tensors
+        slope, (B, heads, T_R, _) = slope.contiguous(), q.shape
+        delta = (slope.float() * out.float()).sum(-1)
+        grads = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        given, blocks = (q, k, v, slope, lse, delta), -(-T_R // ctx.sizes[-1])
+        run = kernel(joint_backward_q)[blocks, B * heads]
+        run(*given, grads[0], *first, *ctx.sizes, num_warps=8)
+        run = kernel(joint_backward_kv)[blocks, B * k.shape[1]]
+        run(*given, *grads[1:], first[1], *ctx.sizes, num_warps=8)
+        return *grads, None, None, None
+
+
+def joint_attention(q, k, v, first_L, first_R, scale):
+    """q (B, heads, T_R, d), k, v (B, kv heads, T_L + T_R, d), d a power of two from 16 on; the
+    first real token of each half (B,) int32 -> (B, heads, T_R, d). Padding sees itself alone."""
+    return JointAttention.apply(q, k, v, first_L, first_R, scale)
+
+
+def joint_forward(
+    q, k, v, out, lse, first_L, first_R, heads, groups, T_L, T_R, scale,
+    D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """A program for M queries of one head, online softmax over blocks of N keys."""
+    at, head = tl.program_id(0) * M, tl.program_id(1).to(tl.int64)
+    m, n, d = at + tl.arange(0, M), tl.arange(0, N), tl.arange(0, D)
+    start_L, start_R = tl.load(first_L + head // heads), tl.load(first_R + head // heads)
+    mine, keys = head * T_R, head // groups * (T_L + T_R) * D  # where this head begins
+    tile = m[:, None] * D + d[None]
+    x = tl.load(q + mine * D + tile, m[:, None] < T_R, other=0.0)
+    top, total = tl.full([M], -1e30, tl.float32), tl.zeros([M], tl.float32)
+    sums = tl.zeros([M, D], tl.float32)
+    start = tl.where(at + M > start_R, start_L, T_L + at) // N * N  # only padding: itself alone
+    for first in range(start, tl.minimum(T_L + at + M, T_L + T_R), N):
+        j = first + n
+        place = j[:, None] * D + d[None]
+        y = tl.load(k + keys + place, j[:, None] < T_L + T_R, other=0.0)
+        s = tl.dot(x, tl.trans(y)) * scale
+        real = m[:, None] >= start_R
+        sees = (real & (j[None] >= start_L) & (j[None] < T_L)) | (j[None] - T_L == m[:, None])
+        sees |= real & (j[None] - T_L >= start_R) & (j[None] - T_L < m[:, None])
+        s = tl.where(sees, s, -float("inf"))
+        high = tl.maximum(top, tl.max(s, 1))
+        p, shrink = tl.exp(s - high[:, None]), tl.exp(top - high)
+        total = total * shrink + tl.sum(p, 1)
+        y = tl.load(v + keys + place, j[:, None] < T_L + T_R, other=0.0)
+        sums = sums * shrink[:, None] + tl.dot(p.to(y.dtype), y)
+        top = high
+    tl.store(lse + mine + m, top + tl.log(total), m < T_R)
+    tl.store(out + mine * D + tile, sums / total[:, None], m[:, None] < T_R)
+
+
+def joint_backward_q(
+    q, k, v, slope, lse, delta, grad_q, first_L, first_R, heads, groups, T_L, T_R, scale,
+    D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """A program for M queries of one head: their gradient, over the keys that they saw."""
+    at, head = tl.program_id(0) * M, tl.program_id(1).to(tl.int64)
+    m, n, d = at + tl.arange(0, M), tl.arange(0, N), tl.arange(0, D)
+    start_L, start_R = tl.load(first_L + head // heads), tl.load(first_R + head // heads)
+    mine, keys = head * T_R, head // groups * (T_L + T_R) * D
+    tile = m[:, None] * D + d[None]
+    x = tl.load(q + mine * D + tile, m[:, None] < T_R, other=0.0)
+    g = tl.load(slope + mine * D + tile, m[:, None] < T_R, other=0.0)
+    norm = tl.load(lse + mine + m, m < T_R, other=0.0)[:, None]
+    own = tl.load(delta + mine + m, m < T_R, other=0.0)[:, None]
+    sums = tl.zeros([M, D], tl.float32)
+    start = tl.where(at + M > start_R, start_L, T_L + at) // N * N
+    for first in range(start, tl.minimum(T_L + at + M, T_L + T_R), N):
+        j = first + n
+        place = j[:, None] * D + d[None]
+        y = tl.load(k + keys + place, j[:, None] < T_L + T_R, other=0.0)
+        z = tl.load(v + keys + place, j[:, None] < T_L + T_R, other=0.0)
+        real = m[:, None] >= start_R
+        sees = (real & (j[None] >= start_L) & (j[None] < T_L)) | (j[None] - T_L == m[:, None])
+        sees |= real & (j[None] - T_L >= start_R) & (j[None] - T_L < m[:, None])
+        p = tl.where(sees, tl.exp(tl.dot(x, tl.trans(y)) * scale - norm), 0.0)
+        ds = p * (tl.dot(g, tl.trans(z)) - own)
+        sums += tl.dot(ds.to(y.dtype), y)
+    tl.store(grad_q + mine * D + tile, sums * scale, m[:, None] < T_R)
+
+
+def joint_backward_kv(
+    q, k, v, slope, lse, delta, grad_k, grad_v, first_R, heads, groups, T_L, T_R, scale,
+    D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """A program for N right keys and values of one head: their gradients, over all the queries
+    that saw them, in every query head of the group."""
+    at, head = tl.program_id(0) * N, tl.program_id(1).to(tl.int64)
+    j, d = at + tl.arange(0, N), tl.arange(0, D)
+    start_R = tl.load(first_R + head * groups // heads)
+    keys, place = (head * (T_L + T_R) + T_L) * D, j[:, None] * D + d[None]
+    y = tl.load(k + keys + place, j[:, None] < T_R, other=0.0)
+    z = tl.load(v + keys + place, j[:, None] < T_R, other=0.0)
+    sums_k, sums_v = tl.zeros([N, D], tl.float32), tl.zeros([N, D], tl.float32)
+    for group in range(groups):
+        mine = (head * groups + group) * T_R
+        for first in range(at // M * M, T_R, M):
+            m = first + tl.arange(0, M)
+            tile = m[:, None] * D + d[None]
+            x = tl.load(q + mine * D + tile, m[:, None] < T_R, other=0.0)
+            g = tl.load(slope + mine * D + tile, m[:, None] < T_R, other=0.0)
+            norm = tl.load(lse + mine + m, m < T_R, other=0.0)[:, None]
+            own = tl.load(delta + mine + m, m < T_R, other=0.0)[:, None]
+            sees = (j[None] >= start_R) & (j[None] < m[:, None]) | (j[None] == m[:, None])
+            sees &= m[:, None] < T_R
+            p = tl.where(sees, tl.exp(tl.dot(x, tl.trans(y)) * scale - norm), 0.0)
+            sums_v += tl.dot(tl.trans(p.to(g.dtype)), g)
+            ds = p * (tl.dot(g, tl.trans(z)) - own)
+            sums_k += tl.dot(tl.trans(ds.to(x.dtype)), x)
+    tl.store(grad_k + keys + place, sums_k * scale, j[:, None] < T_R)
+    tl.store(grad_v + keys + place, sums_v, j[:, None] < T_R)
