@@ -331,6 +331,10 @@ class Video:
         self.file = need("av").open(str(path))
         self.stream = self.file.streams.video[0]
         self.stream.codec_context.thread_count = 1  # the loader's workers are the threads
+        self.painter = need("av.video.reformatter").VideoReformatter()  # sets itself up once
+        self.how = {"format": "rgb24"}
+        if "threads" in (self.painter.reformat.__doc__ or ""):  # newer ones start a pool otherwise
+            self.how["threads"] = 1
         self.half, self.coming, self.now = 0.5 / float(self.stream.average_rate or 30), None, None
 
     def at(self, time, tolerance):
@@ -345,7 +349,7 @@ class Video:
                 raise ValueError(f"the video ends before {time:.2f} s")
         if self.now.time > time + tolerance:
             raise ValueError(f"no picture at {time:.2f} s")
-        return self.now.to_ndarray(format="rgb24")
+        return self.painter.reformat(self.now, **self.how).to_ndarray()
 
 
 @lru_cache(maxsize=32)
@@ -604,7 +608,8 @@ def flat(path, kind, shape):
     size = path.stat().st_size
     if size != np.prod(shape) * np.dtype(kind).itemsize:
         raise ValueError(f"{size} bytes do not make {shape}: write it again")
-    return np.memmap(path, kind, "r", shape=shape) if size else np.zeros(shape, kind)
+    # a plain array over the file: a memmap's own slices cost more than a small picture's copy
+    return np.asarray(np.memmap(path, kind, "r", shape=shape)) if size else np.zeros(shape, kind)
 
 
 class Store:
@@ -658,7 +663,7 @@ class Episodes:
             raise IndexError(i)
         i = int(i) % len(self)
         if i not in self.recent:
-            if len(self.recent) >= 64:
+            if len(self.recent) >= 1024:  # numbers and places alone, a few kilobytes each
                 self.recent.clear()
             self.recent[i] = self.read(i)
         return self.recent[i]
@@ -673,7 +678,7 @@ class Episodes:
             for kind, x, width in zip(("state", "action"), (state, action), self.reader.dims):
                 if x.shape != (self.lengths[i], width):
                     raise ValueError(f"field {kind} is {x.shape}, not {(self.lengths[i], width)}")
-                if not np.isfinite(x).all():
+                if self.store is None and not np.isfinite(x).all():
                     step = int(np.argmin(np.isfinite(x).all(1)))
                     raise ValueError(f"field {kind}: not a finite number at step {step}")
             absent = [name for name in self.source.cameras if name not in frames]
@@ -923,7 +928,10 @@ def bounds(stats, how):
 
 def normalise(x, stats, how="q99", clip=1.0):
     """(..., A) in the recording's units -> [-1, 1] between the bounds, clipped at +-clip."""
-    low, high = bounds(stats, how)
+    return squeeze(x, *bounds(stats, how), clip)
+
+
+def squeeze(x, low, high, clip=1.0):
     return np.clip(2 * (x - low) / (high - low) - 1, -clip, clip).astype(np.float32)
 
 
@@ -950,11 +958,12 @@ class Windows:
     def __init__(self, episodes, stats, horizon, how="q99", augment=0, sides=(0, 0), width=0):
         """sides: of the first camera's pictures and the others' (0: as recorded); width: at least
         so many numbers of state, zeros to fill, where datasets with different robots are mixed."""
-        self.episodes, self.stats, self.horizon = episodes, stats, horizon
-        self.how, self.augment, self.sides, self.width = how, augment, sides, width
+        self.episodes, self.horizon = episodes, horizon
+        self.augment, self.sides, self.width = augment, sides, width
         known = isinstance(episodes, Episodes)
         lengths = episodes.lengths if known else [len(e.action) for e in episodes]
         self.starts = np.cumsum([0, *lengths])
+        self.bounds = {kind: bounds(s, how) for kind, s in stats.items()}
 
     def __len__(self):
         return int(self.starts[-1])
@@ -972,7 +981,7 @@ class Windows:
         """-> the normalised actions from step t on (H, A), whether each is inside (H,)."""
         steps = np.arange(t, t + self.horizon)
         action = episode.action[np.minimum(steps, len(episode.action) - 1)]
-        return normalise(action, self.stats["action"], self.how), steps < len(episode.action)
+        return squeeze(action, *self.bounds["action"]), steps < len(episode.action)
 
     def get(self, index, rng):
         """-> "images", "instruction", "state" (S,), "action" (H, A), "mask" (H,) of one step."""
@@ -983,11 +992,13 @@ class Windows:
         if self.augment:
             moves = rng.integers(-self.augment, self.augment + 1, (len(images), 2))
             images = [shift(i, *(m * len(i) / 64).astype(int)) for i, m in zip(images, moves)]
-        state = normalise(episode.state[t], self.stats["state"], self.how)
+        state = squeeze(episode.state[t], *self.bounds["state"])
+        if len(state) < self.width:
+            state = np.pad(state, (0, self.width - len(state)))
         return {
             "images": images,
             "instruction": episode.instruction,
-            "state": np.pad(state, (0, max(0, self.width - len(state)))),  # (S,)
+            "state": state,  # (S,)
             "action": action,
             "mask": inside,
         }
