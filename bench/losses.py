@@ -10,9 +10,9 @@ each is held against the plain one first. Liger-Kernel wants `pip install liger-
 """
 
 import argparse
+import ctypes
 import importlib.util
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -95,34 +95,20 @@ def step(form, x):
 
 
 def peak(args, kind, name, trained):
-    """Bytes beyond the inputs; on a CPU in a process of its own, whose high-water mark counts."""
-    if not CUDA:
-        command = [sys.executable, __file__, "--child", f"{kind},{name},{int(trained)}"]
-        for flag in ("tokens", "vocabulary", "width"):
-            command += [f"--{flag}", str(getattr(args, flag))]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(done.stderr.strip().splitlines()[-1])
-        return int(done.stdout)
+    """Bytes beyond the inputs at the worst moment of a step."""
     x = make(args, trained)
     step(FORMS[kind][name], x)  # what is set up once is not counted
     x["h"].grad = x["head"].grad = None
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step(FORMS[kind][name], x)
-    return torch.cuda.max_memory_allocated() - before
-
-
-def child(args):
-    kind, name, trained = args.child.split(",")
-    torch.set_num_threads(1)
-    x = make(args, trained == "1")
-    small = {k: v[:2].detach() for k, v in x.items()} | {"head": x["head"]}
-    FORMS[kind][name](small | {"head_teacher": x["head_teacher"]})
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step(FORMS[kind][name], x)
+        return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is held now
     before = held("VmRSS")
     step(FORMS[kind][name], x)
-    print(held("VmHWM") - before)
+    return held("VmHWM") - before
 
 
 def held(field):
@@ -183,10 +169,7 @@ def main():
     parser.add_argument("--width", type=int, default=2560 if CUDA else 128)
     parser.add_argument("--repeats", type=int, default=10 if CUDA else 3)
     parser.add_argument("--note", default="", help="said beside the numbers")
-    parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.child:
-        return child(args)
     for kind in FORMS:
         for trained in (True, False):
             compare(args, kind, trained)
