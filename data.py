@@ -358,6 +358,10 @@ class Video:
         self.file = need("av").open(str(path))
         self.stream = self.file.streams.video[0]
         self.stream.codec_context.thread_count = 1  # the loader's workers are the threads
+        self.painter = need("av.video.reformatter").VideoReformatter()  # sets itself up once
+        self.how = {"format": "rgb24"}
+        if "threads" in (self.painter.reformat.__doc__ or ""):  # newer ones start a pool otherwise
+            self.how["threads"] = 1
         self.half, self.coming, self.now = 0.5 / float(self.stream.average_rate or 30), None, None
 
     def at(self, time, tolerance):
@@ -372,7 +376,7 @@ class Video:
                 raise ValueError(f"the video ends before {time:.2f} s")
         if self.now.time > time + tolerance:
             raise ValueError(f"no picture at {time:.2f} s")
-        return self.now.to_ndarray(format="rgb24")
+        return self.painter.reformat(self.now, **self.how).to_ndarray()
 
 
 @lru_cache(maxsize=32)
@@ -631,7 +635,8 @@ def flat(path, kind, shape):
     size = path.stat().st_size
     if size != np.prod(shape) * np.dtype(kind).itemsize:
         raise ValueError(f"{size} bytes do not make {shape}: write it again")
-    return np.memmap(path, kind, "r", shape=shape) if size else np.zeros(shape, kind)
+    # a plain array over the file: a memmap's own slices cost more than a small picture's copy
+    return np.asarray(np.memmap(path, kind, "r", shape=shape)) if size else np.zeros(shape, kind)
 
 
 class Store:
@@ -690,7 +695,7 @@ class Episodes:
             raise IndexError(i)
         i = int(i) % len(self)
         if i not in self.recent:
-            if len(self.recent) >= 64:
+            if len(self.recent) >= 1024:  # numbers and places alone, a few kilobytes each
                 self.recent.clear()
             self.recent[i] = self.read(i)
         return self.recent[i]
@@ -707,7 +712,7 @@ class Episodes:
             for kind, x, width in zip(("state", "action"), (state, action), self.reader.dims):
                 if x.shape != (self.lengths[i], width):
                     raise ValueError(f"field {kind} is {x.shape}, not {(self.lengths[i], width)}")
-                if not np.isfinite(x).all():
+                if self.store is None and not np.isfinite(x).all():
                     step = int(np.argmin(np.isfinite(x).all(1)))
                     raise ValueError(f"field {kind}: not a finite number at step {step}")
             if said and len(said) != self.lengths[i]:
@@ -1017,11 +1022,15 @@ def bounds(stats):
 def normalise(x, stats, clip=1.0):
     """(..., A) in the recording's units -> [-1, 1] between the bounds, clipped at +-clip; zeros
     take the place of numbers that another robot has and this one has not."""
-    low, high = bounds(stats)
-    if np.shape(x)[-1] > len(low):
+    return squeeze(x, *bounds(stats), clip)
+
+
+def squeeze(x, low, high, clip=1.0):
+    wider = len(low) - np.shape(x)[-1]
+    if wider < 0:
         words = f"a state or action of {np.shape(x)[-1]} numbers, trained on {len(low)}"
         raise UserError(f"another robot: {words}")
-    x = np.pad(x, [(0, 0)] * (np.ndim(x) - 1) + [(0, len(low) - np.shape(x)[-1])])
+    x = np.pad(x, [(0, 0)] * (np.ndim(x) - 1) + [(0, wider)]) if wider else x
     return np.clip(2 * (x - low) / (high - low) - 1, -clip, clip).astype(np.float32)
 
 
@@ -1058,7 +1067,8 @@ class Windows:
 
     def __init__(self, episodes, stats, horizon, augment=0, sides=(0, 0), robot="tabletop"):
         """sides: of the first camera's pictures and the others' (0: as recorded)."""
-        self.episodes, self.stats, self.horizon = episodes, stats, horizon
+        self.episodes, self.horizon = episodes, horizon
+        self.bounds = {kind: bounds(s) for kind, s in stats.items()}
         self.augment, self.sides, self.robot = augment, sides, robot
         self.starts = np.cumsum([0, *lengths(episodes)])
 
@@ -1078,7 +1088,7 @@ class Windows:
         """-> the normalised actions from step t on (H, A), whether each is inside (H,)."""
         steps = np.arange(t, t + self.horizon)
         action = episode.action[np.minimum(steps, len(episode.action) - 1)]
-        return normalise(action, self.stats["action"]), steps < len(episode.action)
+        return squeeze(action, *self.bounds["action"]), steps < len(episode.action)
 
     def get(self, index, rng):
         """-> "images", "instruction", "robot", "state" (S,), "action" (H, A), "mask" (H,)."""
@@ -1093,7 +1103,7 @@ class Windows:
             "images": images,
             "instruction": episode.instruction,
             "robot": self.robot,
-            "state": normalise(episode.state[t], self.stats["state"]),  # (S,)
+            "state": squeeze(episode.state[t], *self.bounds["state"]),  # (S,)
             "action": action,
             "mask": inside,
         }

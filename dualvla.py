@@ -706,14 +706,17 @@ def spoken_actions(h, labels, first):
 def text_loss(head, h, labels):
     """Mean of -log pi(y_k | o, i, y_<k) over the labelled words."""
     h, words = spoken(h, labels)
-    return F.cross_entropy(head(h).float(), words)
+    return common.linear_cross_entropy(h, head.weight, words)[0]
 
 
 def token_losses(head, h, labels, first):
     """The same where actions are words; the sum of both parts is the mean over y, Eq. 3."""
     h, words = spoken(h, labels)
-    nll = F.cross_entropy(head(h).float(), words, reduction="none") / len(words)
-    return {"text": nll[words < first].sum(), "action": nll[words >= first].sum()}
+    parts, count = {"text": words < first, "action": words >= first}, len(words) or 1
+    return {
+        name: common.linear_cross_entropy(h[mine], head.weight, words[mine], count)[0]
+        for name, mine in parts.items()
+    }
 
 
 def vla_loss(losses):

@@ -95,6 +95,7 @@ class Config:
     interval: int = 0  # k, plain self-attention layers between joint ones (Table 6)
     visibility: str = "all"  # all | index: which left tokens a right token sees (A1)
     deepstack: bool = True  # DeepStack features in both brains (A3)
+    attention: str = "library"  # library | kernel: of Eq. 6; bench/attention.py compares
     state: bool = True  # state token phi(s) in the right brain (Eq. 2; paper: off in simulation)
     # the action expert
     head: str = "flow"  # flow | pi | oft | fast: the paper's DiT, or a baseline of Appendix C
@@ -303,9 +304,20 @@ def joint_attention(module, q_R, k, v, mask, scaling=None, **_):
     return y.transpose(1, 2), None
 
 
+def kernel_attention(module, q_R, k, v, mask, scaling=None, **_):
+    """The same in our kernel, where it applies: no dense mask, no gradient work for the left."""
+    T_L, known = k.shape[2] - q_R.shape[2], common.triton_runs(q_R) and mask.shape[2] > 1
+    if joint_attention.maps is not None or not known:
+        return joint_attention(module, q_R, k, v, mask, scaling)
+    sees = mask[:, 0, -1, -k.shape[2] :]  # the last token sees all that is real
+    first = [(~half).sum(1, dtype=torch.int32) for half in (sees[:, :T_L], sees[:, T_L:])]
+    return common.joint_attention(q_R, k, v, *first, scaling).transpose(1, 2), None
+
+
 joint_attention.maps = None
-AttentionInterface.register("asymot", joint_attention)
-AttentionMaskInterface.register("asymot", sdpa_mask)
+for name, function in (("asymot", joint_attention), ("asymot_kernel", kernel_attention)):
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, sdpa_mask)
 
 
 def joint_mask(real_L, real_R, visibility):
@@ -337,7 +349,8 @@ class TwinBrain(nn.Module):
             vlm.model.visual.deepstack_visual_indexes = []
             vlm.config.vision_config.deepstack_visual_indexes = []
             vlm.model.visual.deepstack_merger_list = nn.ModuleList()
-        vlm.model.language_model.config._attn_implementation = "asymot"
+        name = "asymot" if cfg.attention == "library" else "asymot_kernel"
+        vlm.model.language_model.config._attn_implementation = name
         tied = vlm.lm_head.weight is vlm.get_input_embeddings().weight
         self.left = None if cfg.brain == "vanilla" else copy.deepcopy(vlm)
         if self.left is not None:
@@ -608,10 +621,10 @@ def answer_loss(vlm, h, labels):
     """h (B, T, D), labels (B, T), -100 where nothing is asked -> cross-entropy, (B,) all right."""
     h, labels = h[:, :-1], labels[:, 1:]
     asked = labels >= 0
-    logits = vlm.lm_head(h[asked]).float()  # (answer tokens, vocabulary): nowhere else
-    wrong = torch.zeros_like(labels)
-    wrong[asked] = (logits.argmax(-1) != labels[asked]).long()
-    return F.cross_entropy(logits, labels[asked]), wrong.sum(1) == 0
+    words, wrong = labels[asked], torch.zeros_like(labels)
+    loss, best = common.linear_cross_entropy(h[asked], vlm.lm_head.weight, words)
+    wrong[asked] = (best != words).long()
+    return loss, wrong.sum(1) == 0
 
 
 def total_loss(losses, cfg):
@@ -871,6 +884,8 @@ def prepare(cfg, dist, run, resumed):
 def check(cfg):
     """What no type can say about the flags, before anything is spent on them."""
     loop.check(cfg)
+    if cfg.attention == "kernel" and (cfg.visibility == "index" or cfg.brain == "nofreeze"):
+        raise common.UserError("--attention kernel: no --visibility index, no --brain nofreeze")
     if cfg.ablation == "t9-student" and not cfg.distill:
         raise common.UserError("--ablation t9-student needs --distill RUN, a twin's run folder")
     for name in ("steps", "batch", "demos", "repeats", "episodes", "parallel", "log_every"):

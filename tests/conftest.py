@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+import torch
 
 import data
 
@@ -39,3 +40,11 @@ def status(capsys, monkeypatch):
         return code, *capsys.readouterr()
 
     return call
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked `gpu` are skipped where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="there is no GPU"))

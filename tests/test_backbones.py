@@ -370,7 +370,7 @@ def test_the_exported_right_brain_answers_as_it_does(flags, episodes, tmp_path, 
     model, _ = trained(twinbrain, tmp_path / "run", episodes, **flags)
     if "head" in flags:  # its action words' byte pairs are the run's, not the checkpoint's
         meta = next(tmp_path.glob("run/checkpoints/*/meta.json"))
-        windows = data.Windows(episodes, data.statistics(episodes), 8, "q99", 0)
+        windows = data.Windows(episodes, data.statistics(episodes), 8)
         tokenizer = AutoTokenizer.from_pretrained(TINY)
         fast = common.Fast.fit(windows.chunks(7), tokenizer).state()
         meta.write_text(json.dumps(json.loads(meta.read_text()) | {"fast": fast}))
