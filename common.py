@@ -37,6 +37,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, trainers
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, AutoTokenizer
@@ -49,6 +50,9 @@ class UserError(Exception):
     """A mistake the user can mend; the message is one line."""
 
 
+FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+
+
 def run_main(main) -> None:
     """Runs `main()`; what the user can mend ends in one line instead of a traceback."""
     try:
@@ -56,14 +60,20 @@ def run_main(main) -> None:
     except UserError as error:
         message = str(error)
     except torch.OutOfMemoryError:
-        message = "the GPU is out of memory: use a smaller batch"
+        message = "the GPU is out of memory: half of --batch with twice --accumulate, or "
+        message += "--grad-checkpoint, --frozen bf16, --lora 32, --shard full on several GPUs"
     except BrokenPipeError:  # whoever read the output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(0)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in FAULTS:
             raise
-        message = f"the disk is full: {error.filename or 'while writing'}"
+        message = f"{error.strerror}: {error.filename or 'while writing'}"
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        message = "a loader process was killed; go on with --resume, with fewer --workers if the "
+        message += "machine's memory was full"
     except KeyboardInterrupt:
         sys.exit(130)
     print(f"error: {message}", file=sys.stderr)
@@ -251,10 +261,13 @@ def multiplies_bf16(device: torch.device) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def autocast(device: torch.device, dtype: str = "auto"):
+def in_bf16(device: torch.device, dtype: str) -> bool:
     """dtype: auto | bf16 | fp32; auto is bf16 where the hardware multiplies it, else fp32."""
-    on = dtype == "bf16" or (dtype == "auto" and multiplies_bf16(device))
-    return torch.autocast(device.type, torch.bfloat16, enabled=on)
+    return dtype == "bf16" or (dtype == "auto" and multiplies_bf16(device))
+
+
+def autocast(device: torch.device, dtype: str = "auto"):
+    return torch.autocast(device.type, torch.bfloat16, enabled=in_bf16(device, dtype))
 
 
 class Muon(torch.optim.Muon):
@@ -299,6 +312,8 @@ def to_device(batch, device: torch.device):
     """Moves every tensor of a nested dict."""
     if isinstance(batch, dict):
         return {name: to_device(item, device) for name, item in batch.items()}
+    if isinstance(batch, list):
+        return [to_device(item, device) for item in batch]
     return batch.to(device, non_blocking=True) if isinstance(batch, torch.Tensor) else batch
 
 
@@ -378,18 +393,64 @@ def write_state(path: Path, state: dict) -> None:
     sync(path)
 
 
-def write_weights(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, str]:
-    """Safetensors; returns {name: owner} of tied tensors, which are stored once."""
-    owners, stored, tied = {}, {}, {}
+def tied_names(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+    """{name: owner} of the tensors that are another one's, and are stored once."""
+    owners, tied = {}, {}
     for name, tensor in tensors.items():
-        owner = owners.setdefault((tensor.data_ptr(), tensor.shape, tensor.dtype), name)
-        if owner == name or tensor.numel() == 0:
-            stored[name] = tensor.detach().contiguous()
-        else:
+        storage = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        key = storage.data_ptr() or name, tensor.shape, tensor.dtype
+        owner = owners.setdefault(key, name)
+        if owner != name:
             tied[name] = owner
-    save_file(stored, path)
-    sync(path)
     return tied
+
+
+def write_weights(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+    sync(path)
+
+
+def whole(tree, keep=True):
+    """A nest of states with its shards joined, in the CPU's memory (where `keep`; all ranks join).
+
+    One format for one process, DDP and shards: a run resumes on any number of processes, and is
+    evaluated on one. torch.distributed.checkpoint would write in parallel, but keeps its index as
+    a pickle. Price: rank 0's machine needs memory for all weights and states that train.
+    """
+    if isinstance(tree, dict):
+        return {name: whole(item, keep) for name, item in tree.items()}
+    if isinstance(tree, list):
+        return [whole(item, keep) for item in tree]
+    if isinstance(tree, DTensor):
+        tree = tree.full_tensor()
+        return tree.cpu() if keep else None
+    return tree
+
+
+def spread(value, like):
+    """A tensor that each process has whole -> on the device of `like`, sharded as it is."""
+    value = value.to(like.device)
+    if isinstance(like, DTensor):
+        return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+    return value
+
+
+def load_optimizers(opts, states) -> None:
+    """States as saved, whole, into optimizers whose weights may be sharded."""
+    for opt, saved in zip(opts, states):
+        params = [p for group in opt.param_groups for p in group["params"]]
+        for i, state in saved["state"].items():
+            for name, value in state.items():
+                if value.shape == params[i].shape:
+                    state[name] = spread(value, params[i])
+        opt.load_state_dict(saved)
+
+
+def discard(path: Path) -> None:
+    """Deletes a folder that is never seen half deleted under its name."""
+    if path.exists():
+        gone = path.rename(path.with_name("gone_" + path.name))
+        shutil.rmtree(gone)
 
 
 def save_checkpoint(folder, step, tensors, train_state, local_state, meta, dist, keep=2) -> Path:
@@ -397,13 +458,16 @@ def save_checkpoint(folder, step, tensors, train_state, local_state, meta, dist,
 
     tensors, train_state (optimizer): read on rank 0; local_state (RNG, data position): every rank.
     """
+    tied = dist.share(tied_names(tensors))
+    tensors = whole({n: t for n, t in tensors.items() if n not in tied}, dist.main)
+    train_state = whole(train_state, dist.main)
     final, draft = Path(folder) / f"step_{step:08d}", Path(folder) / f"tmp_{step:08d}"
     failure = ""
     try:
         draft.mkdir(parents=True, exist_ok=True)
         write_state(draft / f"rank{dist.rank}.pt", local_state)
         if dist.main:
-            tied = write_weights(draft / "model.safetensors", tensors)
+            write_weights(draft / "model.safetensors", tensors)
             write_state(draft / "train.pt", train_state)
             facts = {"step": step, "processes": dist.processes, "tied": tied}
             write_json(draft / "meta.json", {**meta, **facts})
@@ -413,15 +477,27 @@ def save_checkpoint(folder, step, tensors, train_state, local_state, meta, dist,
         shutil.rmtree(draft, ignore_errors=True)
         raise UserError(failure or f"could not save {final}: another process failed to write")
     if dist.main:
-        shutil.rmtree(final, ignore_errors=True)  # the same step, saved before a resume
+        sync(draft)
+        for path in final.parent.glob("gone_*"):  # of a run killed while it deleted
+            shutil.rmtree(path)
+        discard(final)  # the same step, saved before a resume
         draft.rename(final)
         sync(final.parent)
         older = sorted(path for path in final.parent.glob("step_*") if path < final)
         kept = [final, *older[len(older) + 1 - keep :]]
         for path in set(final.parent.glob("step_*")) - set(kept):  # later: of a run resumed before
-            shutil.rmtree(path)
+            discard(path)
     dist.barrier()
     return final
+
+
+def torchao():
+    """torchao's optimizers; with them loaded, their states can be read from a checkpoint."""
+    try:
+        import torchao.optim
+    except ImportError:
+        raise UserError("--optimizer adamw8bit: pip install 'onefile-vla[scale]'") from None
+    return torchao.optim
 
 
 def load_checkpoint(path, method: str, dist: Dist | None = None) -> Checkpoint:
@@ -440,15 +516,15 @@ def load_checkpoint(path, method: str, dist: Dist | None = None) -> Checkpoint:
         meta = json.loads(file.read_text())
         if meta["method"] != method:
             raise UserError(f"{path} is a checkpoint of {meta['method']}, not of {method}")
-        if dist and (wrote := meta["processes"]) != (now := dist.processes):
-            raise UserError(f"{path} was written by {wrote} processes; this run has {now}")
+        if meta["config"].get("optimizer") == "adamw8bit":
+            torchao()
         file = path / "model.safetensors"
         tensors = load_file(file)
         tensors |= {name: tensors[owner] for name, owner in meta["tied"].items()}
         if dist:
             file = path / "train.pt"
             train_state = torch.load(file, map_location="cpu", weights_only=True)
-            file = path / f"rank{dist.rank}.pt"
+            file = path / f"rank{dist.rank % meta['processes']}.pt"
             local_state = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"the checkpoint lacks {file}") from None
@@ -456,6 +532,23 @@ def load_checkpoint(path, method: str, dist: Dist | None = None) -> Checkpoint:
         hint = f"; remove {path} to use the one before" if len(found) > 1 else ""
         raise UserError(f"{file} is damaged or cut short{hint}") from None
     return Checkpoint(path, meta["step"], tensors, meta, train_state, local_state)
+
+
+def resume_auto(cfg, dist, *marks):
+    """--resume auto, and every restart by torchrun: goes on with the run in --out, if there is one
+    (a checkpoint, or a file of a chain, `marks`), else starts it; so one command does for both."""
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if cfg.resume != "auto" and not (restarted and cfg.out and not cfg.resume):
+        return cfg
+    if not cfg.out:
+        raise UserError("--resume auto needs --out RUN")
+    places, out = ("checkpoints/step_*/meta.json", *marks), Path(cfg.out)
+    found = dist.share(any(list(out.glob(place)) for place in places))
+    cfg.resume = cfg.out if found else ""
+    if dist.main and not found:  # stopped before its first checkpoint
+        (out / "metrics.jsonl").unlink(missing_ok=True)
+    dist.barrier()
+    return cfg
 
 
 # --- run folder -----------------------------------------------------------------------------------
