@@ -409,6 +409,7 @@ class DualVLA(nn.Module):
     def look(self, x, mask, position_ids, seen=None, caches=(None, None)):
         """(B, T, D) embedded tokens -> last hidden states (B, T, D), the gates set on the way."""
         words = dict(inputs_embeds=x, attention_mask=mask, position_ids=position_ids)
+        words["use_cache"] = caches[1] is not None
         words |= {"mm_encoder_outputs": {"image": seen}} if seen is not None else {}
         if self.gate is not None:
             self.gates.now = None

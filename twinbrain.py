@@ -386,6 +386,7 @@ class TwinBrain(nn.Module):
             attention_mask=mask,
             position_ids=prompt["position_ids"],
             past_key_values=cache,
+            use_cache=cache is not None,
             pixel_values=batch["pixel_values"],
             image_grid_thw=batch["image_grid_thw"],
             output_hidden_states=self.cfg.head == "pi",
@@ -505,7 +506,7 @@ class Block(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def project(self, h):
-        """(B, N, width or D) -> keys and values, (B, heads, N, d) each."""
+        """The brain's states (B, T, D) -> keys and values, (B, heads, T, d) each."""
         return [self.split(z) for z in self.kv(h).chunk(2, dim=-1)]
 
     def forward(self, x, time, keys=None):
@@ -516,7 +517,7 @@ class Block(nn.Module):
             y = common.attend(self.split(self.q(h).flatten(1, 2)), *keys)
         else:
             h = h.flatten(0, 1)  # (B * R, N, width)
-            k, v = self.project(h)
+            k, v = (self.split(z) for z in self.kv(h).chunk(2, dim=-1))
             y = common.attend(self.split(self.q(h)), k, v)
         x = x + self.dropout(self.o(y.transpose(1, 2).reshape(x.shape)))
         return x + self.dropout(self.down(F.gelu(self.up(self.norm(x)), approximate="tanh")))

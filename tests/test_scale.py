@@ -3,13 +3,15 @@
 import json
 import multiprocessing
 import os
-import signal
 import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import test_dualvla
+import test_twinbrain
+import test_vita_vla
 import torch
 from safetensors.torch import load_file
 
@@ -133,3 +135,169 @@ def test_two_processes_with_copies_or_shards_are_one(alone, tmp_path, name):
     assert_close(tmp_path / "ddp", alone / name)
     run(name, tmp_path / "fsdp", "--batch", "4", "--shard", "full", processes=2)
     assert_close(tmp_path / "fsdp", alone / name)
+
+
+def test_a_run_goes_on_with_other_processes_and_shards(alone, tmp_path):
+    folder = tmp_path / "run"
+    run("twinbrain", folder, "--steps", "1", "--batch", "4", "--shard", "full", processes=2)
+    words = ["--resume", str(folder), "--steps", "2", "--replicate-left"]
+    run("twinbrain", folder, *words, processes=4)
+    assert_close(folder, alone / "twinbrain")
+    saved = json.loads((folder / "checkpoints/step_00000002/meta.json").read_text())
+    assert (saved["processes"], saved["config"]["batch"]) == (4, 2)
+    run("twinbrain", folder, "--resume", str(folder), "--steps", "3", "--shard", "none")
+    saved = json.loads((folder / "checkpoints/step_00000003/meta.json").read_text())
+    got = saved["config"]["batch"], saved["config"]["accumulate"], saved["processes"]
+    assert got == (2, 4, 1)
+    three = common.Dist(0, 3, ALONE.device)
+    resumed = common.load_checkpoint(folder, "twinbrain", dist=three)
+    cfg = common.resume_config(twinbrain.Config(), resumed.meta["config"])
+    with pytest.raises(common.UserError, match="8 samples a step do not divide among 3 processes"):
+        scale.same_samples(cfg, resumed, three)
+
+
+def test_sharded_models_are_whole_for_questions_and_at_the_end(tmp_path):
+    words = ["--steps", "1", "--qa-every", "1", "--batch", "4", "--shard", "full"]
+    run("twinbrain", tmp_path / "run", *words, processes=2)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    found = [json.loads(line).get("abilities") for line in lines]
+    assert found[0]["right"].keys() == found[2]["left"].keys() and found[1] is None
+
+
+def test_muon_is_refused_under_shards(tmp_path):
+    words = ["--optimizer", "muon", "--shard", "full"]
+    log = run("twinbrain", tmp_path / "run", *words, processes=2, code=2)
+    assert log.count("error: --shard full: --optimizer muon needs whole matrices; take adamw") == 2
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def gradients(case):
+    """Of one step of a `Case` of the scripts' tests."""
+    common.seed_all(5)
+    case.model.train()
+    if isinstance(case.model, dualvla.DualVLA):
+        return case.step()[1]
+    if isinstance(case.model, twinbrain.TwinBrain):
+        return case.step([])[1]
+    losses = case.model(case.batch)
+    sum(losses.values()).backward()
+    return {n: p.grad for n, p in case.model.named_parameters() if p.grad is not None}
+
+
+CASES = {
+    "twin": lambda e: test_twinbrain.Case(e, cotrain=0.1, dropout=0.3),
+    "vanilla": lambda e: test_twinbrain.Case(e, brain="vanilla", interval=1, head="pi"),
+    "seer": lambda e: test_vita_vla.Case(e, stage="teacher", dropout=0.3),
+    "vita": lambda e: test_vita_vla.Case(e),
+    "dualvla": lambda e: test_dualvla.Case(e),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_recomputed_blocks_give_the_same_gradients(episodes, name):
+    case = CASES[name](episodes)
+    blocks, calls = case.model.blocks(), []
+    for module in blocks[0].children():
+        module.register_forward_hook(lambda *_: calls.append(1))
+
+    want, once = gradients(case), len(calls)
+    case.model.zero_grad(set_to_none=True)
+    cfg, gates = replace(case.cfg, grad_checkpoint=True), getattr(case.model, "gates", None)
+    for block in blocks:
+        scale.enclose(block, cfg, gates)
+    got, twice = gradients(case), len(calls) - once
+    assert want.keys() == got.keys() and twice > once > 0
+    assert all(torch.equal(want[n], got[n]) for n in want if want[n] is not None)
+    assert any(grad is not None and grad.abs().max() > 0 for grad in want.values())
+
+
+@SLOW
+def test_compiled_blocks_give_the_same_gradients(episodes, monkeypatch):
+    case = test_twinbrain.Case(episodes)
+    want, compiled = gradients(case), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f: compiled(f, backend="aot_eager"))
+    case.model.zero_grad(set_to_none=True)
+    for block in case.model.expert.blocks:
+        scale.enclose(block, replace(case.cfg, compile=True, grad_checkpoint=True))
+    got = gradients(case)
+    assert all(torch.allclose(want[n], got[n], atol=1e-6) for n in want if want[n] is not None)
+
+
+def test_lora_starts_as_the_backbone_and_shares_it_with_the_left_brain(episodes):
+    plain, case = (test_twinbrain.Case(episodes, lora=rank, state=False) for rank in (0, 4))
+    model = case.model
+    assert torch.equal(plain.h_R(), case.h_R())
+    train = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert {n for n in train if n.startswith("right.")} == {
+        n for n in model.state_dict() if n.endswith((".down", ".up"))
+    }
+    left = model.left.model.language_model.layers[0].mlp.up_proj
+    right = model.right.model.language_model.layers[0].mlp.up_proj
+    assert left.weight is right.base.weight
+    want = left.weight.clone()
+    opts = twinbrain.make_optimizers(model, case.cfg)
+    grads = [case.step(opts)[1] for _ in range(2)][1]
+    assert all(grads[n].abs().max() > 0 for n in train if n.endswith((".down", ".up")))
+    assert torch.equal(left.weight, want) and not torch.equal(plain.h_R(), case.h_R())
+    saved = {n for n in model.state_dict() if n not in model.untouched}
+    assert train == saved and len(plain.model.untouched) > 0
+
+
+def test_a_run_with_lora_resumes(tmp_path):
+    for name in ("twinbrain", "vita_vla"):
+        folder = tmp_path / name
+        words = ["--batch", "2", "--lora", "2", "--frozen", "bf16"]
+        run(name, folder, *words)
+        run(name, tmp_path / f"{name}2", *words, "--steps", "1")
+        run(name, tmp_path / f"{name}2", "--resume", str(tmp_path / f"{name}2"), "--steps", "2")
+        ours = weights(folder)
+        assert any(n.endswith(".up") for n in ours) and not any("base" in n for n in ours)
+
+
+def test_what_cannot_fit_is_refused_with_flags_that_help(episodes, monkeypatch):
+    case, said = test_twinbrain.Case(episodes, optimizer="muon"), []
+    monkeypatch.setattr(scale, "device_memory", lambda device: 20e6)
+    with pytest.raises(common.UserError) as error:
+        scale.place(case.model, case.cfg, ALONE, said.append)
+    assert "do not fit in this machine's 20.00 MB" in str(error.value)
+    for flag in ("--grad-checkpoint", "--frozen bf16", "--lora 32", "--shard full"):
+        assert flag in str(error.value)
+    assert [line.split()[0] for line in said] == ["memory", "left", "right", "phi", "expert"]
+    right = common.param_counts(case.model.right)["total"]
+    assert said[2].split()[1] == said[2].split()[3] == f"{4 * right / 1e6:.2f}"
+    rows = scale.memory_rows(case.model, replace(case.cfg, optimizer="adamw8bit"), split=2)
+    assert rows["right"] == [2 * right, 2 * right, right] and rows["left"][1:] == [0, 0]
+
+
+def test_frozen_weights_are_halved_where_products_are_bfloat16(episodes):
+    case = test_twinbrain.Case(episodes, frozen="bf16", dtype="bf16")
+    before = scale.memory_rows(case.model, case.cfg)
+    scale.place(case.model, case.cfg, ALONE, lambda text: None)
+    after = scale.memory_rows(case.model, case.cfg)
+    assert after["left"][0] * 2 == before["left"][0] and after["right"] == before["right"]
+    with common.autocast(ALONE.device, "bf16"):
+        losses, _ = case.step(twinbrain.make_optimizers(case.model, case.cfg))
+    assert 0 < losses["action"] < 10
+    other = test_twinbrain.Case(episodes, frozen="bf16", dtype="fp32")
+    scale.store_frozen(other.model, other.cfg, ALONE.device)
+    assert {p.dtype for p in other.model.parameters()} == {torch.float32}
+
+
+def test_eight_bit_adam_or_how_to_get_it(monkeypatch):
+    p = torch.nn.Parameter(torch.ones(64, 64))
+    cfg = replace(twinbrain.Config(), optimizer="adamw8bit")
+    groups = [{"params": [p], "lr": 0.1, "peak": 0.1}]
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "torchao", None)
+        patch.setitem(sys.modules, "torchao.optim", None)
+        with pytest.raises(common.UserError, match=r"pip install 'onefile-vla\[scale\]'"):
+            scale.adamw(groups, cfg)
+    pytest.importorskip("torchao")
+    opt = scale.adamw(groups, cfg)
+    for _ in range(2):
+        opt.param_groups[0]["lr"] = 0.1
+        p.grad = torch.ones_like(p)
+        opt.step()
+    assert torch.allclose(p, torch.full_like(p, 0.8), atol=1e-3)
