@@ -149,7 +149,9 @@ def shard(model, cfg, dist, copied):
     """FSDP2: each process keeps a share of every weight, its gradient and optimizer state, and
     gathers a block's weights (in bfloat16 if products are) while it runs; the rest is one group."""
     if cfg.optimizer != "adamw":
-        raise UserError(f"--shard full: --optimizer {cfg.optimizer} needs whole matrices; adamw")
+        raise UserError(
+            f"--shard full: --optimizer {cfg.optimizer} needs whole matrices; take adamw"
+        )
     mesh = init_device_mesh(dist.device.type, (dist.processes,))
     policy = MixedPrecisionPolicy()
     if in_bf16(dist.device, cfg.dtype):

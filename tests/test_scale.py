@@ -1,8 +1,11 @@
 """Training at any size: on one process, two and four the same; stopped anywhere, nothing lost."""
 
+import errno
 import json
 import multiprocessing
 import os
+import shutil
+import signal
 import socket
 import sys
 from dataclasses import replace
@@ -60,7 +63,9 @@ def start(name, folder, *words, processes=1, spoil=None, env=()):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    words = [*TINY, *OWN[name], *words] if "--resume" not in words else list(words)
+    if "--resume" not in words or "auto" in words:
+        words = [*TINY, *OWN[name], *words]
+    words = list(words)
     words += ["--out", str(folder)] if "--out" not in words else []
     same = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes),
             "LOG": f"{folder}.log", **dict(env)}  # fmt: skip
@@ -301,3 +306,189 @@ def test_eight_bit_adam_or_how_to_get_it(monkeypatch):
         p.grad = torch.ones_like(p)
         opt.step()
     assert torch.allclose(p, torch.full_like(p, 0.8), atol=1e-3)
+
+
+# --- nothing lost ---------------------------------------------------------------------------------
+
+
+def save(run_folder, step):
+    tensors = {"weight": torch.full((100,), float(step))}
+    state, meta = {"optimizers": [{"at": step}]}, {"method": "m", "config": {}}
+    return common.save_checkpoint(
+        run_folder / "checkpoints", step, tensors, state, {"at": step}, meta, ALONE
+    )
+
+
+def killed_at(moment, act):
+    """Does act() in a child that is killed at its moment-th call to the file system -> whether."""
+    child = os.fork()
+    if child == 0:
+        calls = []
+
+        def count(event, arguments):
+            if event.startswith(("open", "os.", "shutil.")):
+                calls.append(event)
+                if len(calls) > moment:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        try:
+            sys.addaudithook(count)
+            act()
+        finally:
+            os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.parametrize("steps, next_step", [((1, 2), 3), ((2, 3), 3), ((2, 5), 3)])
+def test_killed_at_any_moment_of_saving_a_checkpoint_is_whole(tmp_path, steps, next_step):
+    moment, killed = 0, True
+    while killed:
+        folder = tmp_path / str(moment)
+        for step in steps:  # (2, 5): a run that went on from 2 and had been further before
+            save(folder, step)
+        killed = killed_at(moment, lambda folder=folder: save(folder, next_step))
+        got = common.load_checkpoint(folder, "m", dist=ALONE)
+        assert got.step in (*steps, next_step) and (killed or got.step == next_step)
+        assert set(got.tensors["weight"].tolist()) == {float(got.step)}
+        assert got.train_state["optimizers"][0]["at"] == got.local_state["at"] == got.step
+        save(folder, 9)
+        names = [path.name for path in (folder / "checkpoints").iterdir()]
+        assert common.load_checkpoint(folder, "m", dist=ALONE).step == 9
+        assert not [name for name in names if name.startswith("gone_")]
+        moment += 1
+    assert moment > 20
+
+
+def first_kill(script):
+    """The last process is killed in the middle of its second step, the first time."""
+    if os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1):
+        total_loss, calls = script.total_loss, []
+
+        def loss(*args):
+            calls.append(1)
+            if len(calls) == 2 and not os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") > "0":
+                os.kill(os.getpid(), signal.SIGKILL)
+            return total_loss(*args)
+
+        script.total_loss = loss
+
+
+def test_a_process_killed_in_mid_step_loses_no_step(alone, tmp_path):
+    folder = tmp_path / "run"
+    words = ["--batch", "4", "--resume", "auto"]
+    made = start("twinbrain", folder, *words, processes=2, spoil=first_kill)
+    made[1].join(120)
+    made[0].join(30)  # hears that its neighbour is gone; torchrun would end it
+    assert made[1].exitcode == -signal.SIGKILL and made[0].exitcode not in (0, None)
+    assert common.load_checkpoint(folder, "twinbrain").step == 1
+    run("twinbrain", folder, *words, processes=2, env={"TORCHELASTIC_RESTART_COUNT": "1"})
+    assert_close(folder, alone / "twinbrain")
+
+
+def test_resume_auto_starts_goes_on_and_starts_anew(tmp_path):
+    out = tmp_path / "run"
+    cfg = replace(twinbrain.Config(), resume="auto", out=str(out))
+    assert common.resume_auto(cfg, ALONE).resume == ""
+    out.mkdir()
+    (out / "metrics.jsonl").write_text("{}\n")  # stopped before its first checkpoint
+    assert common.resume_auto(replace(cfg), ALONE).resume == ""
+    assert not (out / "metrics.jsonl").exists()
+    save(out, 1)
+    assert common.resume_auto(replace(cfg, resume="auto"), ALONE).resume == str(out)
+    assert common.resume_auto(replace(cfg, resume=""), ALONE).resume == ""
+    with pytest.raises(common.UserError, match="--resume auto needs --out RUN"):
+        common.resume_auto(replace(cfg, resume="auto", out=""), ALONE)
+
+
+def nan_at_two(script):
+    total_loss, calls = script.total_loss, []
+
+    def loss(*args):
+        calls.append(1)
+        return total_loss(*args) * (float("nan") if len(calls) == 2 else 1.0)
+
+    script.total_loss = loss
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_batch(tmp_path):
+    folder = tmp_path / "run"
+    log = run("twinbrain", folder, "--batch", "2", spoil=nan_at_two, code=2)
+    (line,) = [line for line in log.splitlines() if line.startswith("error: ")]
+    file = folder / "nan_step_2_rank0.pt"
+    assert "not finite at step 2" in line and str(file) in line
+    (batch,) = torch.load(file, weights_only=True)
+    assert batch["action"].shape == (2, 8, 7)
+    assert common.load_checkpoint(folder, "twinbrain", dist=ALONE).step == 1
+
+
+class Broken:
+    """Recordings that vanish, or whose loader process is killed, at the second batch."""
+
+    def __init__(self, how):
+        self.how = how
+
+    def __getitem__(self, i):
+        if i and self.how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return open("/nowhere/recording") if i else torch.ones(1)
+
+
+@pytest.mark.parametrize("how, workers, says", [
+    ("vanished", 0, "cannot read the training data: [Errno 2] No such file or directory: '/no"),
+    ("vanished", 1, "cannot read the training data: FileNotFoundError: [Errno 2] No such file"),
+    ("killed", 1, "a loader process was killed; go on with --resume"),
+])  # fmt: skip
+def test_data_that_fails_ends_in_one_line(status, how, workers, says):
+    code, _, err = status(lambda: list(scale.feed(Broken(how), range(2), workers)))
+    (line,) = [line for line in err.splitlines() if line.startswith("error")]
+    assert code == 2 and line.startswith("error: " + says) and "Traceback" not in err
+
+
+def test_a_read_only_folder_ends_in_one_line(status, monkeypatch, tmp_path):
+    def mkdir(path, *args, **words):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    code, _, err = status(twinbrain.main, *TINY, "--out", str(tmp_path / "run"))
+    assert (code, err) == (2, f"error: Read-only file system: {tmp_path / 'run'}\n")
+
+
+class Evil:
+    """Writes a file when a pickle of it is executed."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return open, (str(self.mark), "w")
+
+
+EVIL = {  # file that is planted, the command that reads it
+    "train.pt": ["twinbrain", "--resume", "{run}"],
+    "rank0.pt": ["vita_vla", "--resume", "{run}"],
+    "model.safetensors": ["twinbrain", "--eval-only", "{run}"],
+    "meta.json": ["vita_vla", "--eval-only", "{run}"],
+    "pytorch_model.bin": ["twinbrain", "--backbone", "{folder}"],
+    "seer.pth": ["vita_vla", "--stage", "align", "--teacher", "{file}"],
+    "seer.pt": ["vita_vla", "--stage", "align", "--teacher", "{file}"],
+    "scores.pt": ["dualvla", "--show", "pruning", "--event-scores", "{file}"],
+}
+
+
+@pytest.mark.parametrize("name", EVIL)
+def test_no_pickle_of_a_users_is_executed(name, tmp_path, status):
+    folder, mark = tmp_path / "planted", tmp_path / "mark"
+    method, *words = EVIL[name]
+    checkpoint = save(folder, 1)
+    meta = json.loads((checkpoint / "meta.json").read_text()) | {"method": method}
+    (checkpoint / "meta.json").write_text(json.dumps(meta))
+    for file in Path(common.BACKBONES["tiny"]).glob("*.json"):
+        shutil.copy(file, folder)
+    file = (checkpoint if (checkpoint / name).exists() else folder) / name
+    torch.save({"model_state_dict": Evil(mark)}, file)
+    places = {"run": folder, "folder": folder, "file": file}
+    words = [word.format(**places) for word in words]
+    code, _, err = status(SCRIPTS[method].main, *TINY, *words, "--out", str(tmp_path / "run"))
+    assert code == 2 and not mark.exists(), err
+    torch.load(file, weights_only=False)
+    assert mark.exists()  # it does bite where pickles are executed
