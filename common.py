@@ -711,7 +711,9 @@ def load_backbone(name, dtype=torch.float32):
         config = AutoConfig.from_pretrained(path)
         if config.model_type not in ("qwen3_vl", "qwen2_5_vl"):
             raise UserError(f"{flag} is a {config.model_type}: take a Qwen3-VL or Qwen2.5-VL")
-        vlm = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
+        vlm = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=dtype, use_safetensors=True
+        )
         processor = Processor(path, config)
     except SafetensorError as error:
         files = " or ".join(sorted(str(file) for file in Path(path).glob("*.safetensors"))) or path

@@ -326,7 +326,7 @@ def killed_at(moment, act):
         calls = []
 
         def count(event, arguments):
-            if event.startswith(("open", "os.", "shutil.")):
+            if event.startswith(("open", "os.", "shutil.")) and event != "os.kill":
                 calls.append(event)
                 if len(calls) > moment:
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -391,7 +391,7 @@ def test_resume_auto_starts_goes_on_and_starts_anew(tmp_path):
     assert common.resume_auto(cfg, ALONE).resume == ""
     out.mkdir()
     (out / "metrics.jsonl").write_text("{}\n")  # stopped before its first checkpoint
-    assert common.resume_auto(replace(cfg), ALONE).resume == ""
+    assert common.resume_auto(replace(cfg, resume="auto"), ALONE).resume == ""
     assert not (out / "metrics.jsonl").exists()
     save(out, 1)
     assert common.resume_auto(replace(cfg, resume="auto"), ALONE).resume == str(out)
@@ -490,5 +490,5 @@ def test_no_pickle_of_a_users_is_executed(name, tmp_path, status):
     words = [word.format(**places) for word in words]
     code, _, err = status(SCRIPTS[method].main, *TINY, *words, "--out", str(tmp_path / "run"))
     assert code == 2 and not mark.exists(), err
-    torch.load(file, weights_only=False)
+    torch.load(open(file, "rb"), weights_only=False)
     assert mark.exists()  # it does bite where pickles are executed
