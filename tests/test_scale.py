@@ -4,10 +4,13 @@ import errno
 import json
 import multiprocessing
 import os
+import random
 import shutil
 import signal
 import socket
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -492,3 +495,107 @@ def test_no_pickle_of_a_users_is_executed(name, tmp_path, status):
     assert code == 2 and not mark.exists(), err
     torch.load(open(file, "rb"), weights_only=False)
     assert mark.exists()  # it does bite where pickles are executed
+
+
+# --- slow: whole runs, killed and restarted -------------------------------------------------------
+
+
+@SLOW
+def test_killed_at_twenty_random_moments_the_weights_are_the_same(tmp_path):
+    words = ["--batch", "2", "--steps", "6", "--dropout", "0.2", "--resume", "auto"]
+    began = time.time()
+    run("twinbrain", tmp_path / "whole", *words)
+    length, rng = time.time() - began, random.Random(0)
+    kills, finished, folder = 0, 0, tmp_path / "killed0"
+    while kills < 20:
+        (process,) = start("twinbrain", folder, *words)
+        process.join(length * rng.uniform(0.3, 1.1))
+        if process.exitcode is None:
+            process.kill()
+            kills += 1
+        process.join()
+        if process.exitcode == 0:
+            assert_equal(folder, tmp_path / "whole", step=6)
+            finished += 1
+            folder = tmp_path / f"killed{finished}"
+    run("twinbrain", folder, *words)
+    assert_equal(folder, tmp_path / "whole", step=6)
+
+
+TORCHRUN = """
+import os, signal, sys
+import test_scale, twinbrain
+name = os.environ["SPOIL"]
+if name:
+    getattr(test_scale, name)(twinbrain)
+train = twinbrain.train
+def only_train(*args):
+    train(*args)
+    os._exit(0)
+twinbrain.train = only_train
+import common
+common.run_main(lambda: twinbrain.main(sys.argv[1:]))
+"""
+
+
+def torchrun(tmp_path, folder, spoil, *words):
+    (tmp_path / "script.py").write_text(TORCHRUN)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(twinbrain.__file__).parent)])
+    env = os.environ | {"SPOIL": spoil, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    words = [*TINY, *OWN["twinbrain"], "--batch", "4", "--out", str(folder), *words]
+    script = ["--max-restarts=1", str(tmp_path / "script.py")]
+    return subprocess.Popen(
+        [*launch, *script, *words], env=env, text=True, stdout=-1, stderr=subprocess.STDOUT
+    )
+
+
+@SLOW
+def test_torchrun_restarts_a_killed_process_and_the_run_goes_on(alone, tmp_path):
+    folder = tmp_path / "run"
+    process = torchrun(tmp_path, folder, "first_kill")
+    log = process.communicate(timeout=400)[0]
+    assert process.returncode == 0, log[-3000:]
+    assert_close(folder, alone / "twinbrain")
+
+
+def slow_steps(script):
+    total_loss = script.total_loss
+
+    def loss(*args):
+        time.sleep(3)
+        return total_loss(*args)
+
+    script.total_loss = loss
+
+
+@SLOW
+def test_after_sigterm_the_same_command_goes_on(alone, tmp_path):
+    folder = tmp_path / "run"
+    process = torchrun(tmp_path, folder, "slow_steps", "--resume", "auto")
+    for line in process.stdout:
+        if "memory of a process" in line:
+            break
+    time.sleep(2)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=200)
+    assert process.returncode != 0
+    assert common.load_checkpoint(folder, "twinbrain").step == 1
+    process = torchrun(tmp_path, folder, "", "--resume", "auto")
+    log = process.communicate(timeout=400)[0]
+    assert process.returncode == 0, log[-3000:]
+    assert_close(folder, alone / "twinbrain")
+
+
+@SLOW
+def test_eight_bit_states_resume(tmp_path):
+    pytest.importorskip("torchao")
+    words = ["--batch", "2", "--optimizer", "adamw8bit"]
+    run("twinbrain", tmp_path / "whole", *words)
+    run("twinbrain", tmp_path / "run", *words, "--steps", "1")
+    run("twinbrain", tmp_path / "run", "--resume", str(tmp_path / "run"), "--steps", "2")
+    file = tmp_path / "run/checkpoints/step_00000002/train.pt"
+    states = torch.load(file, weights_only=True)["optimizers"][0]["state"]
+    assert any("8bit" in type(state["exp_avg"]).__name__ for state in states.values())
+    one, two = (weights(tmp_path / name) for name in ("whole", "run"))
+    assert all(torch.allclose(one[n], two[n], atol=1e-6) for n in one)
