@@ -757,6 +757,7 @@ def train(cfg, dist, run, model, batches, meta, resumed, measure, teacher=None):
         start, before = resumed.step, resumed.train_state["seconds"]
         common.load_optimizers(opts, resumed.train_state["optimizers"])
         common.set_rng_state(resumed.local_state["rng"])
+    # nofreeze: of the left's last layer only keys and values count  # [method]
     ddp = scale.parallel(model, dist, cfg.brain == "nofreeze")  # [method]
     todo = range(start * cfg.accumulate, cfg.steps * cfg.accumulate)
     feed = scale.feed(batches, todo, cfg.workers)

@@ -653,7 +653,9 @@ class VitaVLA(nn.Module):
 
     def blocks(self):
         """What is recomputed, compiled or sharded by itself."""
-        return [*self.vlm.language.layers]
+        vlm = self.vlm
+        eyes = vlm.model.visual.blocks if hasattr(vlm, "model") else vlm.vision.encoder.layer
+        return [*vlm.language.layers, *eyes]
 
     def embed(self, prompt, seen, state, places):
         """Prompt (B, T), picture tokens (n, D), states (steps, 8) in order -> (B, T, D)."""
