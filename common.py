@@ -40,7 +40,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, trainers
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.image_processing_base import ImageProcessingMixin
@@ -53,6 +64,9 @@ class UserError(Exception):
     """A mistake the user can mend; the message is one line."""
 
 
+FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+
+
 def run_main(main) -> None:
     """Runs `main()`; what the user can mend ends in one line instead of a traceback."""
     try:
@@ -60,14 +74,20 @@ def run_main(main) -> None:
     except UserError as error:  # of a loader's worker it comes with the worker's traceback
         message = str(error).strip().rpartition("common.UserError: ")[2]
     except torch.OutOfMemoryError:
-        message = "the GPU is out of memory: use a smaller batch"
+        message = "the GPU is out of memory: half of --batch with twice --accumulate, or "
+        message += "--grad-checkpoint, --frozen bf16, --lora 32, --shard full on several GPUs"
     except BrokenPipeError:  # whoever read the output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(0)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in FAULTS:
             raise
-        message = f"the disk is full: {error.filename or 'while writing'}"
+        message = f"{error.strerror}: {error.filename or 'while writing'}"
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        message = "a loader process was killed; go on with --resume, with fewer --workers if the "
+        message += "machine's memory was full"
     except KeyboardInterrupt:
         sys.exit(130)
     print(f"error: {message}", file=sys.stderr)
@@ -270,10 +290,13 @@ def multiplies_bf16(device: torch.device) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def autocast(device: torch.device, dtype: str = "auto"):
+def in_bf16(device: torch.device, dtype: str) -> bool:
     """dtype: auto | bf16 | fp32; auto is bf16 where the hardware multiplies it, else fp32."""
-    on = dtype == "bf16" or (dtype == "auto" and multiplies_bf16(device))
-    return torch.autocast(device.type, torch.bfloat16, enabled=on)
+    return dtype == "bf16" or (dtype == "auto" and multiplies_bf16(device))
+
+
+def autocast(device: torch.device, dtype: str = "auto"):
+    return torch.autocast(device.type, torch.bfloat16, enabled=in_bf16(device, dtype))
 
 
 class Muon(torch.optim.Muon):
@@ -318,6 +341,8 @@ def to_device(batch, device: torch.device):
     """Moves every tensor of a nested dict."""
     if isinstance(batch, dict):
         return {name: to_device(item, device) for name, item in batch.items()}
+    if isinstance(batch, list):
+        return [to_device(item, device) for item in batch]
     return batch.to(device, non_blocking=True) if isinstance(batch, torch.Tensor) else batch
 
 
@@ -397,18 +422,64 @@ def write_state(path: Path, state: dict) -> None:
     sync(path)
 
 
-def write_weights(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, str]:
-    """Safetensors; returns {name: owner} of tied tensors, which are stored once."""
-    owners, stored, tied = {}, {}, {}
+def tied_names(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+    """{name: owner} of the tensors that are another one's, and are stored once."""
+    owners, tied = {}, {}
     for name, tensor in tensors.items():
-        owner = owners.setdefault((tensor.data_ptr(), tensor.shape, tensor.dtype), name)
-        if owner == name or tensor.numel() == 0:
-            stored[name] = tensor.detach().contiguous()
-        else:
+        storage = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        key = storage.data_ptr() or name, tensor.shape, tensor.dtype
+        owner = owners.setdefault(key, name)
+        if owner != name:
             tied[name] = owner
-    save_file(stored, path)
-    sync(path)
     return tied
+
+
+def write_weights(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+    sync(path)
+
+
+def whole(tree, keep=True):
+    """A nest of states with its shards joined, in the CPU's memory (where `keep`; all ranks join).
+
+    One format for one process, DDP and shards: a run resumes on any number of processes, and is
+    evaluated on one. torch.distributed.checkpoint would write in parallel, but keeps its index as
+    a pickle. Price: rank 0's machine needs memory for all weights and states that train.
+    """
+    if isinstance(tree, dict):
+        return {name: whole(item, keep) for name, item in tree.items()}
+    if isinstance(tree, list):
+        return [whole(item, keep) for item in tree]
+    if isinstance(tree, DTensor):
+        tree = tree.full_tensor()
+        return tree.cpu() if keep else None
+    return tree
+
+
+def spread(value, like):
+    """A tensor that each process has whole -> on the device of `like`, sharded as it is."""
+    value = value.to(like.device)
+    if isinstance(like, DTensor):
+        return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+    return value
+
+
+def load_optimizers(opts, states) -> None:
+    """States as saved, whole, into optimizers whose weights may be sharded."""
+    for opt, saved in zip(opts, states):
+        params = [p for group in opt.param_groups for p in group["params"]]
+        for i, state in saved["state"].items():
+            for name, value in state.items():
+                if value.shape == params[i].shape:
+                    state[name] = spread(value, params[i])
+        opt.load_state_dict(saved)
+
+
+def discard(path: Path) -> None:
+    """Deletes a folder that is never seen half deleted under its name."""
+    if path.exists():
+        gone = path.rename(path.with_name("gone_" + path.name))
+        shutil.rmtree(gone)
 
 
 def save_checkpoint(folder, step, tensors, train_state, local_state, meta, dist, keep=2) -> Path:
@@ -416,13 +487,16 @@ def save_checkpoint(folder, step, tensors, train_state, local_state, meta, dist,
 
     tensors, train_state (optimizer): read on rank 0; local_state (RNG, data position): every rank.
     """
+    tied = dist.share(tied_names(tensors))
+    tensors = whole({n: t for n, t in tensors.items() if n not in tied}, dist.main)
+    train_state = whole(train_state, dist.main)
     final, draft = Path(folder) / f"step_{step:08d}", Path(folder) / f"tmp_{step:08d}"
     failure = ""
     try:
         draft.mkdir(parents=True, exist_ok=True)
         write_state(draft / f"rank{dist.rank}.pt", local_state)
         if dist.main:
-            tied = write_weights(draft / "model.safetensors", tensors)
+            write_weights(draft / "model.safetensors", tensors)
             write_state(draft / "train.pt", train_state)
             facts = {"step": step, "processes": dist.processes, "tied": tied}
             write_json(draft / "meta.json", {**meta, **facts})
@@ -432,15 +506,27 @@ def save_checkpoint(folder, step, tensors, train_state, local_state, meta, dist,
         shutil.rmtree(draft, ignore_errors=True)
         raise UserError(failure or f"could not save {final}: another process failed to write")
     if dist.main:
-        shutil.rmtree(final, ignore_errors=True)  # the same step, saved before a resume
+        sync(draft)
+        for path in final.parent.glob("gone_*"):  # of a run killed while it deleted
+            shutil.rmtree(path)
+        discard(final)  # the same step, saved before a resume
         draft.rename(final)
         sync(final.parent)
         older = sorted(path for path in final.parent.glob("step_*") if path < final)
         kept = [final, *older[len(older) + 1 - keep :]]
         for path in set(final.parent.glob("step_*")) - set(kept):  # later: of a run resumed before
-            shutil.rmtree(path)
+            discard(path)
     dist.barrier()
     return final
+
+
+def torchao():
+    """torchao's optimizers; with them loaded, their states can be read from a checkpoint."""
+    try:
+        import torchao.optim
+    except ImportError:
+        raise UserError("--optimizer adamw8bit: pip install 'onefile-vla[scale]'") from None
+    return torchao.optim
 
 
 def load_checkpoint(path, method: str, dist: Dist | None = None) -> Checkpoint:
@@ -459,15 +545,15 @@ def load_checkpoint(path, method: str, dist: Dist | None = None) -> Checkpoint:
         meta = json.loads(file.read_text())
         if meta["method"] != method:
             raise UserError(f"{path} is a checkpoint of {meta['method']}, not of {method}")
-        if dist and (wrote := meta["processes"]) != (now := dist.processes):
-            raise UserError(f"{path} was written by {wrote} processes; this run has {now}")
+        if meta["config"].get("optimizer") == "adamw8bit":
+            torchao()
         file = path / "model.safetensors"
         tensors = load_file(file)
         tensors |= {name: tensors[owner] for name, owner in meta["tied"].items()}
         if dist:
             file = path / "train.pt"
             train_state = torch.load(file, map_location="cpu", weights_only=True)
-            file = path / f"rank{dist.rank}.pt"
+            file = path / f"rank{dist.rank % meta['processes']}.pt"
             local_state = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"the checkpoint lacks {file}") from None
@@ -475,6 +561,260 @@ def load_checkpoint(path, method: str, dist: Dist | None = None) -> Checkpoint:
         hint = f"; remove {path} to use the one before" if len(found) > 1 else ""
         raise UserError(f"{file} is damaged or cut short{hint}") from None
     return Checkpoint(path, meta["step"], tensors, meta, train_state, local_state)
+
+
+def resume_auto(cfg, dist, *marks):
+    """--resume auto, and every restart by torchrun: goes on with the run in --out, if there is one
+    (a checkpoint, or a file of a chain, `marks`), else starts it; so one command does for both."""
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if cfg.resume != "auto" and not (restarted and cfg.out and not cfg.resume):
+        return cfg
+    if not cfg.out:
+        raise UserError("--resume auto needs --out RUN")
+    places, out = ("checkpoints/step_*/meta.json", *marks), Path(cfg.out)
+    found = dist.share(any(list(out.glob(place)) for place in places))
+    cfg.resume = cfg.out if found else ""
+    if dist.main and not found:  # stopped before its first checkpoint
+        (out / "metrics.jsonl").unlink(missing_ok=True)
+    dist.barrier()
+    return cfg
+
+
+# --- training at any size: memory, LoRA, recomputing, shards --------------------------------------
+# No equation of a paper. What trains is float32, with float32 gradients and optimizer state (8 bits
+# by adamw8bit); autocast rounds it to bfloat16 in the products. `--frozen bf16` stores the rest so.
+
+SAVERS = {  # flags that save memory, and whether a Config leaves them unused
+    "--grad-checkpoint": lambda cfg, dist: not cfg.grad_checkpoint,
+    "--frozen bf16": lambda cfg, dist: cfg.frozen == "fp32",
+    "--lora 32": lambda cfg, dist: not getattr(cfg, "lora", 1),
+    "--optimizer adamw8bit": lambda cfg, dist: cfg.optimizer != "adamw8bit" and cfg.shard == "none",
+    "--shard full on more GPUs": lambda cfg, dist: cfg.shard == "none",
+}
+
+
+def vision_blocks(model):
+    """The vision tower's layers, of a Qwen-VL, an Eagle2 or VITA-1.5."""
+    if hasattr(model, "visual"):
+        return model.visual.blocks
+    tower = getattr(model, "vision_tower", None) or model.vision
+    return tower.encoder.layers if hasattr(tower.encoder, "layers") else tower.encoder.layer
+
+
+class LoRA(nn.Module):
+    """A frozen matrix with a low-rank change: W x + 2 B A x (alpha / r = 2)."""
+
+    def __init__(self, base, rank):
+        super().__init__()
+        self.base = base
+        self.down = nn.Parameter(torch.randn(rank, base.in_features) / base.in_features**0.5)
+        self.up = nn.Parameter(torch.zeros(base.out_features, rank))
+
+    def forward(self, x):
+        return self.base(x) + 2.0 * (x @ self.down.mT) @ self.up.mT
+
+
+def add_lora(layers, rank):
+    """Puts a LoRA around every matrix of `layers`, a ModuleList; all else in them stands still."""
+    layers.requires_grad_(False)
+    for name in [n for n, m in layers.named_modules() if isinstance(m, nn.Linear)]:
+        parent, _, leaf = name.rpartition(".")
+        parent = layers.get_submodule(parent)
+        setattr(parent, leaf, LoRA(getattr(parent, leaf), rank))
+
+
+def place(model, cfg, dist, say, replicate=None):
+    """A built model, ready to train on `dist.device`: `model.blocks()` one by one compiled,
+    recomputed, sharded as the flags say; `replicate`: a part that --shard leaves whole. Says what
+    it takes, by part; what cannot fit is a UserError that names the flags which would help."""
+    store_frozen(model, cfg, dist.device)
+    split = dist.processes if cfg.shard == "full" else 1
+    copied = {*replicate.parameters()} if replicate is not None else set()
+    rows, there = memory_rows(model, cfg, split, copied), device_memory(dist.device)
+    need, kind = sum(map(sum, rows.values())), "GPU" if dist.device.type == "cuda" else "machine"
+    say(f"{'memory of a process:':24} {'weights':>10} {'gradients':>10} {'optimizer':>10}")
+    for name, parts in rows.items():
+        say(f"  {name:22} " + " ".join(f"{size(n):>10}" for n in parts))
+    if need > there:
+        flags = ", ".join(flag for flag, unused in SAVERS.items() if unused(cfg, dist))
+        raise UserError(f"{size(need)} for weights, gradients and optimizer do not fit in this "
+                        f"{kind}'s {size(there)}; what helps: {flags or 'more GPUs'}")  # fmt: skip
+    say(f"  sum {size(need)}; {size(there - need)} of this {kind} are left for activations")
+    for block in model.blocks():
+        enclose(block, cfg, getattr(model, "gates", None))
+    if split > 1:
+        shard(model, cfg, dist, copied)
+    return model.to(dist.device)
+
+
+def store_frozen(model, cfg, device):
+    """--frozen bf16, where products are in bfloat16 anyway."""
+    if cfg.frozen == "bf16" and in_bf16(device, cfg.dtype):
+        for p in model.parameters():
+            if not p.requires_grad:
+                p.data = p.data.bfloat16()
+
+
+def size(n):
+    """Bytes -> 1.5 GB"""
+    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.2f} MB"
+
+
+def memory_rows(model, cfg, split=1, copied=()):
+    """-> {part of the model: bytes of (weights, gradients, optimizer) in one of `split` shares}."""
+    rows = {}
+    for name, p in model.named_parameters():
+        row = rows.setdefault(name.partition(".")[0], [0, 0, 0])
+        n = p.numel() / (1 if p in copied else split)
+        muon = cfg.optimizer == "muon" and p.dim() == 2 and "embed" not in name
+        state = 2 if cfg.optimizer == "adamw8bit" else 4 if muon else 8
+        for i, each in enumerate((p.element_size(), 4 * p.requires_grad, state * p.requires_grad)):
+            row[i] += n * each
+    return rows
+
+
+def device_memory(device):
+    """Bytes that this process may fill: of its GPU, or its share of the machine's memory."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return physical / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def enclose(block, cfg, gates=None):
+    """Compiles a block (--compile), and keeps its input alone for the backward pass, which computes
+    the rest anew (--grad-checkpoint) with what `gates.now` was at the time."""
+    forward = torch.compile(block.forward) if cfg.compile else block.forward
+
+    def recomputed(*args, **words):
+        if not torch.is_grad_enabled():
+            return forward(*args, **words)
+        then = gates and gates.now
+
+        def run(*args, **words):
+            if gates is None:
+                return forward(*args, **words)
+            now, gates.now = gates.now, then
+            try:
+                return forward(*args, **words)
+            finally:
+                gates.now = now
+
+        return checkpoint(run, *args, use_reentrant=False, **words)
+
+    if cfg.grad_checkpoint or cfg.compile:
+        block.forward = recomputed if cfg.grad_checkpoint else forward
+
+
+def shard(model, cfg, dist, copied):
+    """FSDP2: each process keeps a share of every weight, its gradient and optimizer state, and
+    gathers a block's weights (in bfloat16 if products are) while it runs; the rest is one group."""
+    if cfg.optimizer != "adamw":
+        raise UserError(
+            f"--shard full: --optimizer {cfg.optimizer} needs whole matrices; take adamw"
+        )
+    mesh = init_device_mesh(dist.device.type, (dist.processes,))
+    policy = MixedPrecisionPolicy()
+    if in_bf16(dist.device, cfg.dtype):
+        half = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        policy = MixedPrecisionPolicy(**half, cast_forward_inputs=False)
+    for block in model.blocks():
+        if copied.isdisjoint(block.parameters()):
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+            for name in ("project", "finish"):  # ways into a block beside its forward
+                if hasattr(block, name):
+                    register_fsdp_forward_method(block, name)
+    fully_shard(model, mesh=mesh, ignored_params=copied)
+    model._get_fsdp_state()._lazy_init()  # else a block that is evaluated first thinks it is root
+
+
+def gather(model):
+    """Every process has all of a sharded model from now on, and may call any part of it alone."""
+    for unit in (m for m in model.modules() if isinstance(m, FSDPModule)):
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+
+
+@contextmanager
+def gathered(model):
+    """The same for a while."""
+    gather(model)
+    yield
+    for unit in (m for m in model.modules() if isinstance(m, FSDPModule)):
+        unit.reshard()
+        unit.set_reshard_after_forward(unit is not model, recurse=False)
+
+
+def parallel(model, dist, unused):
+    """What the loop calls: averages gradients over the processes, unless a sharded model does."""
+    if dist.processes == 1 or isinstance(model, FSDPModule):
+        return model
+    return DistributedDataParallel(
+        model, find_unused_parameters=unused, gradient_as_bucket_view=True
+    )
+
+
+def synchronise(ddp, last):
+    """Gradients are averaged over the processes in a step's last micro-batch alone."""
+    if isinstance(ddp, DistributedDataParallel):
+        ddp.require_backward_grad_sync = last
+    elif isinstance(ddp, FSDPModule):
+        ddp.set_requires_gradient_sync(last)
+
+
+def clip(parameters, limit):
+    """Scales the gradients to a norm of at most `limit` -> their norm before, over all shards."""
+    norm = nn.utils.clip_grad_norm_(parameters, limit)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def same_samples(cfg, resumed, dist):
+    """A Config resumed on another number of processes: the same samples in each step, by other
+    --batch and --accumulate."""
+    wrote, now = resumed.meta["processes"], dist.processes
+    total = cfg.batch * cfg.accumulate * wrote
+    if wrote == now:
+        return cfg
+    if total % now:
+        raise UserError(f"{total} samples a step do not divide among {now} processes")
+    cfg.batch = math.gcd(cfg.batch, total // now)
+    cfg.accumulate = total // now // cfg.batch
+    return cfg
+
+
+def adamw(groups, cfg):
+    """AdamW, or torchao's with its state in 8 bits."""
+    settings = dict(betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
+    if cfg.optimizer != "adamw8bit":
+        return torch.optim.AdamW(groups, **settings)
+
+    class AdamW8bit(torchao().AdamW8bit):
+        def step(self):  # its own takes learning rates as tensors alone
+            for group in self.param_groups:
+                group["lr"] = torch.tensor(group["lr"])
+            super().step()
+
+    return AdamW8bit(groups, **settings)
+
+
+def feed(batches, todo, workers):
+    """The batches `todo`, in order; what goes wrong with them ends in one line."""
+    loader = DataLoader(  # with a generator of its own it leaves the global one alone: exact resume
+        batches, batch_size=None, sampler=todo, num_workers=workers, generator=torch.Generator()
+    )
+    try:
+        yield from loader
+    except (UserError, OSError) as error:  # a worker's come as one string with its traceback
+        lines = str(error).strip().splitlines()
+        raise UserError(f"cannot read the training data: {lines[-1] if lines else error}") from None
+
+
+def halt_at_nan(run, step, batches):
+    """The loss or its gradient is not finite: names the step, keeps what it was computed from."""
+    file = run.folder / f"nan_step_{step}_rank{run.dist.rank}.pt"
+    write_state(file, to_device(batches, torch.device("cpu")))
+    raise UserError(f"the loss or its gradient is not finite at step {step}; its batch is in {file}"
+                    ", checkpoints before it are intact: lower --lr")  # fmt: skip
 
 
 # --- run folder -----------------------------------------------------------------------------------
@@ -679,7 +1019,9 @@ def load_backbone(name, dtype=torch.float32):
             return vlm.eval(), Processor(tiny, AutoConfig.from_pretrained(tiny))
         if eagle:
             return load_eagle(path, eagle_config(settings), dtype)
-        vlm = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
+        vlm = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=dtype, use_safetensors=True
+        )
         processor = Processor(path, vlm.config)
     except SafetensorError as error:
         files = " or ".join(sorted(str(file) for file in Path(path).glob("*.safetensors"))) or path

@@ -64,8 +64,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from transformers import DynamicCache
 
 import common
@@ -88,7 +86,7 @@ class Config:
     generalist: str = ""  # G's run folder, instead of training G
     steps: int = 0  # optimizer steps of each stage; 0: as in STAGES
     seed: int = 0  # everything random follows from it
-    resume: str = ""  # run folder to go on from, exactly
+    resume: str = ""  # run folder to go on from, exactly; auto: --out's, or start it
     eval_only: str = ""  # run folder to evaluate, without training
     ablation: str = ""  # a row of the paper's tables; `list` prints them all
     preset: str = ""  # a named configuration, see below
@@ -132,11 +130,17 @@ class Config:
     warmup: int = 50  # steps of linear warm-up
     weight_decay: float = 0.0  # of AdamW and Muon
     clip: float = 1.0  # gradient norm
-    optimizer: str = "muon"  # adamw | muon: muon takes the matrices, AdamW the rest
+    optimizer: str = "muon"  # adamw | adamw8bit | muon: muon takes the matrices, AdamW the rest
     dtype: str = "auto"  # auto | bf16 | fp32: arithmetic of the matrix products
     device: str = "auto"  # auto | cpu | cuda
     threads: int = 0  # CPU threads of a process; 0: torch's choice
     workers: int = 0  # loader processes
+    # memory and processes: what trains is float32, with float32 optimizer state (but adamw8bit's)
+    accumulate: int = 1  # batches of a process in one step
+    frozen: str = "fp32"  # fp32 | bf16: what stands still is stored so, where products are bf16
+    grad_checkpoint: bool = False  # keep a block's input alone, compute the rest again
+    compile: bool = False  # torch.compile each block
+    shard: str = "none"  # none | full: a copy on each process (DDP), or a share each (FSDP2)
     # demonstrations of the embedded world
     demos: int = 2000  # episodes
     noise: float = 0.3  # disturbances while the expert demonstrates, for recovery
@@ -347,12 +351,12 @@ class DualVLA(nn.Module):
         vlm.model.language_model.config._attn_implementation = "short"
         D, alone = vlm.config.get_text_config().hidden_size, cfg.stage == "expert"
         self.gates, self.gate = Gates(), None
-        self.untouched = ()  # weights that stay the backbone's own: no checkpoint holds them
+        self.untouched = set()  # weights that stay the backbone's own: no checkpoint holds them
         if cfg.tune == "lora":
             vlm.requires_grad_(False)
             self.add_experts(1 if alone else 2)
             new = (".down.", ".up.", "embed_tokens.", "lm_head.")
-            self.untouched = tuple(n for n in self.state_dict() if not any(x in n for x in new))
+            self.untouched = {n for n in self.state_dict() if not any(x in n for x in new)}
             if alone:
                 self.learn_words()
             else:
@@ -386,13 +390,23 @@ class DualVLA(nn.Module):
                 setattr(self.get_submodule(parent), leaf, m.base)
 
     def learn_words(self):
-        """E also learns the embeddings of the action words, and of no others."""
-        words = self.vlm.get_input_embeddings().weight
-        rows = torch.zeros(len(words), 1)
-        rows[self.first : self.first + BINS] = 1.0
-        for weight in {words, self.vlm.lm_head.weight}:  # one, where they are tied
-            weight.requires_grad_(True)
-            weight.register_hook(lambda grad: grad * rows.to(grad.device))
+        """E also learns the embeddings of the action words; `forget_words` spares the others."""
+        self.vlm.get_input_embeddings().requires_grad_(True)
+        self.vlm.lm_head.requires_grad_(True)
+
+    def forget_words(self):
+        """After E's backward pass: no gradient for words that are no actions."""
+        if self.cfg.tune == "lora":
+            for weight in {self.vlm.get_input_embeddings().weight, self.vlm.lm_head.weight}:
+                if weight.grad is not None:
+                    rows = torch.zeros(len(weight), 1)
+                    rows[self.first : self.first + BINS] = 1.0
+                    weight.grad.mul_(common.spread(rows, weight.grad))
+
+    def blocks(self):
+        """What is recomputed, compiled or sharded by itself."""
+        blocks = [*self.vlm.model.language_model.layers, *common.vision_blocks(self.vlm.model)]
+        return blocks + ([*self.flow.blocks] if self.cfg.actions == "flow" else [])
 
     def see(self, batch):
         """The vision tower's features of a batch's pictures; frozen, it sees once for all three."""
@@ -407,6 +421,7 @@ class DualVLA(nn.Module):
     def look(self, x, mask, position_ids, seen=None, caches=(None, None)):
         """(B, T, D) embedded tokens -> last hidden states (B, T, D), the gates set on the way."""
         words = dict(inputs_embeds=x, attention_mask=mask, position_ids=position_ids)
+        words["use_cache"] = caches[1] is not None
         words |= {"mm_encoder_outputs": {"image": seen}} if seen is not None else {}
         if self.gate is not None:
             self.gates.now = None
@@ -592,7 +607,7 @@ class Block(nn.Module):
     def project(self, x):
         """(B, N, width) -> q, k, v (B, heads, N, d)."""
         parts = self.qkv(self.norm(x)).chunk(3, dim=-1)
-        return (z.unflatten(-1, (self.heads, -1)).transpose(1, 2) for z in parts)
+        return [z.unflatten(-1, (self.heads, -1)).transpose(1, 2) for z in parts]
 
     def finish(self, x, y):
         """Attention's y (B, heads, N, d) and the MLP added to x."""
@@ -660,16 +675,18 @@ def integrate(velocity, x_0, steps):
 # --- Loss -----------------------------------------------------------------------------------------
 
 
-def draw_noise(cfg, step, action_dim, dist):
+def draw_noise(cfg, step, action_dim, dist, part=0):
     """x_0 (B, R, H, A) Gaussian; t (B, R) = 0.999 (1 - b), b ~ Beta(1.5, 1), mostly noisy.
 
-    Drawn for the samples of all processes, then cut: any number of processes uses the same draws.
+    Drawn for a step's samples of all processes and batches (`part` of them), then cut: however
+    these are split, the draws are the same.
     """
     generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
-    total = cfg.batch * dist.processes
+    total = cfg.batch * dist.processes * cfg.accumulate
     x_0 = torch.randn(total, cfg.repeats, cfg.horizon, action_dim, generator=generator)
     b = torch.rand(total, cfg.repeats, generator=generator) ** (1 / 1.5)  # inverse CDF of the Beta
-    mine = slice(dist.rank * cfg.batch, (dist.rank + 1) * cfg.batch)
+    first = (part * dist.processes + dist.rank) * cfg.batch
+    mine = slice(first, first + cfg.batch)
     return x_0[mine], 0.999 * (1 - b[mine])
 
 
@@ -1011,7 +1028,7 @@ def make_optimizers(model, cfg):
         [{"params": p, "lr": r, "peak": r} for (m, r), p in groups.items() if m == matrices]
         for matrices in (False, True)
     )
-    made = [torch.optim.AdamW(adam, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)]
+    made = [common.adamw(adam, cfg)]
     if muon:
         same = dict(weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")
         made.append(common.Muon(muon, **same))
@@ -1024,17 +1041,11 @@ def train(cfg, dist, run, model, batches, meta, resumed, measure, teacher=None):
     start, before, began = 0, 0.0, time.perf_counter()
     if resumed:
         start, before = resumed.step, resumed.train_state["seconds"]
-        for opt, state in zip(opts, resumed.train_state["optimizers"]):
-            opt.load_state_dict(state)
+        common.load_optimizers(opts, resumed.train_state["optimizers"])
         common.set_rng_state(resumed.local_state["rng"])
-    unused = True  # an untied head's action words may go unasked  # [method]
-    ddp = model
-    if dist.processes > 1:
-        ddp = DistributedDataParallel(model, find_unused_parameters=unused)
-    todo = range(start, cfg.steps)
-    loader = DataLoader(  # with a generator of its own it leaves the global one alone: exact resume
-        batches, batch_size=None, sampler=todo, num_workers=cfg.workers, generator=torch.Generator()
-    )
+    ddp = common.parallel(model, dist, True)  # [method] an untied head may go unasked
+    todo = range(start * cfg.accumulate, cfg.steps * cfg.accumulate)
+    feed = common.feed(batches, todo, cfg.workers)
     parameters = [p for p in model.parameters() if p.requires_grad]
     action_dim = data.dims(meta["robots"])[1]  # [method]
     stop = common.Stop()
@@ -1043,41 +1054,48 @@ def train(cfg, dist, run, model, batches, meta, resumed, measure, teacher=None):
         return before + time.perf_counter() - began
 
     def save(step):
-        frozen = model.untouched  # [method] those are the backbone's
-        tensors = {n: t for n, t in model.state_dict().items() if not n.startswith(frozen)}
+        tensors = {n: t for n, t in model.state_dict().items() if n not in model.untouched}
         state = {"optimizers": [opt.state_dict() for opt in opts], "seconds": seconds()}
         local = {"rng": common.rng_state()}
         common.save_checkpoint(
             run.folder / "checkpoints", step, tensors, state, local, meta, dist
         )
 
-    for step, batch in zip(todo, loader):
+    for step in range(start, cfg.steps):
         for group in (group for opt in opts for group in opt.param_groups):
             floor = cfg.min_lr * group["peak"]
             group["lr"] = common.lr_at(step, group["peak"], cfg.warmup, cfg.steps, floor)
-        if cfg.qa_every and step % cfg.qa_every == 0 and dist.main:  # [method]
-            run.record(step, {"abilities": measure()})  # [method]
+        if cfg.qa_every and step % cfg.qa_every == 0:  # [method]
+            with common.gathered(model):  # [method]
+                run.record(step, {"abilities": dist.main and measure()})  # [method]
         model.train()
-        batch = common.to_device(batch, dist.device)
-        with common.autocast(dist.device, cfg.dtype):
-            noise = draw_noise(cfg, step, action_dim, dist)  # [method]
-            noise = [x.to(dist.device) for x in noise]  # [method]
-            soft = teach(teacher, batch, noise, model)  # [method]
-            losses = ddp(batch, noise, soft)  # [method]
-            loss = total_loss(losses, cfg)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(parameters, cfg.clip)
+        mean, seen = {}, []
+        for part in range(cfg.accumulate):
+            batch = common.to_device(next(feed), dist.device)
+            seen.append(batch)
+            common.synchronise(ddp, part + 1 == cfg.accumulate)
+            with common.autocast(dist.device, cfg.dtype):
+                noise = draw_noise(cfg, step, action_dim, dist, part)  # [method]
+                noise = [x.to(dist.device) for x in noise]  # [method]
+                soft = teach(teacher, batch, noise, model)  # [method]
+                losses = ddp(batch, noise, soft)  # [method]
+                loss = total_loss(losses, cfg) / cfg.accumulate
+            loss.backward()
+            for name, value in losses.items():
+                mean[name] = mean.get(name, 0.0) + value.detach() / cfg.accumulate
+        model.forget_words()  # [method]
+        norm = common.clip(parameters, cfg.clip)
+        if not math.isfinite(norm):
+            common.halt_at_nan(run, step + 1, seen)
         for opt in opts:
             opt.step()
             opt.zero_grad(set_to_none=True)
         run.progress(step + 1)
         if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.steps:
-            values = dist.mean({name: float(value.detach()) for name, value in losses.items()})
-            if not math.isfinite(sum(values.values())):
-                raise common.UserError(f"the loss is not finite at step {step + 1}: lower --lr")
-            rate = (step + 1) * cfg.batch * dist.processes / seconds()
+            values = dist.mean({name: float(value) for name, value in mean.items()})
+            rate = (step + 1) * cfg.batch * cfg.accumulate * dist.processes / seconds()
             lr = opts[0].param_groups[0]["lr"]
-            run.log(step + 1, values | {"lr": lr, "norm": float(norm), "samples/s": rate})
+            run.log(step + 1, values | {"lr": lr, "norm": norm, "samples/s": rate})
         stopping = dist.any(stop.requested)
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or stopping:
             save(step + 1)
@@ -1086,6 +1104,7 @@ def train(cfg, dist, run, model, batches, meta, resumed, measure, teacher=None):
             run.close()
             raise KeyboardInterrupt
     stop.restore()
+    common.gather(model)
     if cfg.qa_every and dist.main:  # [method]
         run.record(cfg.steps, {"abilities": measure()})  # [method]
     return seconds()
@@ -1098,7 +1117,7 @@ FREE = (  # what a resumed or evaluated run may change
     "questions", "log_every", "save_every", "workers", "threads", "device", "euler", "eval_only",
     "out", "talk",
     "score_episodes", "bracket", "judge", "judge_model", "judge_price", "judge_examples",
-    "benchmark", "robot",
+    "benchmark", "robot", "compile", "grad_checkpoint", "shard",
 )  # fmt: skip
 
 
@@ -1171,14 +1190,15 @@ def prepare(cfg, dist, run, resumed):
     batches = Batches(mixtures, join, cfg.batch, dist.rank, dist.processes, cfg.mix)
     settings = {"method": "dualvla", "config": dataclasses.asdict(cfg)}
     meta = settings | {"robots": robots, "kept": bits}
-    return Policy(model.to(dist.device), cfg, processor, robots, dist.device), batches, meta
+    model = common.place(model, cfg, dist, run.say)
+    return Policy(model, cfg, processor, robots, dist.device), batches, meta
 
 
 def check(cfg):
     """What no type can say about the flags, before anything is spent on them."""
     loop.check(cfg)
-    for name in ("batch", "demos", "repeats", "episodes", "parallel", "log_every", "queries",
-                 "rank"):  # fmt: skip
+    for name in ("batch", "accumulate", "demos", "repeats", "episodes", "parallel", "log_every",
+                 "queries", "rank"):  # fmt: skip
         if getattr(cfg, name) < 1:
             raise common.UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: at least 1")
     if cfg.questions < 2 or cfg.questions % 2:
@@ -1276,6 +1296,7 @@ def run_stage(cfg, dist):
     if list(folder.glob("checkpoints/step_*/meta.json")):
         resumed = common.load_checkpoint(folder, "dualvla", dist=dist)
         cfg = common.resume_config(cfg, resumed.meta["config"], FREE)
+        cfg = common.same_samples(cfg, resumed, dist)
     common.seed_all(cfg.seed)
     (folder / "metrics.jsonl").unlink(missing_ok=True) if not resumed else None
     run = common.Run(cfg, "dualvla", __file__, dist, cfg.steps, resumed)
@@ -1291,7 +1312,8 @@ def run_stage(cfg, dist):
     result = {
         "method": "dualvla", "arm": cfg.ablation or cfg.stage, "stage": cfg.stage,
         "backbone": cfg.backbone, "world": cfg.world, "seed": cfg.seed, "steps": cfg.steps,
-        "samples": cfg.steps * cfg.batch * dist.processes, "train_seconds": round(seconds, 1),
+        "samples": cfg.steps * cfg.accumulate * cfg.batch * dist.processes,
+        "train_seconds": round(seconds, 1),
         "kept": "".join(meta["kept"]).count("1") / len("".join(meta["kept"])),
         **evaluate(policy, cfg, dist, run.folder, run.say, sets),
         "params": common.param_counts(policy.model),
@@ -1352,6 +1374,7 @@ def main(argv=None):
     dist = common.setup(cfg)
     if cfg.eval_only:
         return evaluate_only(cfg, dist)
+    cfg = common.resume_auto(cfg, dist, "config.json")
     out = Path(cfg.resume or cfg.out or time.strftime(f"runs/dualvla-{cfg.seed}-%Y%m%d-%H%M%S"))
     out = Path(dist.share(str(out.parent if cfg.resume and out.name in ORDER else out)))
     if cfg.resume:

@@ -55,8 +55,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from transformers import (
     AutoTokenizer,
     CLIPTextConfig,
@@ -83,7 +81,7 @@ class Config:
     out: str = ""  # run folder; empty: runs/<method>-<world>-<seed>-<time>
     steps: int = 0  # optimizer steps of a stage; 0: see teacher-steps, align-steps, finetune-steps
     seed: int = 0  # everything random follows from it
-    resume: str = ""  # run folder (of a stage, or of the chain) to go on from, exactly
+    resume: str = ""  # run folder (stage's or chain's) to go on from; auto: --out's, or start it
     eval_only: str = ""  # run folder to evaluate, without training
     ablation: str = ""  # a row of the paper's tables; `list` prints them all
     preset: str = ""  # a named configuration, see below
@@ -135,11 +133,18 @@ class Config:
     warmup: int = 50  # steps of linear warm-up
     weight_decay: float = 1e-4  # of AdamW
     clip: float = 1.0  # gradient norm (Seer: 0.1)
-    optimizer: str = "muon"  # adamw | muon: muon takes the matrices, AdamW the rest (paper: adamw)
+    optimizer: str = "muon"  # adamw | adamw8bit | muon: matrices alone (paper: adamw)
     dtype: str = "auto"  # auto | bf16 | fp32: arithmetic of the matrix products
     device: str = "auto"  # auto | cpu | cuda
     threads: int = 0  # CPU threads of a process; 0: torch's choice
     workers: int = 0  # loader processes
+    # memory and processes: what trains is float32, with float32 optimizer state (but adamw8bit's)
+    accumulate: int = 1  # batches of a process in one step
+    frozen: str = "fp32"  # fp32 | bf16: what stands still is stored so, where products are bf16
+    grad_checkpoint: bool = False  # keep a block's input alone, compute the rest again
+    compile: bool = False  # torch.compile each block
+    shard: str = "none"  # none | full: a copy on each process (DDP), or a share each (FSDP2)
+    lora: int = 0  # rank R: stage 2 trains a LoRA on the VLM's language model; 0: its weights
     # demonstrations of the embedded world
     demos: int = 3000  # episodes
     noise: float = 0.3  # disturbances while the expert demonstrates, for recovery
@@ -527,6 +532,11 @@ class Seer(nn.Module):
         self.image_decoder = nn.Sequential(*(Block(H, heads, Block.TIMM) for _ in range(2)))
         self.image_decoder_norm = nn.LayerNorm(H)
         self.image_decoder_pred = nn.Linear(H, 3 * cfg.patch**2)
+        self.untouched = {n for n in self.state_dict() if n.startswith("eyes.")}
+
+    def blocks(self):
+        """What is recomputed, compiled or sharded by itself."""
+        return [*self.transformer_backbone.h]
 
     def context(self, batch):
         """-> (B, S, A, H): words, state, Q (or all) tokens of each picture, a summary of each."""
@@ -663,13 +673,27 @@ class VitaVLA(nn.Module):
             self.mapper = nn.Sequential(*layers)
         add_decoder(self, H, arm)
         train_vlm = cfg.stage == "finetune" and not cfg.freeze_vlm
-        vlm.language.requires_grad_(train_vlm)
+        vlm.language.requires_grad_(train_vlm and not cfg.lora)
+        if train_vlm and cfg.lora:
+            common.add_lora(vlm.language.layers, cfg.lora)
+        # weights that stay the backbone's own: no checkpoint holds them
+        eyes = ("vision", "projector", "model.visual", "model.vision_tower")
+        eyes = tuple(f"vlm.{part}." for part in (*eyes, "model.multi_modal_projector"))
+        frozen = eyes if train_vlm else ("vlm.",)
+        frozen = ("vlm.",) if cfg.lora else frozen
+        names = [n for n in self.state_dict() if not n.endswith((".down", ".up"))]
+        self.untouched = {n for n in names if n.startswith(frozen)}
         for name, p in self.named_parameters():
             if name.startswith(DECODER):
                 p.requires_grad_(cfg.stage == "finetune")
         if cfg.state_input == "text":
             for name in ("arm_state_encoder", "gripper_state_encoder", "state_projector"):
                 self.get_submodule(name).requires_grad_(False)
+
+    def blocks(self):
+        """What is recomputed, compiled or sharded by itself."""
+        eyes = common.vision_blocks(getattr(self.vlm, "model", self.vlm))
+        return [*self.vlm.language.layers, *eyes]
 
     def embed(self, prompt, seen, state, places):
         """Prompt (B, T), picture tokens (n, D), states (steps, S) in order -> (B, T, D)."""
@@ -925,7 +949,7 @@ def make_optimizers(model, cfg):
         [{"params": p, "lr": r, "peak": r} for (m, r), p in groups.items() if m == matrices]
         for matrices in (False, True)
     )
-    made = [torch.optim.AdamW(adam, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)]
+    made = [common.adamw(adam, cfg)]
     if muon:
         same = dict(weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")
         made.append(common.Muon(muon, **same))
@@ -938,17 +962,11 @@ def train(cfg, dist, run, model, batches, meta, resumed, teacher=None):  # [meth
     start, before, began = 0, 0.0, time.perf_counter()
     if resumed:
         start, before = resumed.step, resumed.train_state["seconds"]
-        for opt, state in zip(opts, resumed.train_state["optimizers"]):
-            opt.load_state_dict(state)
+        common.load_optimizers(opts, resumed.train_state["optimizers"])
         common.set_rng_state(resumed.local_state["rng"])
-    unused = False  # [method]
-    ddp = model
-    if dist.processes > 1:
-        ddp = DistributedDataParallel(model, find_unused_parameters=unused)
-    todo = range(start, cfg.steps)
-    loader = DataLoader(  # with a generator of its own it leaves the global one alone: exact resume
-        batches, batch_size=None, sampler=todo, num_workers=cfg.workers, generator=torch.Generator()
-    )
+    ddp = common.parallel(model, dist, False)  # [method]
+    todo = range(start * cfg.accumulate, cfg.steps * cfg.accumulate)
+    feed = common.feed(batches, todo, cfg.workers)
     parameters = [p for p in model.parameters() if p.requires_grad]
     stop = common.Stop()
 
@@ -956,39 +974,43 @@ def train(cfg, dist, run, model, batches, meta, resumed, teacher=None):  # [meth
         return before + time.perf_counter() - began
 
     def save(step):
-        frozen = ("eyes.", "vlm.vision.", "vlm.model.visual.")  # [method] those are the backbone's
-        frozen += () if cfg.stage == "finetune" and not cfg.freeze_vlm else ("vlm.",)  # [method]
-        tensors = {n: t for n, t in model.state_dict().items() if not n.startswith(frozen)}
+        tensors = {n: t for n, t in model.state_dict().items() if n not in model.untouched}
         state = {"optimizers": [opt.state_dict() for opt in opts], "seconds": seconds()}
         local = {"rng": common.rng_state()}
         common.save_checkpoint(
             run.folder / "checkpoints", step, tensors, state, local, meta, dist
         )
 
-    for step, batch in zip(todo, loader):
+    for step in range(start, cfg.steps):
         for group in (group for opt in opts for group in opt.param_groups):
             floor = cfg.min_lr * group["peak"]
             group["lr"] = common.lr_at(step, group["peak"], cfg.warmup, cfg.steps, floor)
         model.train()
-        batch = common.to_device(batch, dist.device)
-        with common.autocast(dist.device, cfg.dtype):
-            with torch.no_grad():  # [method]
-                h_teacher = teacher and teacher.hidden(batch)[0]  # [method]
-            losses = ddp(batch, h_teacher)  # [method]
-            loss = total_loss(losses, cfg)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(parameters, cfg.clip)
+        mean, seen = {}, []
+        for part in range(cfg.accumulate):
+            batch = common.to_device(next(feed), dist.device)
+            seen.append(batch)
+            common.synchronise(ddp, part + 1 == cfg.accumulate)
+            with common.autocast(dist.device, cfg.dtype):
+                with torch.no_grad():  # [method]
+                    h_teacher = teacher and teacher.hidden(batch)[0]  # [method]
+                losses = ddp(batch, h_teacher)  # [method]
+                loss = total_loss(losses, cfg) / cfg.accumulate
+            loss.backward()
+            for name, value in losses.items():
+                mean[name] = mean.get(name, 0.0) + value.detach() / cfg.accumulate
+        norm = common.clip(parameters, cfg.clip)
+        if not math.isfinite(norm):
+            common.halt_at_nan(run, step + 1, seen)
         for opt in opts:
             opt.step()
             opt.zero_grad(set_to_none=True)
         run.progress(step + 1)
         if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.steps:
-            values = dist.mean({name: float(value.detach()) for name, value in losses.items()})
-            if not math.isfinite(sum(values.values())):
-                raise common.UserError(f"the loss is not finite at step {step + 1}: lower --lr")
-            rate = (step + 1) * cfg.batch * dist.processes / seconds()
+            values = dist.mean({name: float(value) for name, value in mean.items()})
+            rate = (step + 1) * cfg.batch * cfg.accumulate * dist.processes / seconds()
             lr = opts[0].param_groups[0]["lr"]
-            run.log(step + 1, values | {"lr": lr, "norm": float(norm), "samples/s": rate})
+            run.log(step + 1, values | {"lr": lr, "norm": norm, "samples/s": rate})
         stopping = dist.any(stop.requested)
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or stopping:
             save(step + 1)
@@ -997,6 +1019,7 @@ def train(cfg, dist, run, model, batches, meta, resumed, teacher=None):  # [meth
             run.close()
             raise KeyboardInterrupt
     stop.restore()
+    common.gather(model)
     return seconds()
 
 
@@ -1005,7 +1028,7 @@ def train(cfg, dist, run, model, batches, meta, resumed, teacher=None):  # [meth
 FREE = (  # what a resumed or evaluated run may change
     "steps", "episodes", "domains", "execute", "ensemble", "parallel", "gifs", "render",
     "act_index", "log_every", "save_every", "workers", "threads", "device", "cache", "eval_only",
-    "out", "robot",
+    "out", "robot", "compile", "grad_checkpoint", "shard",
 )  # fmt: skip
 
 
@@ -1088,13 +1111,15 @@ def prepare(cfg, dist, run, resumed):
     join = partial(sense, cfg=cfg, processor=processor)
     batches = data.Batches(mixtures, join, cfg.batch, dist.rank, dist.processes)
     meta = {"method": "vita_vla", "config": dataclasses.asdict(cfg), "robots": robots}
-    return Policy(model.to(dist.device), cfg, processor, robots, dist.device), batches, meta
+    model = common.place(model, cfg, dist, run.say)
+    return Policy(model, cfg, processor, robots, dist.device), batches, meta
 
 
 def check(cfg):
     """What no type can say about the flags, before anything is spent on them."""
     loop.check(cfg)
-    for name in ("batch", "demos", "episodes", "parallel", "log_every", "history", "future"):
+    for name in ("batch", "accumulate", "demos", "episodes", "parallel", "log_every", "history",
+                 "future"):  # fmt: skip
         if getattr(cfg, name) < 1:
             raise common.UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: at least 1")
     if cfg.stage == "align" and not (cfg.teacher or cfg.describe):
@@ -1204,6 +1229,7 @@ def session(cfg, dist):
     if cfg.resume:
         resumed = common.load_checkpoint(cfg.resume, "vita_vla", dist=dist)
         cfg = common.resume_config(cfg, resumed.meta["config"], FREE)
+        cfg = common.same_samples(cfg, resumed, dist)
     if cfg.eval_only:
         policy = load_policy(cfg.eval_only, dist.device, cfg.robot)
         free = FREE + ("world", "seed")
@@ -1230,7 +1256,8 @@ def session(cfg, dist):
     run.result({
         "method": "vita_vla", "arm": cfg.ablation or cfg.recipe, "stage": cfg.stage,
         "backbone": cfg.backbone, "world": cfg.world, "seed": cfg.seed, "steps": cfg.steps,
-        "samples": cfg.steps * cfg.batch * dist.processes, "train_seconds": round(seconds, 1),
+        "samples": cfg.steps * cfg.accumulate * cfg.batch * dist.processes,
+        "train_seconds": round(seconds, 1),
         "success": first["success"], "ci95": first["ci95"], "episodes": first["episodes"],
         "length": first.get("length"), "per_task": first["per_task"], "domains": results,
         "params": common.param_counts(policy.model),
@@ -1263,7 +1290,7 @@ def main(argv=None):
     if cfg.export:
         return export(cfg)
     dist = common.setup(cfg)
-    for stage in chain(cfg, dist):
+    for stage in chain(common.resume_auto(cfg, dist, "chain.json"), dist):
         session(stage, dist)
     dist.destroy()
 

@@ -74,6 +74,7 @@ class Case:
         soft = dualvla.teach(teachers, self.batch, self.noise, self.model)
         losses = self.model(self.batch, self.noise, soft)
         dualvla.total_loss(losses, self.cfg).backward()
+        self.model.forget_words()
         grads = {n: p.grad for n, p in self.model.named_parameters() if p.requires_grad}
         self.model.zero_grad(set_to_none=True)
         return {name: float(loss.detach()) for name, loss in losses.items()}, grads
