@@ -10,6 +10,7 @@
                                          float32, of which the last tells how open the hand is}
     step(action)                         (A,), as demonstrated; above 0 the last opens the hand
     success, instruction, max_steps      reached by now; in words; steps that an episode may take
+    task                                 the present one of the suite's tasks
     expert(seed, noise)                  -> who demonstrates: act() -> action, then `reasoning`, a
                                          sentence, and `phase`, the number of its sub-goal
     slow, fps                            spread over processes when acted in; steps in a second

@@ -121,7 +121,7 @@ class Crew:
                 pipe.send(None)
             except OSError:  # it has ended before
                 pass
-            hand.join(10)
+            hand.join(2)
             hand.terminate()
             pipe.close()
         self.hands, self.pipes = [], []

@@ -104,6 +104,15 @@ def need():
     except ImportError:
         words = "--world metaworld needs Meta-World: pip install 'onefile-vla[sim]'"
         raise common.UserError(words) from None
+    except Exception as error:  # MuJoCo looks for its graphics when imported
+        raise cannot_draw(error) from None
+
+
+def cannot_draw(error):
+    how = os.environ.get("MUJOCO_GL", "unset")
+    remedy = "apt-get install libegl1 libegl-mesa0 and MUJOCO_GL=egl, or libosmesa6 and osmesa"
+    why = str(error).partition("\n")[0]
+    return common.UserError(f"MuJoCo cannot draw here with MUJOCO_GL={how} ({why}): {remedy}")
 
 
 def simulator(task):
@@ -135,8 +144,7 @@ def draw(env, task, side):
         try:
             made = mujoco.Renderer(env.model, 2 * side, 2 * side)
         except Exception as error:  # each of its back ends has errors of its own
-            remedy = "apt-get install libegl1 libegl-mesa0, or libosmesa6 and MUJOCO_GL=osmesa"
-            raise common.UserError(f"MuJoCo cannot draw here ({error}): {remedy}") from None
+            raise cannot_draw(error) from None
         for flag in ("SHADOW", "REFLECTION", "SKYBOX", "HAZE"):
             made.scene.flags[getattr(mujoco.mjtRndFlag, f"mjRND_{flag}")] = 0
         if not _cameras:
