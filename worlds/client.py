@@ -11,6 +11,7 @@ A world has what `worlds/tabletop.py` has too: reset(seed, task), observe() -> {
 """
 
 import argparse
+import atexit
 import contextlib
 import difflib
 import json
@@ -81,6 +82,7 @@ class Server:
         try:
             link = connect(address if "://" in address else f"ws://{address}", **about)
             self.socket = contextlib.ExitStack().enter_context(link)
+            atexit.register(self.socket.close)
             self.metadata = self.read()
             self.reset()
         except (OSError, ValueError, WebSocketException) as error:
