@@ -222,6 +222,20 @@ def test_an_unknown_flag_names_the_nearest(status, name):
     assert code == 2 and err.count("\n") == 1 and "--episodes" in err
 
 
+def test_the_command_line_changes_the_protocol():
+    p = client.parser("", "x", "", seeded=True)
+    protocol = {"episodes": 50, "execute": 8, "ensemble": 7, "seed": 3}
+    same = client.settings(p.parse_args([]), protocol, suite="a")
+    assert same == protocol | {"suite": "a", "gripper": "unit", "protocol_episodes": 50}
+    words = "--episodes 2 --execute 4 --ensemble 0 --seed 0 --gripper minus".split()
+    other = client.settings(p.parse_args(words), protocol)
+    assert other == {"episodes": 2, "execute": 4, "ensemble": 0, "seed": 0, "gripper": "minus",
+                     "protocol_episodes": 50}  # fmt: skip
+    for flag in ("--episodes", "--execute", "--ensemble", "--seed"):
+        with pytest.raises(common.UserError, match=flag):
+            client.settings(p.parse_args([flag, "-2"]), protocol)
+
+
 def test_unknown_tasks_name_the_nearest(status):
     for main, words, near in ((simpler.main, ("--tasks", "carot"), "carrot"),
                               (libero.main, ("--suites", "gaol"), "goal"),

@@ -11,6 +11,7 @@ A world has what `worlds/tabletop.py` has too: reset(seed, task), observe() -> {
 """
 
 import argparse
+import atexit
 import contextlib
 import difflib
 import json
@@ -81,6 +82,7 @@ class Server:
         try:
             link = connect(address if "://" in address else f"ws://{address}", **about)
             self.socket = contextlib.ExitStack().enter_context(link)
+            atexit.register(self.socket.close)
             self.metadata = self.read()
             self.reset()
         except (OSError, ValueError, WebSocketException) as error:
@@ -221,12 +223,12 @@ def chosen(words, known, flag):
 def settings(args, protocol, **more):
     """The protocol with what the command line changes of it, to be written with the results."""
     out = dict(protocol) | more | {"gripper": args.gripper}
-    for name in ("execute", "ensemble", "seed"):
-        given = getattr(args, name, None)
-        if given is not None and given >= (0 if name != "execute" else 1):
-            out[name] = given
-    if args.execute < 0:
-        raise UserError(f"--execute {args.execute}: at least 1, or 0 for the protocol's")
+    seed = getattr(args, "seed", None)
+    if args.execute < 0 or args.ensemble < -1 or (seed or 0) < 0:
+        raise UserError("--execute, --ensemble and --seed: at least 0")
+    out |= {"execute": args.execute} if args.execute else {}
+    out |= {"ensemble": args.ensemble} if args.ensemble >= 0 else {}
+    out |= {} if seed is None else {"seed": seed}
     if args.episodes < 0:
         raise UserError(f"--episodes {args.episodes}: at least 1, or 0 for the protocol's")
     out["protocol_episodes"] = out["episodes"]

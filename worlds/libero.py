@@ -242,6 +242,7 @@ def main(argv=None):
     versions = {n: n for n in ("hf-libero", "libero", "robosuite", "mujoco")}
     results = client.Results("libero", args.out, protocol, policy, versions)
     evaluate(world, policy, protocol, tasks, results)
+    world.env.close()  # at exit its renderer would complain
     client.close(results, protocol, rows, PAPERS, full=len(tasks) == 40)
 
 
