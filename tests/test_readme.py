@@ -20,7 +20,7 @@ README = (ROOT / "README.md").read_text()
 # actions, pruning; common.py three backbone families, FAST, and 300 lines of fused losses and
 # Triton kernels; data.py five layouts of recordings on disk, each with its faults.
 CAPS = {"twinbrain.py": 966, "vita_vla.py": 1200, "dualvla.py": 1350, "common.py": 1370,
-        "data.py": 1160, "README.md": 250}  # fmt: skip
+        "data.py": 1164, "README.md": 250}  # fmt: skip
 
 
 SCRIPTS = {"twinbrain": twinbrain, "vita_vla": vita_vla, "dualvla": dualvla}
