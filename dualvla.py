@@ -1126,6 +1126,7 @@ def load_policy(folder, device):
     stats = checkpoint.meta["stats"]
     dims = len(stats["state"]["q01"]), len(stats["action"]["q01"])
     model, processor = build(cfg, *dims, checkpoint)
+    scale.store_frozen(model, cfg, device)
     return Policy(model.to(device).eval().requires_grad_(False), cfg, processor, stats, device)
 
 

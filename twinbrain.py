@@ -859,6 +859,7 @@ def load_policy(folder, device):
     model, processor = build(cfg, *dims, checkpoint)
     if cfg.head == "fast":
         fast = common.Fast.load(checkpoint.meta["fast"], processor.tokenizer)
+    scale.store_frozen(model, cfg, device)
     return Policy(model.to(device).eval(), cfg, processor, stats, device, fast)
 
 

@@ -1045,6 +1045,7 @@ def load_policy(folder, device):
     checkpoint = common.load_checkpoint(folder, "vita_vla")
     cfg = common.resume_config(Config(), checkpoint.meta["config"])
     model, processor = build(replace(cfg, student=""), checkpoint)
+    scale.store_frozen(model, cfg, device)
     return Policy(model.to(device).eval(), cfg, processor, checkpoint.meta["stats"], device)
 
 
