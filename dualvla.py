@@ -1151,6 +1151,7 @@ def load_policy(folder, device, robot=""):
     cfg.robot = robot or cfg.robot
     robots = checkpoint.meta["robots"]
     model, processor = build(cfg, *data.dims(robots), checkpoint)
+    common.store_frozen(model, cfg, device)
     return Policy(model.to(device).eval().requires_grad_(False), cfg, processor, robots, device)
 
 

@@ -880,6 +880,7 @@ def load_policy(folder, device, robot=""):
     model, processor = build(cfg, *data.dims(robots), checkpoint)
     if cfg.head == "fast":
         fast = common.Fast.load(checkpoint.meta["fast"], processor.tokenizer)
+    common.store_frozen(model, cfg, device)
     return Policy(model.to(device).eval(), cfg, processor, robots, device, fast)
 
 

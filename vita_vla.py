@@ -1089,6 +1089,7 @@ def load_policy(folder, device, robot=""):
     cfg = common.resume_config(Config(), checkpoint.meta["config"])
     cfg.robot = robot or cfg.robot
     model, processor = build(replace(cfg, student=""), checkpoint)
+    common.store_frozen(model, cfg, device)
     return Policy(model.to(device).eval(), cfg, processor, checkpoint.meta["robots"], device)
 
 
