@@ -7,6 +7,7 @@ Letters: B batch, T tokens, D width of a head, P patch, M merge, H chunk (or hei
 import dataclasses
 import difflib
 import errno
+import importlib.util
 import inspect
 import json
 import math
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import time
 import typing
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -32,21 +34,37 @@ import numpy as np
 import torch
 import torch.distributed
 import transformers
+from huggingface_hub import snapshot_download
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, trainers
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.masking_utils import sdpa_mask
+from transformers.utils import cached_file
 from transformers.utils.logging import disable_progress_bar
 
 
 class UserError(Exception):
     """A mistake the user can mend; the message is one line."""
+
+
+FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
 def run_main(main) -> None:
@@ -56,14 +74,20 @@ def run_main(main) -> None:
     except UserError as error:  # of a loader's worker it comes with the worker's traceback
         message = str(error).strip().rpartition("common.UserError: ")[2]
     except torch.OutOfMemoryError:
-        message = "the GPU is out of memory: use a smaller batch"
+        message = "the GPU is out of memory: half of --batch with twice --accumulate, or "
+        message += "--grad-checkpoint, --frozen bf16, --lora 32, --shard full on several GPUs"
     except BrokenPipeError:  # whoever read the output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(0)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in FAULTS:
             raise
-        message = f"the disk is full: {error.filename or 'while writing'}"
+        message = f"{error.strerror}: {error.filename or 'while writing'}"
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        message = "a loader process was killed; go on with --resume, with fewer --workers if the "
+        message += "machine's memory was full"
     except KeyboardInterrupt:
         sys.exit(130)
     print(f"error: {message}", file=sys.stderr)
@@ -156,7 +180,7 @@ def parse(Config, presets: dict[str, dict], ablations: dict[str, dict], argv=Non
             raise UserError(f"unknown {kind} {row!r} (did you mean {nearest(row, table)}?)")
         settings |= {k: v for k, v in table.get(row, {}).items() if not k.startswith("_")}
     settings |= given
-    if settings.get("data") and "tabletop" not in settings["data"]:
+    if settings.get("data") and not re.search("tabletop|metaworld", settings["data"]):
         settings.setdefault("world", "none")  # who learns from other recordings acts elsewhere
     cfg = Config(**settings)
     cfg.explicit = tuple(given)
@@ -266,10 +290,13 @@ def multiplies_bf16(device: torch.device) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def autocast(device: torch.device, dtype: str = "auto"):
+def in_bf16(device: torch.device, dtype: str) -> bool:
     """dtype: auto | bf16 | fp32; auto is bf16 where the hardware multiplies it, else fp32."""
-    on = dtype == "bf16" or (dtype == "auto" and multiplies_bf16(device))
-    return torch.autocast(device.type, torch.bfloat16, enabled=on)
+    return dtype == "bf16" or (dtype == "auto" and multiplies_bf16(device))
+
+
+def autocast(device: torch.device, dtype: str = "auto"):
+    return torch.autocast(device.type, torch.bfloat16, enabled=in_bf16(device, dtype))
 
 
 class Muon(torch.optim.Muon):
@@ -314,6 +341,8 @@ def to_device(batch, device: torch.device):
     """Moves every tensor of a nested dict."""
     if isinstance(batch, dict):
         return {name: to_device(item, device) for name, item in batch.items()}
+    if isinstance(batch, list):
+        return [to_device(item, device) for item in batch]
     return batch.to(device, non_blocking=True) if isinstance(batch, torch.Tensor) else batch
 
 
@@ -393,18 +422,64 @@ def write_state(path: Path, state: dict) -> None:
     sync(path)
 
 
-def write_weights(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, str]:
-    """Safetensors; returns {name: owner} of tied tensors, which are stored once."""
-    owners, stored, tied = {}, {}, {}
+def tied_names(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+    """{name: owner} of the tensors that are another one's, and are stored once."""
+    owners, tied = {}, {}
     for name, tensor in tensors.items():
-        owner = owners.setdefault((tensor.data_ptr(), tensor.shape, tensor.dtype), name)
-        if owner == name or tensor.numel() == 0:
-            stored[name] = tensor.detach().contiguous()
-        else:
+        storage = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        key = storage.data_ptr() or name, tensor.shape, tensor.dtype
+        owner = owners.setdefault(key, name)
+        if owner != name:
             tied[name] = owner
-    save_file(stored, path)
-    sync(path)
     return tied
+
+
+def write_weights(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+    sync(path)
+
+
+def whole(tree, keep=True):
+    """A nest of states with its shards joined, in the CPU's memory (where `keep`; all ranks join).
+
+    One format for one process, DDP and shards: a run resumes on any number of processes, and is
+    evaluated on one. torch.distributed.checkpoint would write in parallel, but keeps its index as
+    a pickle. Price: rank 0's machine needs memory for all weights and states that train.
+    """
+    if isinstance(tree, dict):
+        return {name: whole(item, keep) for name, item in tree.items()}
+    if isinstance(tree, list):
+        return [whole(item, keep) for item in tree]
+    if isinstance(tree, DTensor):
+        tree = tree.full_tensor()
+        return tree.cpu() if keep else None
+    return tree
+
+
+def spread(value, like):
+    """A tensor that each process has whole -> on the device of `like`, sharded as it is."""
+    value = value.to(like.device)
+    if isinstance(like, DTensor):
+        return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+    return value
+
+
+def load_optimizers(opts, states) -> None:
+    """States as saved, whole, into optimizers whose weights may be sharded."""
+    for opt, saved in zip(opts, states):
+        params = [p for group in opt.param_groups for p in group["params"]]
+        for i, state in saved["state"].items():
+            for name, value in state.items():
+                if value.shape == params[i].shape:
+                    state[name] = spread(value, params[i])
+        opt.load_state_dict(saved)
+
+
+def discard(path: Path) -> None:
+    """Deletes a folder that is never seen half deleted under its name."""
+    if path.exists():
+        gone = path.rename(path.with_name("gone_" + path.name))
+        shutil.rmtree(gone)
 
 
 def save_checkpoint(folder, step, tensors, train_state, local_state, meta, dist, keep=2) -> Path:
@@ -412,13 +487,16 @@ def save_checkpoint(folder, step, tensors, train_state, local_state, meta, dist,
 
     tensors, train_state (optimizer): read on rank 0; local_state (RNG, data position): every rank.
     """
+    tied = dist.share(tied_names(tensors))
+    tensors = whole({n: t for n, t in tensors.items() if n not in tied}, dist.main)
+    train_state = whole(train_state, dist.main)
     final, draft = Path(folder) / f"step_{step:08d}", Path(folder) / f"tmp_{step:08d}"
     failure = ""
     try:
         draft.mkdir(parents=True, exist_ok=True)
         write_state(draft / f"rank{dist.rank}.pt", local_state)
         if dist.main:
-            tied = write_weights(draft / "model.safetensors", tensors)
+            write_weights(draft / "model.safetensors", tensors)
             write_state(draft / "train.pt", train_state)
             facts = {"step": step, "processes": dist.processes, "tied": tied}
             write_json(draft / "meta.json", {**meta, **facts})
@@ -428,15 +506,27 @@ def save_checkpoint(folder, step, tensors, train_state, local_state, meta, dist,
         shutil.rmtree(draft, ignore_errors=True)
         raise UserError(failure or f"could not save {final}: another process failed to write")
     if dist.main:
-        shutil.rmtree(final, ignore_errors=True)  # the same step, saved before a resume
+        sync(draft)
+        for path in final.parent.glob("gone_*"):  # of a run killed while it deleted
+            shutil.rmtree(path)
+        discard(final)  # the same step, saved before a resume
         draft.rename(final)
         sync(final.parent)
         older = sorted(path for path in final.parent.glob("step_*") if path < final)
         kept = [final, *older[len(older) + 1 - keep :]]
         for path in set(final.parent.glob("step_*")) - set(kept):  # later: of a run resumed before
-            shutil.rmtree(path)
+            discard(path)
     dist.barrier()
     return final
+
+
+def torchao():
+    """torchao's optimizers; with them loaded, their states can be read from a checkpoint."""
+    try:
+        import torchao.optim
+    except ImportError:
+        raise UserError("--optimizer adamw8bit: pip install 'onefile-vla[scale]'") from None
+    return torchao.optim
 
 
 def load_checkpoint(path, method: str, dist: Dist | None = None) -> Checkpoint:
@@ -455,15 +545,15 @@ def load_checkpoint(path, method: str, dist: Dist | None = None) -> Checkpoint:
         meta = json.loads(file.read_text())
         if meta["method"] != method:
             raise UserError(f"{path} is a checkpoint of {meta['method']}, not of {method}")
-        if dist and (wrote := meta["processes"]) != (now := dist.processes):
-            raise UserError(f"{path} was written by {wrote} processes; this run has {now}")
+        if meta["config"].get("optimizer") == "adamw8bit":
+            torchao()
         file = path / "model.safetensors"
         tensors = load_file(file)
         tensors |= {name: tensors[owner] for name, owner in meta["tied"].items()}
         if dist:
             file = path / "train.pt"
             train_state = torch.load(file, map_location="cpu", weights_only=True)
-            file = path / f"rank{dist.rank}.pt"
+            file = path / f"rank{dist.rank % meta['processes']}.pt"
             local_state = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"the checkpoint lacks {file}") from None
@@ -471,6 +561,260 @@ def load_checkpoint(path, method: str, dist: Dist | None = None) -> Checkpoint:
         hint = f"; remove {path} to use the one before" if len(found) > 1 else ""
         raise UserError(f"{file} is damaged or cut short{hint}") from None
     return Checkpoint(path, meta["step"], tensors, meta, train_state, local_state)
+
+
+def resume_auto(cfg, dist, *marks):
+    """--resume auto, and every restart by torchrun: goes on with the run in --out, if there is one
+    (a checkpoint, or a file of a chain, `marks`), else starts it; so one command does for both."""
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if cfg.resume != "auto" and not (restarted and cfg.out and not cfg.resume):
+        return cfg
+    if not cfg.out:
+        raise UserError("--resume auto needs --out RUN")
+    places, out = ("checkpoints/step_*/meta.json", *marks), Path(cfg.out)
+    found = dist.share(any(list(out.glob(place)) for place in places))
+    cfg.resume = cfg.out if found else ""
+    if dist.main and not found:  # stopped before its first checkpoint
+        (out / "metrics.jsonl").unlink(missing_ok=True)
+    dist.barrier()
+    return cfg
+
+
+# --- training at any size: memory, LoRA, recomputing, shards --------------------------------------
+# No equation of a paper. What trains is float32, with float32 gradients and optimizer state (8 bits
+# by adamw8bit); autocast rounds it to bfloat16 in the products. `--frozen bf16` stores the rest so.
+
+SAVERS = {  # flags that save memory, and whether a Config leaves them unused
+    "--grad-checkpoint": lambda cfg, dist: not cfg.grad_checkpoint,
+    "--frozen bf16": lambda cfg, dist: cfg.frozen == "fp32",
+    "--lora 32": lambda cfg, dist: not getattr(cfg, "lora", 1),
+    "--optimizer adamw8bit": lambda cfg, dist: cfg.optimizer != "adamw8bit" and cfg.shard == "none",
+    "--shard full on more GPUs": lambda cfg, dist: cfg.shard == "none",
+}
+
+
+def vision_blocks(model):
+    """The vision tower's layers, of a Qwen-VL, an Eagle2 or VITA-1.5."""
+    if hasattr(model, "visual"):
+        return model.visual.blocks
+    tower = getattr(model, "vision_tower", None) or model.vision
+    return tower.encoder.layers if hasattr(tower.encoder, "layers") else tower.encoder.layer
+
+
+class LoRA(nn.Module):
+    """A frozen matrix with a low-rank change: W x + 2 B A x (alpha / r = 2)."""
+
+    def __init__(self, base, rank):
+        super().__init__()
+        self.base = base
+        self.down = nn.Parameter(torch.randn(rank, base.in_features) / base.in_features**0.5)
+        self.up = nn.Parameter(torch.zeros(base.out_features, rank))
+
+    def forward(self, x):
+        return self.base(x) + 2.0 * (x @ self.down.mT) @ self.up.mT
+
+
+def add_lora(layers, rank):
+    """Puts a LoRA around every matrix of `layers`, a ModuleList; all else in them stands still."""
+    layers.requires_grad_(False)
+    for name in [n for n, m in layers.named_modules() if isinstance(m, nn.Linear)]:
+        parent, _, leaf = name.rpartition(".")
+        parent = layers.get_submodule(parent)
+        setattr(parent, leaf, LoRA(getattr(parent, leaf), rank))
+
+
+def place(model, cfg, dist, say, replicate=None):
+    """A built model, ready to train on `dist.device`: `model.blocks()` one by one compiled,
+    recomputed, sharded as the flags say; `replicate`: a part that --shard leaves whole. Says what
+    it takes, by part; what cannot fit is a UserError that names the flags which would help."""
+    store_frozen(model, cfg, dist.device)
+    split = dist.processes if cfg.shard == "full" else 1
+    copied = {*replicate.parameters()} if replicate is not None else set()
+    rows, there = memory_rows(model, cfg, split, copied), device_memory(dist.device)
+    need, kind = sum(map(sum, rows.values())), "GPU" if dist.device.type == "cuda" else "machine"
+    say(f"{'memory of a process:':24} {'weights':>10} {'gradients':>10} {'optimizer':>10}")
+    for name, parts in rows.items():
+        say(f"  {name:22} " + " ".join(f"{size(n):>10}" for n in parts))
+    if need > there:
+        flags = ", ".join(flag for flag, unused in SAVERS.items() if unused(cfg, dist))
+        raise UserError(f"{size(need)} for weights, gradients and optimizer do not fit in this "
+                        f"{kind}'s {size(there)}; what helps: {flags or 'more GPUs'}")  # fmt: skip
+    say(f"  sum {size(need)}; {size(there - need)} of this {kind} are left for activations")
+    for block in model.blocks():
+        enclose(block, cfg, getattr(model, "gates", None))
+    if split > 1:
+        shard(model, cfg, dist, copied)
+    return model.to(dist.device)
+
+
+def store_frozen(model, cfg, device):
+    """--frozen bf16, where products are in bfloat16 anyway."""
+    if cfg.frozen == "bf16" and in_bf16(device, cfg.dtype):
+        for p in model.parameters():
+            if not p.requires_grad:
+                p.data = p.data.bfloat16()
+
+
+def size(n):
+    """Bytes -> 1.5 GB"""
+    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.2f} MB"
+
+
+def memory_rows(model, cfg, split=1, copied=()):
+    """-> {part of the model: bytes of (weights, gradients, optimizer) in one of `split` shares}."""
+    rows = {}
+    for name, p in model.named_parameters():
+        row = rows.setdefault(name.partition(".")[0], [0, 0, 0])
+        n = p.numel() / (1 if p in copied else split)
+        muon = cfg.optimizer == "muon" and p.dim() == 2 and "embed" not in name
+        state = 2 if cfg.optimizer == "adamw8bit" else 4 if muon else 8
+        for i, each in enumerate((p.element_size(), 4 * p.requires_grad, state * p.requires_grad)):
+            row[i] += n * each
+    return rows
+
+
+def device_memory(device):
+    """Bytes that this process may fill: of its GPU, or its share of the machine's memory."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return physical / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def enclose(block, cfg, gates=None):
+    """Compiles a block (--compile), and keeps its input alone for the backward pass, which computes
+    the rest anew (--grad-checkpoint) with what `gates.now` was at the time."""
+    forward = torch.compile(block.forward) if cfg.compile else block.forward
+
+    def recomputed(*args, **words):
+        if not torch.is_grad_enabled():
+            return forward(*args, **words)
+        then = gates and gates.now
+
+        def run(*args, **words):
+            if gates is None:
+                return forward(*args, **words)
+            now, gates.now = gates.now, then
+            try:
+                return forward(*args, **words)
+            finally:
+                gates.now = now
+
+        return checkpoint(run, *args, use_reentrant=False, **words)
+
+    if cfg.grad_checkpoint or cfg.compile:
+        block.forward = recomputed if cfg.grad_checkpoint else forward
+
+
+def shard(model, cfg, dist, copied):
+    """FSDP2: each process keeps a share of every weight, its gradient and optimizer state, and
+    gathers a block's weights (in bfloat16 if products are) while it runs; the rest is one group."""
+    if cfg.optimizer != "adamw":
+        raise UserError(
+            f"--shard full: --optimizer {cfg.optimizer} needs whole matrices; take adamw"
+        )
+    mesh = init_device_mesh(dist.device.type, (dist.processes,))
+    policy = MixedPrecisionPolicy()
+    if in_bf16(dist.device, cfg.dtype):
+        half = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        policy = MixedPrecisionPolicy(**half, cast_forward_inputs=False)
+    for block in model.blocks():
+        if copied.isdisjoint(block.parameters()):
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+            for name in ("project", "finish"):  # ways into a block beside its forward
+                if hasattr(block, name):
+                    register_fsdp_forward_method(block, name)
+    fully_shard(model, mesh=mesh, ignored_params=copied)
+    model._get_fsdp_state()._lazy_init()  # else a block that is evaluated first thinks it is root
+
+
+def gather(model):
+    """Every process has all of a sharded model from now on, and may call any part of it alone."""
+    for unit in (m for m in model.modules() if isinstance(m, FSDPModule)):
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+
+
+@contextmanager
+def gathered(model):
+    """The same for a while."""
+    gather(model)
+    yield
+    for unit in (m for m in model.modules() if isinstance(m, FSDPModule)):
+        unit.reshard()
+        unit.set_reshard_after_forward(unit is not model, recurse=False)
+
+
+def parallel(model, dist, unused):
+    """What the loop calls: averages gradients over the processes, unless a sharded model does."""
+    if dist.processes == 1 or isinstance(model, FSDPModule):
+        return model
+    return DistributedDataParallel(
+        model, find_unused_parameters=unused, gradient_as_bucket_view=True
+    )
+
+
+def synchronise(ddp, last):
+    """Gradients are averaged over the processes in a step's last micro-batch alone."""
+    if isinstance(ddp, DistributedDataParallel):
+        ddp.require_backward_grad_sync = last
+    elif isinstance(ddp, FSDPModule):
+        ddp.set_requires_gradient_sync(last)
+
+
+def clip(parameters, limit):
+    """Scales the gradients to a norm of at most `limit` -> their norm before, over all shards."""
+    norm = nn.utils.clip_grad_norm_(parameters, limit)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def same_samples(cfg, resumed, dist):
+    """A Config resumed on another number of processes: the same samples in each step, by other
+    --batch and --accumulate."""
+    wrote, now = resumed.meta["processes"], dist.processes
+    total = cfg.batch * cfg.accumulate * wrote
+    if wrote == now:
+        return cfg
+    if total % now:
+        raise UserError(f"{total} samples a step do not divide among {now} processes")
+    cfg.batch = math.gcd(cfg.batch, total // now)
+    cfg.accumulate = total // now // cfg.batch
+    return cfg
+
+
+def adamw(groups, cfg):
+    """AdamW, or torchao's with its state in 8 bits."""
+    settings = dict(betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
+    if cfg.optimizer != "adamw8bit":
+        return torch.optim.AdamW(groups, **settings)
+
+    class AdamW8bit(torchao().AdamW8bit):
+        def step(self):  # its own takes learning rates as tensors alone
+            for group in self.param_groups:
+                group["lr"] = torch.tensor(group["lr"])
+            super().step()
+
+    return AdamW8bit(groups, **settings)
+
+
+def feed(batches, todo, workers):
+    """The batches `todo`, in order; what goes wrong with them ends in one line."""
+    loader = DataLoader(  # with a generator of its own it leaves the global one alone: exact resume
+        batches, batch_size=None, sampler=todo, num_workers=workers, generator=torch.Generator()
+    )
+    try:
+        yield from loader
+    except (UserError, OSError) as error:  # a worker's come as one string with its traceback
+        lines = str(error).strip().splitlines()
+        raise UserError(f"cannot read the training data: {lines[-1] if lines else error}") from None
+
+
+def halt_at_nan(run, step, batches):
+    """The loss or its gradient is not finite: names the step, keeps what it was computed from."""
+    file = run.folder / f"nan_step_{step}_rank{run.dist.rank}.pt"
+    write_state(file, to_device(batches, torch.device("cpu")))
+    raise UserError(f"the loss or its gradient is not finite at step {step}; its batch is in {file}"
+                    ", checkpoints before it are intact: lower --lr")  # fmt: skip
 
 
 # --- run folder -----------------------------------------------------------------------------------
@@ -616,25 +960,69 @@ BACKBONES = {
     "Qwen3-VL-2B": "Qwen/Qwen3-VL-2B-Instruct",
     "Qwen3-VL-4B": "Qwen/Qwen3-VL-4B-Instruct",
     "Qwen3-VL-8B": "Qwen/Qwen3-VL-8B-Instruct",
+    "VITA-1.5": "VITA-MLLM/VITA-1.5",
+    "Eagle2-2B": "nvidia/Eagle2-2B",
 }
+SIZES = Path(__file__).resolve().parent / "assets" / "backbones.json"  # published configurations
+
+
+def blank() -> bool:
+    """Under `torch.device("meta")`, for --describe: models have their sizes and no weights."""
+    return torch.get_default_device().type == "meta"
+
+
+@contextmanager
+def quiet():
+    """No warnings of the library in here."""
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+
+
+def settings_of(name) -> dict:
+    """A backbone's config.json; where nothing is to be loaded, the published one kept here."""
+    sizes = json.loads(SIZES.read_text())
+    if blank() and name in sizes:
+        return sizes[name]["config"]
+    path = BACKBONES.get(name, name)
+    if file := cached_file(path, "config.json"):
+        return json.loads(Path(file).read_text())
+    raise OSError(f"{path} has no config.json")
 
 
 def load_backbone(name, dtype=torch.float32):
-    """A name, folder or hub id -> (Qwen3-VL or Qwen2.5-VL in eval mode, its Processor).
+    """A name, folder or hub id -> (Qwen3-VL, Qwen2.5-VL or Eagle2 in eval mode, its Processor).
 
-    The model is the library's; only its vision tower attends to all equal-sized images in one call.
+    The model is the library's; only a Qwen's vision tower attends to all equal-sized images in one
+    call. On the meta device: without weights, and with the embedded backbone's Processor.
     """
     path, flag = BACKBONES.get(name, name), f"--backbone {name}"
     if not Path(path).is_dir() and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", path):
         near, known = nearest(name, BACKBONES), ", ".join(BACKBONES)
         raise UserError(f"unknown {flag}: did you mean {near}? ({known}, DIR or OWNER/NAME)")
+    if path == BACKBONES["VITA-1.5"]:
+        raise UserError(f"{flag}: only vita_vla.py takes it, as it is read without its head")
     disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(path)
-        if config.model_type not in ("qwen3_vl", "qwen2_5_vl"):
-            raise UserError(f"{flag} is a {config.model_type}: take a Qwen3-VL or Qwen2.5-VL")
-        vlm = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
-        processor = Processor(path, config)
+        settings = settings_of(name)
+        family = settings.get("model_type", "model without model_type")
+        eagle = family.startswith("eagle")
+        if not eagle and family not in ("qwen3_vl", "qwen2_5_vl"):
+            raise UserError(f"{flag} is a {family}: take a Qwen3-VL, a Qwen2.5-VL or an Eagle2")
+        if blank():
+            config = eagle_config(settings) if eagle else AutoConfig.for_model(**settings)
+            tiny = BACKBONES["tiny"]
+            vlm = AutoModelForImageTextToText.from_config(config)
+            return vlm.eval(), Processor(tiny, AutoConfig.from_pretrained(tiny))
+        if eagle:
+            return load_eagle(path, eagle_config(settings), dtype)
+        vlm = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=dtype, use_safetensors=True
+        )
+        processor = Processor(path, vlm.config)
     except SafetensorError as error:
         files = " or ".join(sorted(str(file) for file in Path(path).glob("*.safetensors"))) or path
         raise UserError(f"{flag}: {files} is damaged or cut short, fetch it again") from error
@@ -661,6 +1049,8 @@ def chat_ids(tokenizer, system, user, counts, answer):
 
 class Processor:
     """Text and pictures -> the arrays a Qwen-VL reads, in the loader's workers and when acting."""
+
+    image = "<|image_pad|>"  # the word that a picture's tokens stand for
 
     def __init__(self, path, config):
         self.tokenizer = AutoTokenizer.from_pretrained(path)
@@ -689,12 +1079,12 @@ class Processor:
 
     def mark(self, n):
         """How a picture of n tokens stands in a text."""
-        return "<|vision_start|>" + "<|image_pad|>" * n + "<|vision_end|>"
+        return "<|vision_start|>" + self.image * n + "<|vision_end|>"
 
     def words(self, ids):
         """Ids -> readable text, without padding and with each picture as one mark."""
         text = self.tokenizer.decode(ids).replace(self.tokenizer.pad_token, "")
-        return re.sub(r"(<\|image_pad\|>)+", "<image>", text)
+        return re.sub(f"({re.escape(self.image)})+", "<image>", text)
 
     def pad(self, rows, grids):
         """Rows of ids, the grids of each row's images -> left-padded input_ids (B, T), real (B, T)
@@ -831,14 +1221,15 @@ transformers.AttentionMaskInterface.register("short", sdpa_mask)
 
 
 class QwenVL(nn.Module):
-    """A Qwen-VL without its vocabulary head, which no loss here needs."""
+    """A Qwen-VL, or an Eagle2, without its vocabulary head, which no loss here needs."""
 
     def __init__(self, vlm):
         super().__init__()
         self.model = vlm.model
         self.model.language_model.config._attn_implementation = "short"
         self.width = vlm.config.get_text_config().hidden_size
-        self.model.visual.requires_grad_(False)  # frozen in every stage
+        self.model.requires_grad_(False)  # what sees is frozen in every stage
+        self.language.requires_grad_(True)
 
     @property
     def language(self):
@@ -847,8 +1238,9 @@ class QwenVL(nn.Module):
     @torch.no_grad()
     def see(self, pixels, grids):
         """-> list of (picture tokens, D): what goes in at the bottom, then DeepStack's layers."""
-        out = self.model.visual(pixels, grid_thw=grids, return_dict=True)
-        return [out.pooler_output, *(getattr(out, "deepstack_features", None) or [])]
+        out = self.model.get_image_features(pixels, image_grid_thw=grids, return_dict=True)
+        levels = [out.pooler_output, *(getattr(out, "deepstack_features", None) or [])]
+        return [torch.cat(tuple(pictures)) for pictures in levels]
 
     def read(self, x, prompt, mask, places, seen, cache=None):
         """x (B, T, D) embedded, places (B, T) of the pictures' tokens `seen` -> (B, T, D)."""
@@ -887,27 +1279,34 @@ class Vita15(nn.Module):
 
 
 class VitaProcessor(Processor):
-    """Pictures at VITA-VLA's 200 pixels (49 tokens each) and prompts for `Vita15`."""
+    """Pictures as squares of `size` pixels (VITA-VLA: 200, 49 tokens) and prompts for `Vita15`."""
+
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
     def __init__(self, path, patch, size=200):
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
-        self.image_token_id = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        with quiet():  # the library wonders at a config.json that it does not know
+            self.tokenizer = AutoTokenizer.from_pretrained(path)
+        self.image_token_id = self.tokenizer.convert_tokens_to_ids(self.image)
         self.pad_token_id = self.tokenizer.convert_tokens_to_ids("<|endoftext|>")
         self.patch, self.merge, self.size = patch, 2, size
-        for word in ("<|image_pad|>", "<|video_pad|>", "<|endoftext|>"):
+        for word in (self.image, "<|video_pad|>", "<|endoftext|>"):
             if word not in self.tokenizer.get_vocab():
                 raise UserError(f"{path}: its tokenizer lacks {word}, a place for other vectors")
+        if size // patch % 2 or size < 2 * patch:
+            near = max(round(size / patch / 2), 1) * 2 * patch
+            raise UserError(f"--size {size}: {path} reads 2 x 2 patches of {patch} pixels as one "
+                            f"token; take {near}")  # fmt: skip
 
     def images(self, images):
         shape = self.size, self.size
         fitted = [Image.fromarray(i).resize(shape, Image.Resampling.BICUBIC) for i in images]
         x = np.stack([np.asarray(i, np.float32) / 255 for i in fitted])
-        x = (x - np.float32((0.485, 0.456, 0.406))) / np.float32((0.229, 0.224, 0.225))
+        x = (x - np.float32(self.mean)) / np.float32(self.std)
         side = self.size // self.patch
         return x.transpose(0, 3, 1, 2), ((1, side, side),) * len(images)
 
     def mark(self, n):
-        return "<|image_pad|>" * n
+        return self.image * n
 
     def pad(self, rows, grids):
         prompt = super().pad(rows, [()] * len(rows))  # text positions alone: no grids
@@ -934,7 +1333,20 @@ def vita_name(name):
     return "vision." + rest
 
 
-def load_vita(path):
+def qwen2_config(settings):
+    """What a released config.json says of its Qwen2.5 -> the library's configuration."""
+    known = {k: v for k, v in settings.items() if k in transformers.Qwen2Config().to_dict()}
+    rope = {"rope_type": "default", "rope_theta": settings.get("rope_theta", 1e6)}
+    return transformers.Qwen2Config(**(known | {"model_type": "qwen2", "rope_parameters": rope}))
+
+
+INTERN_VIT = dict(
+    attention_bias=True, use_qk_norm=False, use_absolute_position_embeddings=True,
+    use_mean_pooling=True, norm_type="layer_norm", layer_norm_eps=1e-6,
+)  # fmt: skip
+
+
+def load_vita(path, size=200):
     """A folder with VITA-1.5's released files -> Vita15, VitaProcessor. A weight that is missing or
     surplus is an error that names it."""
     folder, tensors = Path(path), {}
@@ -949,21 +1361,17 @@ def load_vita(path):
     for name in [n for n in tensors if ".attention.qkv." in n]:  # three matrices in one
         for part, value in zip("qkv", tensors.pop(name).chunk(3)):
             tensors[name.replace("qkv", f"{part}_proj")] = value
-    known = {k: v for k, v in settings.items() if k in transformers.Qwen2Config().to_dict()}
-    rope = {"rope_type": "default", "rope_theta": settings.get("rope_theta", 1e6)}
-    config = transformers.Qwen2Config(**(known | {"model_type": "qwen2", "rope_parameters": rope}))
     try:
         patches = tensors["vision.embeddings.patch_embeddings.projection.weight"]
         places = tensors["vision.embeddings.position_embeddings"].shape[1] - 1
         hidden, patch = patches.shape[0], patches.shape[-1]
         vision_config = transformers.InternVLVisionConfig(
-            hidden_size=hidden, num_attention_heads=max(hidden // 64, 1), attention_bias=True,
+            **INTERN_VIT, hidden_size=hidden, num_attention_heads=max(hidden // 64, 1),
             num_hidden_layers=len({n.split(".")[3] for n in tensors if "encoder.layer." in n}),
             intermediate_size=tensors["vision.encoder.layer.0.mlp.fc1.bias"].shape[0],
-            patch_size=patch, image_size=round(math.sqrt(places)) * patch, use_qk_norm=False,
-            use_absolute_position_embeddings=True, use_mean_pooling=True, norm_type="layer_norm",
-            layer_norm_eps=1e-6,
+            patch_size=patch, image_size=round(math.sqrt(places)) * patch,
         )  # fmt: skip
+        config = qwen2_config(settings)
         model = Vita15(config, vision_config)
         missing, surplus = model.load_state_dict(tensors, strict=False)
     except (KeyError, RuntimeError) as error:
@@ -971,20 +1379,205 @@ def load_vita(path):
     if missing or surplus:
         what = f"lacks {missing[0]}" if missing else f"has a surplus weight, {surplus[0]}"
         raise UserError(f"{path} does not fit VITA-1.5: it {what}")
-    return model.eval(), VitaProcessor(path, patch)
+    return model.eval(), VitaProcessor(path, patch, size)
 
 
-def load_vlm(name):
-    """`--backbone` -> a VLM with see() and read(), its processor."""
-    path = {"VITA-1.5": "VITA-MLLM/VITA-1.5"}.get(name, name)
+def released(name):
+    """A backbone's folder; of one on the hub, all its files, downloaded."""
+    path = BACKBONES.get(name, name)
+    if Path(path).is_dir():
+        return path
+    try:
+        return snapshot_download(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--backbone {name}: `hf download {path} --local-dir DIR`, then "
+                        "--backbone DIR") from error  # fmt: skip
+
+
+def load_vlm(name, size=200):
+    """`--backbone` -> a VLM with see() and read(), its processor. size: of VITA-1.5's pictures."""
+    path = BACKBONES.get(name, name)
+    if path == BACKBONES["VITA-1.5"] and blank():
+        settings = settings_of("VITA-1.5")
+        vision = transformers.InternVLVisionConfig(**INTERN_VIT, **settings["vision_config"])
+        tiny = BACKBONES["tiny"]
+        return Vita15(qwen2_config(settings), vision), VitaProcessor(tiny, vision.patch_size[0])
+    path = released(name) if path == BACKBONES["VITA-1.5"] else path
     config = Path(path) / "config.json"
     if config.exists() and "vita" in json.loads(config.read_text()).get("model_type", "").lower():
-        return load_vita(path)
-    if name == "VITA-1.5":
-        raise UserError(f"--backbone {name}: `hf download {path} --local-dir DIR`, then "
-                               "--backbone DIR")  # fmt: skip
+        return load_vita(path, size)
     vlm, processor = load_backbone(name)
     return QwenVL(vlm), processor
+
+
+# --- Eagle2, InstructVLA's VLM: SigLIP, pixel shuffle, LayerNorm and MLP, Qwen2.5 -----------------
+
+EAGLE = {  # released names -> those of the library's InternVL, which has the same parts
+    "vision_model.vision_model.": "model.vision_tower.",
+    "language_model.model.": "model.language_model.",
+    "language_model.lm_head.": "lm_head.",
+    "mlp1.0.": "model.multi_modal_projector.layer_norm.",
+    "mlp1.1.": "model.multi_modal_projector.linear_1.",
+    "mlp1.3.": "model.multi_modal_projector.linear_2.",
+}
+
+
+def eagle_config(settings):
+    """Eagle2's config.json -> an InternVL with SigLIP in the place of its InternViT."""
+    text = qwen2_config(settings.get("llm_config") or settings["text_config"])
+    wanted = transformers.SiglipVisionConfig().to_dict()
+    vision = {k: v for k, v in settings["vision_config"].items() if k in wanted}
+    vision |= {"model_type": "siglip_vision_model", "vision_use_head": False}  # patches alone
+    return transformers.InternVLConfig(
+        text_config=text, vision_config=transformers.SiglipVisionConfig(**vision),
+        downsample_ratio=settings.get("downsample_ratio", 0.5),
+        vision_feature_layer=settings.get("select_layer", -1),
+        vision_feature_select_strategy="full", tie_word_embeddings=text.tie_word_embeddings,
+    )  # fmt: skip
+
+
+def load_eagle(path, config, dtype):
+    """Eagle2's released files -> the library's model, EagleProcessor. A weight that is missing,
+    surplus or of another shape is an error that names it."""
+    processor = EagleProcessor(path, config.vision_config)
+    config.image_token_id = processor.image_token_id
+    with quiet():  # what does not fit is said below
+        vlm, report = transformers.InternVLForConditionalGeneration.from_pretrained(
+            path, config=config, dtype=dtype, output_loading_info=True,
+            ignore_mismatched_sizes=True, key_mapping={f"^{k}": v for k, v in EAGLE.items()},
+        )  # fmt: skip
+    surplus = [n for n in report["unexpected_keys"] if ".head." not in n]  # SigLIP's pooling
+    shapes = [entry[0] for entry in report["mismatched_keys"]]
+    for what, names in (("lacks", report["missing_keys"]), ("has a surplus weight,", surplus),
+                        ("has another shape of", shapes)):  # fmt: skip
+        if names:
+            raise UserError(f"{path} does not fit Eagle2: it {what} {eagle_name(min(names))}")
+    return vlm.eval(), processor
+
+
+def eagle_name(name):
+    """The library's name of a weight -> the released one."""
+    for old, new in EAGLE.items():
+        if name.startswith(new):
+            return name.replace(new, old, 1)
+    return name
+
+
+@lru_cache(maxsize=8192)
+def plain_chat(tokenizer, system, user, answer):
+    """One conversation in Qwen's markup -> (ids of the prompt, ids of the answer and its end)."""
+    text = f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
+    text += f"<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
+    end = answer + tokenizer.eos_token if answer else ""
+    return tuple(tuple(tokenizer.encode(t, add_special_tokens=False)) for t in (text, end))
+
+
+class EagleProcessor(VitaProcessor):
+    """One tile a picture (448 pixels, 256 tokens) and InstructVLA's prompts."""
+
+    image, mean, std = "<IMG_CONTEXT>", (0.5,) * 3, (0.5,) * 3
+
+    def __init__(self, path, vision):
+        super().__init__(path, vision.patch_size, vision.image_size)
+
+    def mark(self, n):
+        return f"<img>{self.image * n}</img>"
+
+    def prompt(self, system, user, grids, answer=""):
+        marks = [self.mark(math.prod(grid) // self.merge**2) for grid in grids]
+        if len(marks) > 1:
+            marks = [f"<image {i + 1}>{mark}" for i, mark in enumerate(marks)]
+        user = "\n".join([*marks, user.removeprefix("\n")])
+        return plain_chat(self.tokenizer, system, user, answer)
+
+
+# --- what a backbone consists of, and what became of it -------------------------------------------
+
+
+def describe(name, load, builds) -> None:
+    """--describe: parameters by part of a backbone, load(name) -> (model, processor), and of each
+    of the models around it, {what: function -> model}."""
+    with torch.device("meta"):
+        models = {f"backbone {name}": load(name)[0]} | {w: build() for w, build in builds.items()}
+    said = json.loads(SIZES.read_text()).get(name, {}).get("published", "embedded or your own")
+    for what, model in models.items():
+        parts = {}
+        for full, p in model.named_parameters():
+            part = re.match(r"(?:(\w+)\.)??(?:model\.)?(visual|vision\w*|multi_modal_projector|"
+                            r"projector|language\w*|lm_head)\.", full)  # fmt: skip
+            part = ".".join(filter(None, part.groups())) if part else full.partition(".")[0]
+            counts = parts.setdefault(part, [0, 0])
+            counts[0] += p.numel()
+            counts[1] += p.numel() * p.requires_grad
+        parts["all"] = [sum(column) for column in zip(*parts.values())]
+        print(f"{what:32} {'total':>15} {'trainable':>15} {'frozen':>15}")
+        for part, (total, trained) in parts.items():
+            print(f"  {part:30} {total:15,} {trained:15,} {total - trained:15,}")
+        if what.startswith("backbone"):
+            print(f"  published: {said:,}" if isinstance(said, int) else f"  published: {said}")
+
+
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "chat_template.json",
+                   "video_preprocessor_config.json", "generation_config.json")  # fmt: skip
+
+
+def export_backbone(vlm, name, tokenizer, out) -> None:
+    """--export: a trained VLM as an ordinary Hugging Face checkpoint with the files that its
+    tokenizer and processor are made of; name: the backbone it began as."""
+    if vlm.config.model_type == "internvl":
+        return export_eagle(vlm, name, tokenizer, out)
+    out = new_folder(out)
+    vlm.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    for file in PROCESSOR_FILES:
+        path = BACKBONES.get(name, name)
+        if found := cached_file(path, file, _raise_exceptions_for_missing_entries=False):
+            shutil.copy(found, out)
+    print(f"AutoModelForImageTextToText.from_pretrained({str(out)!r}) loads it")
+
+
+def export_eagle(vlm, name, tokenizer, out) -> None:
+    """The same in Eagle2's released layout, which the library has no class for."""
+    folder, out = released(name), new_folder(out)
+    copy_files(folder, out, leave=(".safetensors", ".index.json"))
+    settings = json.loads((out / "config.json").read_text())
+    text = settings.get("llm_config") or settings["text_config"]
+    text["vocab_size"] = vlm.lm_head.out_features
+    write_json(out / "config.json", settings)
+    tensors = {eagle_name(n): t for n, t in vlm.state_dict().items()}
+    write_weights(out / "model.safetensors", tensors)
+    tokenizer.save_pretrained(out)
+    print(f"{out} has Eagle2's released layout: what reads {name} reads it")
+
+
+def export_vita(model, name, out) -> None:
+    """A trained Vita15 in VITA-1.5's released layout: in its files, the language model replaced."""
+    folder, out, ours = released(name), new_folder(out), model.state_dict()
+    copy_files(folder, out, leave=(".safetensors",))
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        tensors = load_file(file)
+        for name in tensors:
+            if (vita_name(name) or "").startswith("language."):
+                tensors[name] = ours[vita_name(name)].contiguous()
+        save_file(tensors, out / file.name, {"format": "pt"})
+    print(f"{out} has VITA-1.5's released layout: what reads that reads it")
+
+
+def copy_files(folder, out, leave) -> None:
+    """Files and folders, without those whose names end so."""
+    for item in Path(folder).iterdir():
+        if item.is_dir():
+            shutil.copytree(item, out / item.name)
+        elif not item.name.endswith(leave):
+            shutil.copy(item, out)
+
+
+def new_folder(folder) -> Path:
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty: another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 # --- action tokens --------------------------------------------------------------------------------
@@ -1022,7 +1615,8 @@ class Fast:
         if "<robot_action_0>" not in tokenizer.get_vocab():
             tokenizer.add_tokens([f"<robot_action_{i}>" for i in range(count)])
             size = max(len(tokenizer), vlm.get_input_embeddings().num_embeddings)
-            vlm.resize_token_embeddings(size)
+            with quiet():  # the library explains how it draws new words
+                vlm.resize_token_embeddings(size)
 
     @classmethod
     def fit(cls, chunks, tokenizer):
@@ -1061,41 +1655,312 @@ class Fast:
 # --- fused linear losses --------------------------------------------------------------------------
 
 
-class LinearKL(torch.autograd.Function):
-    """Mean over n positions of KL(softmax(teacher / T) || softmax(student / T)) from hidden states.
+class LinearLoss(torch.autograd.Function):
+    """Sum over rows of a loss of the logits h @ head.T, which exist for `chunk` rows at a time.
 
-    Both logits exist for `chunk` positions at a time; the student's gradients are made on the way
-    and only scaled in the backward pass. The teacher gets none.
+    rows(part, logits, train) -> the losses of those rows (float32) and, to train, their slopes by
+    the logits. Gradients are made on the way, in the dtypes of h and head, and only scaled in the
+    backward pass, in place: it runs once.
     """
 
     @staticmethod
-    def forward(ctx, h, head, h_teacher, head_teacher, T, chunk):
-        weight, weight_teacher = head.to(h.dtype), head_teacher.to(h_teacher.dtype)  # (V, D)
-        grad_h, total = torch.empty_like(h), h.new_zeros((), dtype=torch.float32)
-        grad_head = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+    def forward(ctx, h, head, rows, chunk, train):
+        weight, total = head.to(h.dtype), h.new_zeros((), dtype=torch.float32)  # (V, D)
+        grad_h = torch.empty_like(h) if train else None
+        grad_head = torch.zeros_like(head) if train and ctx.needs_input_grad[1] else None
         for i in range(0, len(h), chunk):
             part = slice(i, i + chunk)
-            log_q = ((h[part] @ weight.T).float() / T).log_softmax(-1)  # (chunk, V)
-            log_p = ((h_teacher[part] @ weight_teacher.T).float() / T).log_softmax(-1)
-            p = log_p.exp()
-            total += (p * (log_p - log_q)).sum()
-            slope = (log_q.exp() - p) / (T * len(h))  # of the mean, by the student's logits
-            grad_h[part] = slope.to(h.dtype) @ weight
-            if grad_head is not None:
-                grad_head += slope.T @ h[part].float()
-        ctx.save_for_backward(grad_h, grad_head)
-        ctx.head_dtype = head.dtype
-        return total / len(h)
+            losses, slopes = rows(part, h[part] @ weight.T, train)  # slopes (chunk, V)
+            total += losses.sum()
+            if train:
+                grad_h[part] = slopes @ weight
+            if grad_head is not None and head.dtype == h.dtype:
+                grad_head.addmm_(slopes.T, h[part])
+            elif grad_head is not None:  # a product of another dtype, never as large as the head
+                for j in range(0, len(head), WORDS):
+                    grad_head[j : j + WORDS] += slopes[:, j : j + WORDS].T @ h[part]
+        ctx.grads = grad_h, grad_head
+        return total
 
     @staticmethod
     def backward(ctx, slope):
-        grad_h, grad_head = ctx.saved_tensors
+        (grad_h, grad_head), ctx.grads = ctx.grads, None
         if grad_head is not None:
-            grad_head = (slope * grad_head).to(ctx.head_dtype)
-        return (slope * grad_h).to(grad_h.dtype), grad_head, None, None, None, None
+            grad_head.mul_(slope)
+        return grad_h.mul_(slope), grad_head, None, None, None
 
 
-def linear_kl(h, head, h_teacher, head_teacher, T=1.0, chunk=256):
-    """h, h_teacher (n, D) and (n, D'), heads (V, D) and (V, D') -> KL(teacher || student), mean."""
-    with torch.autocast(h.device.type, enabled=False):  # the products are chosen here
-        return LinearKL.apply(h, head, h_teacher, head_teacher.detach(), T, chunk)
+WORDS = 16384  # of the vocabulary at a time
+
+
+def linear_loss(h, head, rows, chunk):
+    """`LinearLoss` with the products in autocast's dtype; chunk 0: 512 rows on a GPU, else 256."""
+    device = h.device.type
+    if torch.is_autocast_enabled(device):
+        h = h.to(torch.get_autocast_dtype(device))
+    train = torch.is_grad_enabled() and (h.requires_grad or head.requires_grad)
+    chunk = chunk or (512 if h.is_cuda else 256)  # fewer read and write the head's gradient less
+    with torch.autocast(device, enabled=False):
+        return LinearLoss.apply(h, head, rows, chunk, train)
+
+
+def linear_kl(h, head, h_teacher, head_teacher, T=1.0, chunk=0):
+    """Mean over rows of KL(softmax(teacher / T) || softmax(student / T)); the teacher gets no
+    gradient. h, h_teacher (n, D) and (n, D'), heads (V, D) and (V, D')."""
+    h_teacher = h_teacher.detach()
+    if torch.is_autocast_enabled(h.device.type):
+        h_teacher = h_teacher.to(torch.get_autocast_dtype(h.device.type))
+    weight_teacher = head_teacher.detach().to(h_teacher.dtype)
+
+    def rows(part, logits, train):
+        teacher = h_teacher[part] @ weight_teacher.T  # (chunk, V)
+        if triton_runs(logits):
+            losses = logits.new_empty(len(logits), dtype=torch.float32)
+            V, sizes = logits.shape[1], dict(BLOCK=4096, TRAIN=train, num_warps=8)
+            kernel(kl_rows)[(len(logits),)](logits, teacher, losses, V, 1 / T, **sizes)
+            return losses, logits
+        log_q, log_p = ((x.float() / T).log_softmax(-1) for x in (logits, teacher))
+        p = log_p.exp()
+        losses = (p * (log_p - log_q)).sum(-1)
+        return losses, log_q.exp_().sub_(p).div_(T).to(logits.dtype) if train else None
+
+    return linear_loss(h, head, rows, chunk) / len(h)
+
+
+def linear_cross_entropy(h, head, words, count=0, chunk=0):
+    """h (n, D), head (V, D), words (n,) -> sum of -log softmax(h @ head.T)[word] over `count` (0:
+    n, the mean), the likeliest words (n,)."""
+    best = torch.empty_like(words)
+
+    def rows(part, logits, train):
+        said = words[part]
+        if triton_runs(logits):
+            losses = logits.new_empty(len(logits), dtype=torch.float32)
+            V, sizes = logits.shape[1], dict(BLOCK=8192, TRAIN=train, num_warps=8)
+            run = kernel(cross_entropy_rows)[(len(logits),)]
+            run(logits, said, losses, best[part], V, **sizes)
+            return losses, logits
+        best[part] = logits.argmax(-1)
+        log_p = logits.float().log_softmax(-1)
+        losses = -log_p.gather(1, said[:, None])
+        if not train:
+            return losses, None
+        slopes = log_p.exp_()
+        slopes.scatter_add_(1, said[:, None], -torch.ones_like(losses))
+        return losses, slopes.to(logits.dtype)
+
+    return linear_loss(h, head, rows, chunk) / (count or len(words)), best
+
+
+# --- kernels in Triton's language -----------------------------------------------------------------
+# Triton is imported with the first kernel; a CPU needs none. In Triton's interpreter
+# (TRITON_INTERPRET=1) the kernels run on a CPU too, slowly: that is how they are tested there.
+
+
+class tl:
+    """Stands for `triton.language` until `kernel` imports it: what the signatures below name."""
+
+    class constexpr:
+        """An argument that is fixed when the kernel is compiled."""
+
+
+@lru_cache
+def kernel(function):
+    """A function in Triton's language -> its kernel."""
+    global tl
+    import triton
+    import triton.language as tl
+
+    return triton.jit(function)
+
+
+@lru_cache
+def has_triton():
+    return importlib.util.find_spec("triton") is not None
+
+
+def triton_runs(x):
+    """Whether kernels take this tensor: on a GPU, or in the interpreter."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and x.dtype != torch.float64
+    return (x.is_cuda or interpreted) and has_triton()
+
+
+def cross_entropy_rows(logits, words, losses, best, V, BLOCK: tl.constexpr, TRAIN: tl.constexpr):
+    """A program a row: its loss, its likeliest word; to train, its logits become slopes."""
+    row = tl.program_id(0).to(tl.int64)
+    logits, word, columns = logits + row * V, tl.load(words + row), tl.arange(0, BLOCK)
+    at_word, top, total, likeliest = tl.load(logits + word).to(tl.float32), -1e30, 0.0, 0
+    for first in range(0, V, BLOCK):
+        z = tl.load(logits + first + columns, first + columns < V, other=-float("inf"))
+        z = z.to(tl.float32)
+        high = tl.max(z, 0)
+        likeliest = tl.where(high > top, first + tl.argmax(z, 0), likeliest)
+        high = tl.maximum(high, top)
+        total = total * tl.exp(top - high) + tl.sum(tl.exp(z - high), 0)
+        top = high
+    tl.store(losses + row, tl.log(total) + top - at_word)
+    tl.store(best + row, likeliest)
+    if TRAIN:
+        for first in range(0, V, BLOCK):
+            inside = first + columns < V
+            z = tl.load(logits + first + columns, inside, other=-float("inf")).to(tl.float32)
+            slope = tl.exp(z - top) / total - tl.where(first + columns == word, 1.0, 0.0)
+            tl.store(logits + first + columns, slope, inside)
+
+
+def kl_rows(student, teacher, losses, V, inverse, BLOCK: tl.constexpr, TRAIN: tl.constexpr):
+    """A program a row: KL(teacher || student) at temperature 1 / inverse; to train, the student's
+    logits become slopes."""
+    row = tl.program_id(0).to(tl.int64)
+    student, teacher, columns = student + row * V, teacher + row * V, tl.arange(0, BLOCK)
+    top_s, total_s, top_t, total_t, cross = -1e30, 0.0, -1e30, 0.0, 0.0
+    for first in range(0, V, BLOCK):
+        inside = first + columns < V
+        s = tl.load(student + first + columns, inside, other=-float("inf")).to(tl.float32) * inverse
+        t = tl.load(teacher + first + columns, inside, other=-float("inf")).to(tl.float32) * inverse
+        high_s, high_t = tl.maximum(tl.max(s, 0), top_s), tl.maximum(tl.max(t, 0), top_t)
+        total_s = total_s * tl.exp(top_s - high_s) + tl.sum(tl.exp(s - high_s), 0)
+        weight, shrink = tl.exp(t - high_t), tl.exp(top_t - high_t)
+        total_t = total_t * shrink + tl.sum(weight, 0)
+        cross = cross * shrink + tl.sum(tl.where(inside, weight * (t - s), 0.0), 0)
+        top_s, top_t = high_s, high_t
+    loss = cross / total_t - (top_t + tl.log(total_t)) + (top_s + tl.log(total_s))
+    tl.store(losses + row, loss)
+    if TRAIN:
+        for first in range(0, V, BLOCK):
+            inside = first + columns < V
+            s = tl.load(student + first + columns, inside, other=0.0).to(tl.float32) * inverse
+            t = tl.load(teacher + first + columns, inside, other=0.0).to(tl.float32) * inverse
+            slope = tl.exp(s - top_s) / total_s - tl.exp(t - top_t) / total_t
+            tl.store(student + first + columns, slope * inverse, inside)
+
+
+class JointAttention(torch.autograd.Function):
+    """Attention of right queries to left keys, all of them, and to right keys, causally, for
+    prompts padded on the left in both halves. What is left gets no gradient."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, first_L, first_R, scale):
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        (B, heads, T_R, D), (_, kv_heads, T, _) = q.shape, k.shape
+        out, lse = torch.empty_like(q), q.new_empty(B, heads, T_R, dtype=torch.float32)
+        side = 64 if q.element_size() * D <= 256 else 32  # of a block, for shared memory
+        ctx.sizes = heads, heads // kv_heads, T - T_R, T_R, scale, D, side, side
+        grid = -(-T_R // side), B * heads
+        kernel(joint_forward)[grid](q, k, v, out, lse, first_L, first_R, *ctx.sizes, num_warps=8)
+        ctx.save_for_backward(q, k, v, out, lse, first_L, first_R)
+        return out
+
+    @staticmethod
+    def backward(ctx, slope):
+        q, k, v, out, lse, *first = ctx.saved_tensors
+        slope, (B, heads, T_R, _) = slope.contiguous(), q.shape
+        delta = (slope.float() * out.float()).sum(-1)
+        grads = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        given, blocks = (q, k, v, slope, lse, delta), -(-T_R // ctx.sizes[-1])
+        run = kernel(joint_backward_q)[blocks, B * heads]
+        run(*given, grads[0], *first, *ctx.sizes, num_warps=8)
+        run = kernel(joint_backward_kv)[blocks, B * k.shape[1]]
+        run(*given, *grads[1:], first[1], *ctx.sizes, num_warps=8)
+        return *grads, None, None, None
+
+
+def joint_attention(q, k, v, first_L, first_R, scale):
+    """q (B, heads, T_R, d), k, v (B, kv heads, T_L + T_R, d), d a power of two from 16 on; the
+    first real token of each half (B,) int32 -> (B, heads, T_R, d). Padding sees itself alone."""
+    return JointAttention.apply(q, k, v, first_L, first_R, scale)
+
+
+def joint_forward(
+    q, k, v, out, lse, first_L, first_R, heads, groups, T_L, T_R, scale,
+    D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """A program for M queries of one head, online softmax over blocks of N keys."""
+    at, head = tl.program_id(0) * M, tl.program_id(1).to(tl.int64)
+    m, n, d = at + tl.arange(0, M), tl.arange(0, N), tl.arange(0, D)
+    start_L, start_R = tl.load(first_L + head // heads), tl.load(first_R + head // heads)
+    mine, keys = head * T_R, head // groups * (T_L + T_R) * D  # where this head begins
+    tile = m[:, None] * D + d[None]
+    x = tl.load(q + mine * D + tile, m[:, None] < T_R, other=0.0)
+    top, total = tl.full([M], -1e30, tl.float32), tl.zeros([M], tl.float32)
+    sums = tl.zeros([M, D], tl.float32)
+    start = tl.where(at + M > start_R, start_L, T_L + at) // N * N  # only padding: itself alone
+    for first in range(start, tl.minimum(T_L + at + M, T_L + T_R), N):
+        j = first + n
+        place = j[:, None] * D + d[None]
+        y = tl.load(k + keys + place, j[:, None] < T_L + T_R, other=0.0)
+        s = tl.dot(x, tl.trans(y)) * scale
+        real = m[:, None] >= start_R
+        sees = (real & (j[None] >= start_L) & (j[None] < T_L)) | (j[None] - T_L == m[:, None])
+        sees |= real & (j[None] - T_L >= start_R) & (j[None] - T_L < m[:, None])
+        s = tl.where(sees, s, -float("inf"))
+        high = tl.maximum(top, tl.max(s, 1))
+        p, shrink = tl.exp(s - high[:, None]), tl.exp(top - high)
+        total = total * shrink + tl.sum(p, 1)
+        y = tl.load(v + keys + place, j[:, None] < T_L + T_R, other=0.0)
+        sums = sums * shrink[:, None] + tl.dot(p.to(y.dtype), y)
+        top = high
+    tl.store(lse + mine + m, top + tl.log(total), m < T_R)
+    tl.store(out + mine * D + tile, sums / total[:, None], m[:, None] < T_R)
+
+
+def joint_backward_q(
+    q, k, v, slope, lse, delta, grad_q, first_L, first_R, heads, groups, T_L, T_R, scale,
+    D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """A program for M queries of one head: their gradient, over the keys that they saw."""
+    at, head = tl.program_id(0) * M, tl.program_id(1).to(tl.int64)
+    m, n, d = at + tl.arange(0, M), tl.arange(0, N), tl.arange(0, D)
+    start_L, start_R = tl.load(first_L + head // heads), tl.load(first_R + head // heads)
+    mine, keys = head * T_R, head // groups * (T_L + T_R) * D
+    tile = m[:, None] * D + d[None]
+    x = tl.load(q + mine * D + tile, m[:, None] < T_R, other=0.0)
+    g = tl.load(slope + mine * D + tile, m[:, None] < T_R, other=0.0)
+    norm = tl.load(lse + mine + m, m < T_R, other=0.0)[:, None]
+    own = tl.load(delta + mine + m, m < T_R, other=0.0)[:, None]
+    sums = tl.zeros([M, D], tl.float32)
+    start = tl.where(at + M > start_R, start_L, T_L + at) // N * N
+    for first in range(start, tl.minimum(T_L + at + M, T_L + T_R), N):
+        j = first + n
+        place = j[:, None] * D + d[None]
+        y = tl.load(k + keys + place, j[:, None] < T_L + T_R, other=0.0)
+        z = tl.load(v + keys + place, j[:, None] < T_L + T_R, other=0.0)
+        real = m[:, None] >= start_R
+        sees = (real & (j[None] >= start_L) & (j[None] < T_L)) | (j[None] - T_L == m[:, None])
+        sees |= real & (j[None] - T_L >= start_R) & (j[None] - T_L < m[:, None])
+        p = tl.where(sees, tl.exp(tl.dot(x, tl.trans(y)) * scale - norm), 0.0)
+        ds = p * (tl.dot(g, tl.trans(z)) - own)
+        sums += tl.dot(ds.to(y.dtype), y)
+    tl.store(grad_q + mine * D + tile, sums * scale, m[:, None] < T_R)
+
+
+def joint_backward_kv(
+    q, k, v, slope, lse, delta, grad_k, grad_v, first_R, heads, groups, T_L, T_R, scale,
+    D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """A program for N right keys and values of one head: their gradients, over all the queries
+    that saw them, in every query head of the group."""
+    at, head = tl.program_id(0) * N, tl.program_id(1).to(tl.int64)
+    j, d = at + tl.arange(0, N), tl.arange(0, D)
+    start_R = tl.load(first_R + head * groups // heads)
+    keys, place = (head * (T_L + T_R) + T_L) * D, j[:, None] * D + d[None]
+    y = tl.load(k + keys + place, j[:, None] < T_R, other=0.0)
+    z = tl.load(v + keys + place, j[:, None] < T_R, other=0.0)
+    sums_k, sums_v = tl.zeros([N, D], tl.float32), tl.zeros([N, D], tl.float32)
+    for group in range(groups):
+        mine = (head * groups + group) * T_R
+        for first in range(at // M * M, T_R, M):
+            m = first + tl.arange(0, M)
+            tile = m[:, None] * D + d[None]
+            x = tl.load(q + mine * D + tile, m[:, None] < T_R, other=0.0)
+            g = tl.load(slope + mine * D + tile, m[:, None] < T_R, other=0.0)
+            norm = tl.load(lse + mine + m, m < T_R, other=0.0)[:, None]
+            own = tl.load(delta + mine + m, m < T_R, other=0.0)[:, None]
+            sees = (j[None] >= start_R) & (j[None] < m[:, None]) | (j[None] == m[:, None])
+            sees &= m[:, None] < T_R
+            p = tl.where(sees, tl.exp(tl.dot(x, tl.trans(y)) * scale - norm), 0.0)
+            sums_v += tl.dot(tl.trans(p.to(g.dtype)), g)
+            ds = p * (tl.dot(g, tl.trans(z)) - own)
+            sums_k += tl.dot(tl.trans(ds.to(x.dtype)), x)
+    tl.store(grad_k + keys + place, sums_k * scale, j[:, None] < T_R)
+    tl.store(grad_v + keys + place, sums_v, j[:, None] < T_R)

@@ -22,7 +22,7 @@ import pickle
 import random
 import re
 import shutil
-from collections import namedtuple
+from collections import Counter, namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,7 +34,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import UserError, nearest, run_main
-from worlds import pictures, questions, tabletop
+from worlds import loop, pictures, questions, tabletop
 
 CACHE = Path(os.environ.get("ONEFILE_VLA_CACHE", Path.home() / ".cache" / "onefile-vla"))
 DATA = Path(os.environ.get("ONEFILE_VLA_DATA", Path.home() / ".cache" / "onefile-vla" / "data"))
@@ -51,17 +51,26 @@ class Episode:
     fps: float = 5.0
     reasoning: list[str] = field(default_factory=list)
     phase: list[int] = field(default_factory=list)
+    task: str = ""  # the world's name for what is demonstrated
+    failed: list[str] = field(default_factory=list)  # tasks at which the expert failed before
 
 
-# --- The tabletop's own demonstrations ------------------------------------------------------------
+# --- A world's own demonstrations -----------------------------------------------------------------
 
 
-def record(suite, seed, size, wrist_size, noise, tries=20):
+@lru_cache(maxsize=1)
+def place(world, size, wrist_size):
+    """The world of a name, made once in a process for one recording after the other."""
+    World, suite = loop.find(world)
+    return World(suite, size, wrist_size)
+
+
+def record(world, seed, size, wrist_size, noise, tries=20):
     """One successful demonstration of the scripted expert; a failed try is drawn again."""
+    world, failed = place(world, size, wrist_size), []
     for attempt in range(tries):
-        world = tabletop.Tabletop(suite, size, wrist_size)
         observation = world.reset(seed * tries + attempt)
-        expert = tabletop.Expert(world, seed=seed, noise=noise)
+        expert = world.expert(seed=seed, noise=noise)
         steps, reasoning, phase = [], [], []
         while not world.success and len(steps) < world.max_steps:
             action = expert.act()
@@ -72,40 +81,48 @@ def record(suite, seed, size, wrist_size, noise, tries=20):
             observation = world.observe()
         if world.success:
             break
+        failed.append(world.task)
     else:
-        raise RuntimeError(f"suite {suite}: the expert failed {tries} times at seed {seed}")
+        raise RuntimeError(f"the expert failed {tries} times at seed {seed}: {', '.join(failed)}")
     cameras = steps[0][0]["images"]
     return Episode(
         images={name: np.stack([o["images"][name] for o, _ in steps]) for name in cameras},
         state=np.stack([o["state"] for o, _ in steps]),
         action=np.stack([a for _, a in steps]).astype(np.float32),
         instruction=world.instruction,
+        fps=world.fps,
         reasoning=reasoning,
         phase=phase,
+        task=world.task,
+        failed=failed,
     )
 
 
 def _record_many(arguments):
-    suite, seeds, size, wrist_size, noise = arguments
-    return [record(suite, seed, size, wrist_size, noise) for seed in seeds]
+    world, seeds, *how = arguments
+    return [record(world, seed, *how) for seed in seeds]
 
 
-def demonstrations(suite, episodes=1000, seed=0, size=64, wrist_size=32, noise=0.3):
-    """The expert's demonstrations of a suite: made on first use, on all cores, then cached."""
-    source = hashlib.sha256(Path(tabletop.__file__).read_bytes()).hexdigest()[:12]
-    name = f"tabletop-{suite}-{episodes}-{seed}-{size}-{wrist_size}-{noise}-{source}.npz"
-    path = CACHE / name
+def demonstrations(world, episodes=1000, seed=0, size=64, wrist_size=32, noise=0.3):
+    """The experts' demonstrations of a `--world`: made on first use, on all cores, then cached."""
+    World, suite = loop.find(world)
+    code = Path(importlib.import_module(World.__module__).__file__).read_bytes()
+    source = hashlib.sha256(code + world.encode()).hexdigest()[:12]
+    name = re.sub(r"[^\w.-]", "-", world)[:80]
+    path = CACHE / f"{name}-{episodes}-{seed}-{size}-{wrist_size}-{noise}-{source}.npz"
     if path.exists():
         return load_demonstrations(path)
     seeds = range(seed * 1_000_000, seed * 1_000_000 + episodes)
-    blocks = [seeds[i : i + 20] for i in range(0, episodes, 20)]
-    jobs = [(suite, list(block), size, wrist_size, noise) for block in blocks]
-    made = []
+    share = 4 if World.slow else 20
+    blocks = [list(seeds[i : i + share]) for i in range(0, episodes, share)]
+    jobs = [(world, block, size, wrist_size, noise) for block in blocks]
+    made, words = [], f"demonstrations of {world} (once, then cached)"
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
-        words = f"demonstrations of tabletop:{suite} (once, then cached)"
-        done = pool.map(_record_many, jobs)
-        for block in tqdm(done, words, len(jobs), leave=False, disable=None):
-            made.extend(block)
+        with tqdm(None, words, episodes, leave=False, disable=None) as bar:
+            for block in pool.map(_record_many, jobs):
+                made.extend(block)
+                bar.update(len(block))
+    tqdm.write(f"demonstrations of {world}: {expert_rates(made)}")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
@@ -114,8 +131,18 @@ def demonstrations(suite, episodes=1000, seed=0, size=64, wrist_size=32, noise=0
     return made
 
 
+def expert_rates(episodes):
+    """How often the experts succeeded, in all and in the tasks where they did not always, in words;
+    what failed was drawn again."""
+    won, lost = Counter(e.task for e in episodes), Counter(t for e in episodes for t in e.failed)
+    some = [f"{task} {won[task]} of {won[task] + n}" for task, n in sorted(lost.items())]
+    share = won.total() / (won.total() + lost.total())
+    return f"the expert succeeded in {share:.1%} of its tries {', '.join(some)}".strip()
+
+
 def save_demonstrations(file, episodes):
-    text = [dict(instruction=e.instruction, fps=e.fps, reasoning=e.reasoning) for e in episodes]
+    words = ("instruction", "fps", "reasoning", "task", "failed")
+    text = [{name: getattr(e, name) for name in words} for e in episodes]
     cameras = episodes[0].images
     images = {f"image.{c}": np.concatenate([e.images[c] for e in episodes]) for c in cameras}
     np.savez(
@@ -210,7 +237,7 @@ def locate(spec):
         mine = [known[p.name] for p in (path.resolve(), path.resolve().parent) if p.name in known]
         return path, (mine + [Source()])[0]
     if source is None and not re.fullmatch(r"[\w.-]+/[\w.-]+", spec):
-        names = [*SOURCES, *GROUPS, "tabletop"]
+        names = [*SOURCES, *GROUPS, *loop.WORLDS]
         raise UserError(f"no dataset or path {spec!r} (did you mean {nearest(spec, names)}?)")
     source = source or next((s for s in SOURCES.values() if s.hub == spec), Source(spec))
     if source.hub.startswith("http"):
@@ -331,6 +358,10 @@ class Video:
         self.file = need("av").open(str(path))
         self.stream = self.file.streams.video[0]
         self.stream.codec_context.thread_count = 1  # the loader's workers are the threads
+        self.painter = need("av.video.reformatter").VideoReformatter()  # sets itself up once
+        self.how = {"format": "rgb24"}
+        if "threads" in (self.painter.reformat.__doc__ or ""):  # newer ones start a pool otherwise
+            self.how["threads"] = 1
         self.half, self.coming, self.now = 0.5 / float(self.stream.average_rate or 30), None, None
 
     def at(self, time, tolerance):
@@ -345,7 +376,7 @@ class Video:
                 raise ValueError(f"the video ends before {time:.2f} s")
         if self.now.time > time + tolerance:
             raise ValueError(f"no picture at {time:.2f} s")
-        return self.now.to_ndarray(format="rgb24")
+        return self.painter.reformat(self.now, **self.how).to_ndarray()
 
 
 @lru_cache(maxsize=32)
@@ -604,7 +635,8 @@ def flat(path, kind, shape):
     size = path.stat().st_size
     if size != np.prod(shape) * np.dtype(kind).itemsize:
         raise ValueError(f"{size} bytes do not make {shape}: write it again")
-    return np.memmap(path, kind, "r", shape=shape) if size else np.zeros(shape, kind)
+    # a plain array over the file: a memmap's own slices cost more than a small picture's copy
+    return np.asarray(np.memmap(path, kind, "r", shape=shape)) if size else np.zeros(shape, kind)
 
 
 class Store:
@@ -649,6 +681,11 @@ class Episodes:
         if isinstance(reader, Store):
             self.store, self.kept = reader, range(len(reader.names))
             self.source = Source(normalise=reader.normalise)
+        said = (path if path.is_dir() else path.parent) / "reasoning.jsonl"  # a line an episode
+        self.reasoning = {}
+        with reading(f"{said}, fields episode, reasoning"):
+            for row in read_lines(said) if said.exists() else ():
+                self.reasoning[int(row["episode"])] = [str(words) for words in row["reasoning"]]
 
     def __len__(self):
         return len(self.lengths)
@@ -658,24 +695,28 @@ class Episodes:
             raise IndexError(i)
         i = int(i) % len(self)
         if i not in self.recent:
-            if len(self.recent) >= 64:
+            if len(self.recent) >= 1024:  # numbers and places alone, a few kilobytes each
                 self.recent.clear()
             self.recent[i] = self.read(i)
         return self.recent[i]
 
     def read(self, i):
         """Episode i, checked in everything but its pictures."""
+        number = self.kept[i] if self.store else i
+        said = self.reasoning.get(number, [])
         with reading(self.names[i]):
-            frames = self.reader.frames(self.kept[i] if self.store else i)
+            frames = self.reader.frames(number)
             if self.lengths[i] < 1:
                 raise ValueError("the episode is empty")
             state, action, words = (self.store or self.reader).numbers(i)
             for kind, x, width in zip(("state", "action"), (state, action), self.reader.dims):
                 if x.shape != (self.lengths[i], width):
                     raise ValueError(f"field {kind} is {x.shape}, not {(self.lengths[i], width)}")
-                if not np.isfinite(x).all():
+                if self.store is None and not np.isfinite(x).all():
                     step = int(np.argmin(np.isfinite(x).all(1)))
                     raise ValueError(f"field {kind}: not a finite number at step {step}")
+            if said and len(said) != self.lengths[i]:
+                raise ValueError(f"field reasoning: {len(said)} for {self.lengths[i]} steps")
             absent = [name for name in self.source.cameras if name not in frames]
             if absent:
                 raise ValueError(f"no camera {absent[0]}; there are {', '.join(frames)}")
@@ -684,7 +725,7 @@ class Episodes:
         if sign in ("+1", "-1"):
             action[:, -1] = (1 + float(sign) * action[:, -1]) / 2
         frames = {name: frames[name] for name in self.source.cameras or frames}
-        return Episode(frames, state, action, words, self.reader.fps)
+        return Episode(frames, state, action, words, self.reader.fps, said)
 
     def settle(self, skip_bad=False, every=False, again=False):
         """Reads everything once, keeps the numbers in CACHE; faults stop it, or are left out."""
@@ -764,6 +805,10 @@ def write_store(episodes, folder, pictures=False, side=0, every=False):
         for name, array in arrays.items():
             with open(temporary / name, "ab") as file:
                 file.write(array.tobytes())
+        if pictures and episode.reasoning:
+            said = {"episode": len(index["kept"]), "reasoning": episode.reasoning}
+            with open(temporary / "reasoning.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(said) + "\n")
         row = fresh.names[i], i, episode.instruction, len(episode.action)
         for name, value in zip(("names", "kept", "text", "lengths"), row):
             index[name].append(value)
@@ -844,11 +889,11 @@ class QuestionFile:
 
 
 def open_episodes(spec, skip_bad=False, every=False, again=False):
-    """A row of SOURCES, a hub id, a path, or tabletop[:suite] -> a sequence of Episode, or of
+    """A row of SOURCES, a hub id, a path, or a world -> a sequence of Episode, or of
     questions. skip_bad: what cannot be read is left out and listed in `.faults`; for that all is
     read once, `every` picture too if wanted, `again` even if it was before."""
-    if str(spec).partition(":")[0] == "tabletop":
-        return demonstrations(str(spec).partition(":")[2] or "bridge")
+    if str(spec).partition(":")[0] in loop.WORLDS:
+        return demonstrations(str(spec))
     path, source = locate(str(spec))
     if path.suffix in (".json", ".jsonl", ".tsv"):
         return QuestionFile(path, skip_bad)
@@ -871,9 +916,9 @@ def open_episodes(spec, skip_bad=False, every=False, again=False):
 Part = namedtuple("Part", "name episodes stats weight normalise")
 
 
-def load(spec, skip_bad=False, tabletop=demonstrations):
+def load(spec, skip_bad=False, demonstrate=demonstrations):
     """`bridge,fractal=2,my/folder`: rows, groups or paths, with weights -> list of Part, each read
-    through once; the stats of a question file are None. tabletop: suite -> its demonstrations."""
+    through once; the stats of a question file are None. demonstrate: world -> its Episodes."""
     wanted = {}
     for word in filter(None, spec.split(",")):
         name, _, weight = word.partition("=")
@@ -883,9 +928,8 @@ def load(spec, skip_bad=False, tabletop=demonstrations):
             wanted[member] = weight * share
     parts = []
     for name, weight in wanted.items():
-        kind, _, suite = name.partition(":")
-        own = kind == "tabletop"
-        episodes = tabletop(suite or "bridge") if own else open_episodes(name, skip_bad)
+        own = name.partition(":")[0] in loop.WORLDS
+        episodes = demonstrate(name) if own else open_episodes(name, skip_bad)
         stats = None if isinstance(episodes, QuestionFile) else statistics(episodes)
         how = episodes.source.normalise if isinstance(episodes, Episodes) else "q99"
         parts.append(Part(name, episodes, stats, weight, how))
@@ -900,10 +944,10 @@ def recordings(cfg, dist, resumed=None):
     answer like. Their stats are the checkpoint's if there is one, say how to normalise ("how"), and
     are as wide as the widest robot's. Rank 0 reads first; its error is everybody's."""
 
-    def tabletop(suite):
-        return demonstrations(suite, cfg.demos, cfg.seed, cfg.size, cfg.wrist_size, cfg.noise)
+    def demonstrate(world):
+        return demonstrations(world, cfg.demos, cfg.seed, cfg.size, cfg.wrist_size, cfg.noise)
 
-    parts = dist.first(lambda: load(cfg.data or cfg.world, cfg.skip_bad, tabletop))
+    parts = dist.first(lambda: load(cfg.data or cfg.world, cfg.skip_bad, demonstrate))
     acts, asks = ([p for p in parts if bool(p.stats) == act] for act in (True, False))
     if not acts:
         raise UserError(f"--data {cfg.data}: questions alone; name recordings of a robot as well")
@@ -978,8 +1022,15 @@ def bounds(stats):
 def normalise(x, stats, clip=1.0):
     """(..., A) in the recording's units -> [-1, 1] between the bounds, clipped at +-clip; zeros
     take the place of numbers that another robot has and this one has not."""
-    low, high = bounds(stats)
-    x = np.pad(x, [(0, 0)] * (np.ndim(x) - 1) + [(0, len(low) - np.shape(x)[-1])])
+    return squeeze(x, *bounds(stats), clip)
+
+
+def squeeze(x, low, high, clip=1.0):
+    wider = len(low) - np.shape(x)[-1]
+    if wider < 0:
+        words = f"a state or action of {np.shape(x)[-1]} numbers, trained on {len(low)}"
+        raise UserError(f"another robot: {words}")
+    x = np.pad(x, [(0, 0)] * (np.ndim(x) - 1) + [(0, wider)]) if wider else x
     return np.clip(2 * (x - low) / (high - low) - 1, -clip, clip).astype(np.float32)
 
 
@@ -1016,7 +1067,8 @@ class Windows:
 
     def __init__(self, episodes, stats, horizon, augment=0, sides=(0, 0), robot="tabletop"):
         """sides: of the first camera's pictures and the others' (0: as recorded)."""
-        self.episodes, self.stats, self.horizon = episodes, stats, horizon
+        self.episodes, self.horizon = episodes, horizon
+        self.bounds = {kind: bounds(s) for kind, s in stats.items()}
         self.augment, self.sides, self.robot = augment, sides, robot
         self.starts = np.cumsum([0, *lengths(episodes)])
 
@@ -1036,7 +1088,7 @@ class Windows:
         """-> the normalised actions from step t on (H, A), whether each is inside (H,)."""
         steps = np.arange(t, t + self.horizon)
         action = episode.action[np.minimum(steps, len(episode.action) - 1)]
-        return normalise(action, self.stats["action"]), steps < len(episode.action)
+        return squeeze(action, *self.bounds["action"]), steps < len(episode.action)
 
     def get(self, index, rng):
         """-> "images", "instruction", "robot", "state" (S,), "action" (H, A), "mask" (H,)."""
@@ -1051,7 +1103,7 @@ class Windows:
             "images": images,
             "instruction": episode.instruction,
             "robot": self.robot,
-            "state": normalise(episode.state[t], self.stats["state"]),  # (S,)
+            "state": squeeze(episode.state[t], *self.bounds["state"]),  # (S,)
             "action": action,
             "mask": inside,
         }
@@ -1142,11 +1194,13 @@ def warnings(part):
 def describe(name, episodes, picks):
     """Prints counts, lengths, instructions, ranges and warnings -> rows of a contact sheet."""
     recorded = isinstance(episodes, Episodes)
-    kind = type(episodes.reader).__name__ if recorded else "tabletop"
+    kind = type(episodes.reader).__name__ if recorded else "world"
     how = episodes.source.normalise if recorded else "q99"
     part = Part(name, episodes, statistics(episodes), 1.0, how)
     T, first = [len(e.action) for e in episodes], episodes[0]
     print(f"{kind}: {len(T)} episodes of {min(T)} to {max(T)} steps, {sum(T)} in all")
+    if first.task:
+        print(expert_rates(episodes))
     for camera, frames in first.images.items():
         print(f"camera {camera}: {frames[0].shape[1]} x {frames[0].shape[0]}")
     words = sorted({e.instruction for e in episodes})

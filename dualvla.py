@@ -40,14 +40,14 @@ Assumptions, where the paper is silent
       time: the KL of two Gaussians of one fixed variance (`--actions tokens`: Eq. 5 to the letter).
   A5  T = 1; the KL is a mean over positions, as the losses are; one question for `--mix` robot
       samples (InstructVLA: 7).
-  A6  The base model is InstructVLA: r-LoRA on every matrix of the language model, its gates (two a
-      token) from the hidden state of a pass without LoRA, here twice a softmax, so that G starts
+  A6  The base model is InstructVLA: Eagle2, r-LoRA on every matrix of its language model, two gates
+      a token from the hidden state of a pass without LoRA, here twice a softmax, so that G starts
       as E; the vision tower is frozen; E's flow expert is trained with E and frozen then.
   A7  The flow expert's eye is a small convolutional net in the place of DINOv2, with FiLM.
   A8  A specialist is not asked for reasoning: its RA is 1 and R leaves Eq. 8.
 
   python dualvla.py                                          # laptop: E, G, DualVLA, evaluation
-  torchrun dualvla.py --backbone Qwen3-VL-2B                 # one GPU, the embedded world
+  torchrun dualvla.py --backbone Eagle2-2B                   # one GPU, the embedded world
   torchrun --nproc-per-node 8 dualvla.py --preset paper      # eight GPUs, the paper's settings
 """
 
@@ -64,8 +64,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from transformers import DynamicCache
 
 import common
@@ -77,7 +75,7 @@ from worlds import benchmarks, events, loop, pictures, score
 
 @dataclass
 class Config:
-    backbone: str = "tiny"  # tiny, Qwen3-VL-2B/4B/8B, Qwen2.5-VL-3B/7B, a folder or a hub id
+    backbone: str = "tiny"  # tiny, Qwen3-VL-2B/4B/8B, Qwen2.5-VL-3B/7B, Eagle2-2B, folder or hub id
     world: str = "tabletop:bridge"  # where to act; its suite also gives the demonstrations
     data: str = ""  # recordings to train on, `bridge,fractal=2,FOLDER`; empty: the world's own
     skip_bad: bool = False  # leave out recordings that cannot be read, and list them
@@ -88,10 +86,12 @@ class Config:
     generalist: str = ""  # G's run folder, instead of training G
     steps: int = 0  # optimizer steps of each stage; 0: as in STAGES
     seed: int = 0  # everything random follows from it
-    resume: str = ""  # run folder to go on from, exactly
+    resume: str = ""  # run folder to go on from, exactly; auto: --out's, or start it
     eval_only: str = ""  # run folder to evaluate, without training
     ablation: str = ""  # a row of the paper's tables; `list` prints them all
     preset: str = ""  # a named configuration, see below
+    describe: bool = False  # prints the parameters of each part, without weights, and leaves
+    export: str = ""  # run folder whose VLM becomes a Hugging Face checkpoint in --out
     show: str = ""  # pruning or pareto: prints a table, draws a picture, and leaves
     benchmark: str = ""  # a question file (VLMEvalKit's TSV) to answer after --eval-only
     episodes: int = 200  # evaluation episodes in each domain
@@ -130,11 +130,17 @@ class Config:
     warmup: int = 50  # steps of linear warm-up
     weight_decay: float = 0.0  # of AdamW and Muon
     clip: float = 1.0  # gradient norm
-    optimizer: str = "muon"  # adamw | muon: muon takes the matrices, AdamW the rest
+    optimizer: str = "muon"  # adamw | adamw8bit | muon: muon takes the matrices, AdamW the rest
     dtype: str = "auto"  # auto | bf16 | fp32: arithmetic of the matrix products
     device: str = "auto"  # auto | cpu | cuda
     threads: int = 0  # CPU threads of a process; 0: torch's choice
     workers: int = 0  # loader processes
+    # memory and processes: what trains is float32, with float32 optimizer state (but adamw8bit's)
+    accumulate: int = 1  # batches of a process in one step
+    frozen: str = "fp32"  # fp32 | bf16: what stands still is stored so, where products are bf16
+    grad_checkpoint: bool = False  # keep a block's input alone, compute the rest again
+    compile: bool = False  # torch.compile each block
+    shard: str = "none"  # none | full: a copy on each process (DDP), or a share each (FSDP2)
     # demonstrations of the embedded world
     demos: int = 2000  # episodes
     noise: float = 0.3  # disturbances while the expert demonstrates, for recovery
@@ -149,6 +155,7 @@ class Config:
     ensemble: bool = False  # plan every step, blend the last 7 chunks (SimplerEnv)
     parallel: int = 100  # episodes acted side by side
     gifs: int = 2  # rollouts drawn in each domain
+    render: str = "gif"  # gif | mp4 | show: what they become; show plays them in the terminal too
     questions: int = 100  # of each of the four kinds (POPE, SEED-Bench, ScienceQA, MME)
     qa_every: int = 0  # steps between measurements of actions and answers; 0: at the end
     score_episodes: int = 40  # trajectories for the VLA Score
@@ -169,7 +176,7 @@ STAGES = {  # what differs between the stages; --steps and --lr hold for all of 
     "dual": dict(steps=400, lr=1e-3),
 }
 PAPER = dict(
-    backbone="Qwen3-VL-2B", rank=128, queries=64, horizon=16, width=768, depth=12, heads=12,
+    backbone="Eagle2-2B", rank=128, queries=64, horizon=16, width=768, depth=12, heads=12,
     euler=10, batch=16, mix=7, reason=0.4, motion=0.2, optimizer="adamw", lr=2e-5, lr_head=5e-5,
     min_lr=1.0, warmup=0, steps=20_000, size=224, wrist_size=224, augment=0, state=False,
     execute=1, ensemble=True, repeats=1, workers=4, talk=50,
@@ -344,12 +351,12 @@ class DualVLA(nn.Module):
         vlm.model.language_model.config._attn_implementation = "short"
         D, alone = vlm.config.get_text_config().hidden_size, cfg.stage == "expert"
         self.gates, self.gate = Gates(), None
-        self.untouched = ()  # weights that stay the backbone's own: no checkpoint holds them
+        self.untouched = set()  # weights that stay the backbone's own: no checkpoint holds them
         if cfg.tune == "lora":
             vlm.requires_grad_(False)
             self.add_experts(1 if alone else 2)
             new = (".down.", ".up.", "embed_tokens.", "lm_head.")
-            self.untouched = tuple(n for n in self.state_dict() if not any(x in n for x in new))
+            self.untouched = {n for n in self.state_dict() if not any(x in n for x in new)}
             if alone:
                 self.learn_words()
             else:
@@ -374,28 +381,47 @@ class DualVLA(nn.Module):
             mixture = Mixture(getattr(parent, leaf), experts, cfg.rank, cfg.alpha, self.gates)
             setattr(parent, leaf, mixture)
 
+    def merge(self):
+        """E alone: its one expert counts fully everywhere, so it can join the frozen matrices."""
+        for name, m in [*self.named_modules()]:
+            if isinstance(m, Mixture):
+                m.base.weight.data += m.alpha * m.up[0] @ m.down[0]
+                parent, _, leaf = name.rpartition(".")
+                setattr(self.get_submodule(parent), leaf, m.base)
+
     def learn_words(self):
-        """E also learns the embeddings of the action words, and of no others."""
-        words = self.vlm.get_input_embeddings().weight
-        rows = torch.zeros(len(words), 1)
-        rows[self.first : self.first + BINS] = 1.0
-        for weight in {words, self.vlm.lm_head.weight}:  # one, where they are tied
-            weight.requires_grad_(True)
-            weight.register_hook(lambda grad: grad * rows.to(grad.device))
+        """E also learns the embeddings of the action words; `forget_words` spares the others."""
+        self.vlm.get_input_embeddings().requires_grad_(True)
+        self.vlm.lm_head.requires_grad_(True)
+
+    def forget_words(self):
+        """After E's backward pass: no gradient for words that are no actions."""
+        if self.cfg.tune == "lora":
+            for weight in {self.vlm.get_input_embeddings().weight, self.vlm.lm_head.weight}:
+                if weight.grad is not None:
+                    rows = torch.zeros(len(weight), 1)
+                    rows[self.first : self.first + BINS] = 1.0
+                    weight.grad.mul_(common.spread(rows, weight.grad))
+
+    def blocks(self):
+        """What is recomputed, compiled or sharded by itself."""
+        blocks = [*self.vlm.model.language_model.layers, *common.vision_blocks(self.vlm.model)]
+        return blocks + ([*self.flow.blocks] if self.cfg.actions == "flow" else [])
 
     def see(self, batch):
         """The vision tower's features of a batch's pictures; frozen, it sees once for all three."""
         pixels, grids = batch["pixel_values"], batch["image_grid_thw"]
         if self.cfg.tune == "full":
-            return self.vlm.model.get_image_features(pixels, grids)
+            return self.vlm.model.get_image_features(pixels, image_grid_thw=grids)
         if "seen" not in batch:
             with torch.no_grad():
-                batch["seen"] = self.vlm.model.get_image_features(pixels, grids)
+                batch["seen"] = self.vlm.model.get_image_features(pixels, image_grid_thw=grids)
         return batch["seen"]
 
     def look(self, x, mask, position_ids, seen=None, caches=(None, None)):
         """(B, T, D) embedded tokens -> last hidden states (B, T, D), the gates set on the way."""
         words = dict(inputs_embeds=x, attention_mask=mask, position_ids=position_ids)
+        words["use_cache"] = caches[1] is not None
         words |= {"mm_encoder_outputs": {"image": seen}} if seen is not None else {}
         if self.gate is not None:
             self.gates.now = None
@@ -513,16 +539,16 @@ class Thread:
     def __init__(self, model, batch):
         prompt = batch["prompt"]
         self.model, self.caches = model, (DynamicCache(), DynamicCache())
-        self.real, self.position = prompt["real"], prompt["position_ids"][:, :, -1:]
+        self.real, self.position = prompt["real"], prompt["position_ids"][..., -1:]
         self.h = model.read(prompt, batch, caches=self.caches)[:, -1]  # (B, D)
 
     def go_on(self, x, use):
         """New tokens x (B, n, D), use (B, n): which of them are real -> hidden states (B, n, D)."""
         self.real = torch.cat([self.real, use], dim=1)
-        place = self.position + use.cumsum(1)  # (3, B, n)
+        place = self.position + use.cumsum(1)  # (3, B, n), or (B, n) where rows do not count
         mask = common.causal_mask(self.real)[:, :, -x.shape[1] :]
         h = self.model.look(x, mask, place, caches=self.caches)
-        self.position = place[:, :, -1:]
+        self.position = place[..., -1:]
         self.h = torch.where(use[:, -1:], h[:, -1], self.h)
         return h
 
@@ -581,7 +607,7 @@ class Block(nn.Module):
     def project(self, x):
         """(B, N, width) -> q, k, v (B, heads, N, d)."""
         parts = self.qkv(self.norm(x)).chunk(3, dim=-1)
-        return (z.unflatten(-1, (self.heads, -1)).transpose(1, 2) for z in parts)
+        return [z.unflatten(-1, (self.heads, -1)).transpose(1, 2) for z in parts]
 
     def finish(self, x, y):
         """Attention's y (B, heads, N, d) and the MLP added to x."""
@@ -649,16 +675,18 @@ def integrate(velocity, x_0, steps):
 # --- Loss -----------------------------------------------------------------------------------------
 
 
-def draw_noise(cfg, step, action_dim, dist):
+def draw_noise(cfg, step, action_dim, dist, part=0):
     """x_0 (B, R, H, A) Gaussian; t (B, R) = 0.999 (1 - b), b ~ Beta(1.5, 1), mostly noisy.
 
-    Drawn for the samples of all processes, then cut: any number of processes uses the same draws.
+    Drawn for a step's samples of all processes and batches (`part` of them), then cut: however
+    these are split, the draws are the same.
     """
     generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
-    total = cfg.batch * dist.processes
+    total = cfg.batch * dist.processes * cfg.accumulate
     x_0 = torch.randn(total, cfg.repeats, cfg.horizon, action_dim, generator=generator)
     b = torch.rand(total, cfg.repeats, generator=generator) ** (1 / 1.5)  # inverse CDF of the Beta
-    mine = slice(dist.rank * cfg.batch, (dist.rank + 1) * cfg.batch)
+    first = (part * dist.processes + dist.rank) * cfg.batch
+    mine = slice(first, first + cfg.batch)
     return x_0[mine], 0.999 * (1 - b[mine])
 
 
@@ -695,14 +723,17 @@ def spoken_actions(h, labels, first):
 def text_loss(head, h, labels):
     """Mean of -log pi(y_k | o, i, y_<k) over the labelled words."""
     h, words = spoken(h, labels)
-    return F.cross_entropy(head(h).float(), words)
+    return common.linear_cross_entropy(h, head.weight, words)[0]
 
 
 def token_losses(head, h, labels, first):
     """The same where actions are words; the sum of both parts is the mean over y, Eq. 3."""
     h, words = spoken(h, labels)
-    nll = F.cross_entropy(head(h).float(), words, reduction="none") / len(words)
-    return {"text": nll[words < first].sum(), "action": nll[words >= first].sum()}
+    parts, count = {"text": words < first, "action": words >= first}, len(words) or 1
+    return {
+        name: common.linear_cross_entropy(h[mine], head.weight, words[mine], count)[0]
+        for name, mine in parts.items()
+    }
 
 
 def vla_loss(losses):
@@ -756,7 +787,7 @@ def teach(teachers, batch, noise, student):
 
 
 def acceleration_keyframes(pose, gripper):
-    """pose (T, 6) x y z and three angles, gripper (T,) 0 or 1 -> action labels (T,) bool."""
+    """pose (T, 6) x y z and three angles (or without), gripper (T,) 0 or 1 -> labels (T,) bool."""
     pose = np.array(pose, np.float64)
     pose[:, 3:] = np.unwrap(pose[:, 3:], axis=0)
     a, label = np.zeros(len(pose)), np.zeros(len(pose), bool)  # ASSUMPTION A2
@@ -780,7 +811,7 @@ def keep(scene, action, rule, rng=None):
 
 
 def action_labels(episode):
-    return acceleration_keyframes(episode.state[:, :6], episode.state[:, -1] > 0.5)
+    return acceleration_keyframes(episode.state[:, :-1][:, :6], episode.state[:, -1] > 0.5)
 
 
 def scene_labels(episodes, cfg, say=print):
@@ -792,12 +823,12 @@ def scene_labels(episodes, cfg, say=print):
     elif cfg.events == "phase":
         found = [events.boundaries(e.phase) for e in episodes]
     else:
-        suite, known = loop.suite_of(cfg.world), []
-        if suite:
+        known = []
+        if cfg.world != "none":
             wanted = cfg.event_demos, cfg.seed + 500, cfg.size, cfg.wrist_size, cfg.noise
-            known = data.demonstrations(suite, *wanted)
+            known = data.demonstrations(cfg.world, *wanted)
         elif cfg.events == "ddm":
-            raise common.UserError("--events ddm learns from the tabletop's marks: take "
+            raise common.UserError("--events ddm learns from a world's marks: take "
                                    "--events similarity or --event-scores FILE")  # fmt: skip
         detector = events.detector(cfg.events, known, cfg.seed, say)
         found = [detector.boundaries(e) for e in episodes]
@@ -891,13 +922,7 @@ class Policy:
         return data.unnormalise(a, self.stats["action"])
 
     def view(self, observation, instruction):
-        """A panel with what it says at this sight; none for a silent one."""
-        if self.form == "plain":
-            return None
-        before, side = self.said, 4 * len(next(iter(observation["images"].values())))
-        self.act([observation], [instruction], np.random.default_rng(0))
-        self.said, words = before, self.said[0] or "(acts without a word)"
-        return pictures.caption_frame([np.full((side, side, 3), 255, np.uint8)], [words], 1)
+        return None
 
     def write(self, samples, limit=20):
         """Samples with "images" and "question" -> its answers in words."""
@@ -933,8 +958,8 @@ def along_the_way(policy, cfg, sets):
     """Answers and actions in the middle of training: the curves of degeneration."""
     scores = abilities(policy.model, cfg, policy.processor, policy.device, sets)
     policy.form = "plain"  # what E, G and the student can all be asked
-    starts = loop.starts_of(loop.suite_of(cfg.world), "in", min(cfg.episodes, 50), cfg.seed)
-    reached, _ = loop.rollout(policy, cfg, loop.suite_of(cfg.world), starts)
+    starts = loop.starts_of(cfg.world, "in", min(cfg.episodes, 50), cfg.seed)
+    reached, _ = loop.rollout(policy, cfg, cfg.world, starts)
     return scores | {"actions": {"success": float(np.mean([n > 0 for n in reached]))}}
 
 
@@ -948,10 +973,14 @@ def vla_score(R, A, intent, RA, B, reasons=True, bracket="outer"):
 
 
 def judged(policy, cfg, folder, say):
-    """VLA Score over trajectories in the demonstrations' domain -> means of its parts and of it."""
-    suite, reasons = loop.suite_of(cfg.world), policy.form != "plain"
-    starts = loop.starts_of(suite, "in", cfg.score_episodes, cfg.seed)
-    runs = score.trajectories(policy, cfg, suite, starts)
+    """VLA Score over trajectories in the demonstrations' domain -> means of its parts and of it, or
+    None where the world cannot be asked for the truth."""
+    if not score.knows(cfg.world):
+        say("  no VLA Score: its judges need a world that can be copied")
+        return None
+    reasons = policy.form != "plain"
+    starts = loop.starts_of(cfg.world, "in", cfg.score_episodes, cfg.seed)
+    runs = score.trajectories(policy, cfg, cfg.world, starts)
     rows = score.judge_all(runs, cfg, folder / "scores.jsonl", reasons, say)
     for r in rows:
         parts = [r[k] / 10 for k in ("Reasoning", "Action", "Intention", "Alignment")]
@@ -963,14 +992,14 @@ def judged(policy, cfg, folder, say):
 
 def evaluate(policy, cfg, dist, folder, say, sets):
     """Everything that a stage's result reports."""
-    results, acts = {}, loop.suite_of(cfg.world)
+    results, acts = {}, cfg.world != "none"
     for form in ("plain", "reason") if cfg.stage != "expert" else ("plain",):
         policy.form = form
         say(f"asked in the form {form!r}:")
         quiet = cfg if form == "reason" or cfg.stage == "expert" else replace(cfg, gifs=0)
         results[form] = {"domains": loop.evaluate(policy, quiet, dist, folder, say)}
         if dist.main and acts:
-            results[form] |= score.speed(policy, loop.suite_of(cfg.world), cfg)
+            results[form] |= score.speed(policy, cfg)
     vqa = abilities(policy.model, cfg, policy.processor, policy.device, sets)["answers"]
     say("  questions: " + ", ".join(f"{name} {share:.1%}" for name, share in vqa.items()))
     vla = judged(policy, cfg, folder, say) if dist.main and acts and cfg.score_episodes else None
@@ -999,7 +1028,7 @@ def make_optimizers(model, cfg):
         [{"params": p, "lr": r, "peak": r} for (m, r), p in groups.items() if m == matrices]
         for matrices in (False, True)
     )
-    made = [torch.optim.AdamW(adam, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)]
+    made = [common.adamw(adam, cfg)]
     if muon:
         same = dict(weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")
         made.append(common.Muon(muon, **same))
@@ -1012,17 +1041,11 @@ def train(cfg, dist, run, model, batches, meta, resumed, measure, teacher=None):
     start, before, began = 0, 0.0, time.perf_counter()
     if resumed:
         start, before = resumed.step, resumed.train_state["seconds"]
-        for opt, state in zip(opts, resumed.train_state["optimizers"]):
-            opt.load_state_dict(state)
+        common.load_optimizers(opts, resumed.train_state["optimizers"])
         common.set_rng_state(resumed.local_state["rng"])
-    unused = True  # an untied head's action words may go unasked  # [method]
-    ddp = model
-    if dist.processes > 1:
-        ddp = DistributedDataParallel(model, find_unused_parameters=unused)
-    todo = range(start, cfg.steps)
-    loader = DataLoader(  # with a generator of its own it leaves the global one alone: exact resume
-        batches, batch_size=None, sampler=todo, num_workers=cfg.workers, generator=torch.Generator()
-    )
+    ddp = common.parallel(model, dist, True)  # [method] an untied head may go unasked
+    todo = range(start * cfg.accumulate, cfg.steps * cfg.accumulate)
+    feed = common.feed(batches, todo, cfg.workers)
     parameters = [p for p in model.parameters() if p.requires_grad]
     action_dim = data.dims(meta["robots"])[1]  # [method]
     stop = common.Stop()
@@ -1031,41 +1054,48 @@ def train(cfg, dist, run, model, batches, meta, resumed, measure, teacher=None):
         return before + time.perf_counter() - began
 
     def save(step):
-        frozen = model.untouched  # [method] those are the backbone's
-        tensors = {n: t for n, t in model.state_dict().items() if not n.startswith(frozen)}
+        tensors = {n: t for n, t in model.state_dict().items() if n not in model.untouched}
         state = {"optimizers": [opt.state_dict() for opt in opts], "seconds": seconds()}
         local = {"rng": common.rng_state()}
         common.save_checkpoint(
             run.folder / "checkpoints", step, tensors, state, local, meta, dist
         )
 
-    for step, batch in zip(todo, loader):
+    for step in range(start, cfg.steps):
         for group in (group for opt in opts for group in opt.param_groups):
             floor = cfg.min_lr * group["peak"]
             group["lr"] = common.lr_at(step, group["peak"], cfg.warmup, cfg.steps, floor)
-        if cfg.qa_every and step % cfg.qa_every == 0 and dist.main:  # [method]
-            run.record(step, {"abilities": measure()})  # [method]
+        if cfg.qa_every and step % cfg.qa_every == 0:  # [method]
+            with common.gathered(model):  # [method]
+                run.record(step, {"abilities": dist.main and measure()})  # [method]
         model.train()
-        batch = common.to_device(batch, dist.device)
-        with common.autocast(dist.device, cfg.dtype):
-            noise = draw_noise(cfg, step, action_dim, dist)  # [method]
-            noise = [x.to(dist.device) for x in noise]  # [method]
-            soft = teach(teacher, batch, noise, model)  # [method]
-            losses = ddp(batch, noise, soft)  # [method]
-            loss = total_loss(losses, cfg)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(parameters, cfg.clip)
+        mean, seen = {}, []
+        for part in range(cfg.accumulate):
+            batch = common.to_device(next(feed), dist.device)
+            seen.append(batch)
+            common.synchronise(ddp, part + 1 == cfg.accumulate)
+            with common.autocast(dist.device, cfg.dtype):
+                noise = draw_noise(cfg, step, action_dim, dist, part)  # [method]
+                noise = [x.to(dist.device) for x in noise]  # [method]
+                soft = teach(teacher, batch, noise, model)  # [method]
+                losses = ddp(batch, noise, soft)  # [method]
+                loss = total_loss(losses, cfg) / cfg.accumulate
+            loss.backward()
+            for name, value in losses.items():
+                mean[name] = mean.get(name, 0.0) + value.detach() / cfg.accumulate
+        model.forget_words()  # [method]
+        norm = common.clip(parameters, cfg.clip)
+        if not math.isfinite(norm):
+            common.halt_at_nan(run, step + 1, seen)
         for opt in opts:
             opt.step()
             opt.zero_grad(set_to_none=True)
         run.progress(step + 1)
         if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.steps:
-            values = dist.mean({name: float(value.detach()) for name, value in losses.items()})
-            if not math.isfinite(sum(values.values())):
-                raise common.UserError(f"the loss is not finite at step {step + 1}: lower --lr")
-            rate = (step + 1) * cfg.batch * dist.processes / seconds()
+            values = dist.mean({name: float(value) for name, value in mean.items()})
+            rate = (step + 1) * cfg.batch * cfg.accumulate * dist.processes / seconds()
             lr = opts[0].param_groups[0]["lr"]
-            run.log(step + 1, values | {"lr": lr, "norm": float(norm), "samples/s": rate})
+            run.log(step + 1, values | {"lr": lr, "norm": norm, "samples/s": rate})
         stopping = dist.any(stop.requested)
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or stopping:
             save(step + 1)
@@ -1074,6 +1104,7 @@ def train(cfg, dist, run, model, batches, meta, resumed, measure, teacher=None):
             run.close()
             raise KeyboardInterrupt
     stop.restore()
+    common.gather(model)
     if cfg.qa_every and dist.main:  # [method]
         run.record(cfg.steps, {"abilities": measure()})  # [method]
     return seconds()
@@ -1082,10 +1113,11 @@ def train(cfg, dist, run, model, batches, meta, resumed, measure, teacher=None):
 # --- main -----------------------------------------------------------------------------------------
 
 FREE = (  # what a resumed or evaluated run may change
-    "steps", "episodes", "domains", "execute", "ensemble", "parallel", "gifs", "questions",
-    "log_every", "save_every", "workers", "threads", "device", "euler", "eval_only", "out", "talk",
+    "steps", "episodes", "domains", "execute", "ensemble", "parallel", "gifs", "render",
+    "questions", "log_every", "save_every", "workers", "threads", "device", "euler", "eval_only",
+    "out", "talk",
     "score_episodes", "bracket", "judge", "judge_model", "judge_price", "judge_examples",
-    "benchmark", "robot",
+    "benchmark", "robot", "compile", "grad_checkpoint", "shard",
 )  # fmt: skip
 
 
@@ -1158,14 +1190,15 @@ def prepare(cfg, dist, run, resumed):
     batches = Batches(mixtures, join, cfg.batch, dist.rank, dist.processes, cfg.mix)
     settings = {"method": "dualvla", "config": dataclasses.asdict(cfg)}
     meta = settings | {"robots": robots, "kept": bits}
-    return Policy(model.to(dist.device), cfg, processor, robots, dist.device), batches, meta
+    model = common.place(model, cfg, dist, run.say)
+    return Policy(model, cfg, processor, robots, dist.device), batches, meta
 
 
 def check(cfg):
     """What no type can say about the flags, before anything is spent on them."""
-    loop.domains_of(loop.suite_of(cfg.world), cfg.domains)
-    for name in ("batch", "demos", "repeats", "episodes", "parallel", "log_every", "queries",
-                 "rank"):  # fmt: skip
+    loop.check(cfg)
+    for name in ("batch", "accumulate", "demos", "repeats", "episodes", "parallel", "log_every",
+                 "queries", "rank"):  # fmt: skip
         if getattr(cfg, name) < 1:
             raise common.UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: at least 1")
     if cfg.questions < 2 or cfg.questions % 2:
@@ -1225,6 +1258,20 @@ def show(cfg):
     print(f"an episode's timeline: {folder / 'pruning.png'}")
 
 
+def export(cfg):
+    """--export: the VLM of a run as an ordinary checkpoint, where there is an equal one."""
+    policy = load_policy(cfg.export, torch.device("cpu"))
+    if policy.model.gate is not None:
+        raise common.UserError(
+            f"--export {cfg.export}: its two LoRA experts are weighted anew for each token, so no "
+            "ordinary checkpoint equals it; --benchmark FILE asks it, --tune full can be exported"
+        )
+    policy.model.merge()
+    out = cfg.out or f"{cfg.export}/export"
+    name, tokenizer = policy.cfg.backbone, policy.processor.tokenizer
+    common.export_backbone(policy.model.vlm, name, tokenizer, out)
+
+
 def last_stage(cfg):
     return ORDER[-1] if cfg.stage == "chain" else cfg.stage
 
@@ -1249,6 +1296,7 @@ def run_stage(cfg, dist):
     if list(folder.glob("checkpoints/step_*/meta.json")):
         resumed = common.load_checkpoint(folder, "dualvla", dist=dist)
         cfg = common.resume_config(cfg, resumed.meta["config"], FREE)
+        cfg = common.same_samples(cfg, resumed, dist)
     common.seed_all(cfg.seed)
     (folder / "metrics.jsonl").unlink(missing_ok=True) if not resumed else None
     run = common.Run(cfg, "dualvla", __file__, dist, cfg.steps, resumed)
@@ -1264,7 +1312,8 @@ def run_stage(cfg, dist):
     result = {
         "method": "dualvla", "arm": cfg.ablation or cfg.stage, "stage": cfg.stage,
         "backbone": cfg.backbone, "world": cfg.world, "seed": cfg.seed, "steps": cfg.steps,
-        "samples": cfg.steps * cfg.batch * dist.processes, "train_seconds": round(seconds, 1),
+        "samples": cfg.steps * cfg.accumulate * cfg.batch * dist.processes,
+        "train_seconds": round(seconds, 1),
         "kept": "".join(meta["kept"]).count("1") / len("".join(meta["kept"])),
         **evaluate(policy, cfg, dist, run.folder, run.say, sets),
         "params": common.param_counts(policy.model),
@@ -1312,11 +1361,20 @@ def main(argv=None):
         list_ablations()
         return
     check(cfg)
+    if cfg.describe:
+        builds = {
+            f"DualVLA --stage {stage}": lambda s=stage: build(replace(cfg, stage=s), 8, 7)[0]
+            for stage in ORDER[: ORDER.index(last_stage(cfg)) + 1]
+        }
+        return common.describe(cfg.backbone, common.load_backbone, builds)
+    if cfg.export:
+        return export(cfg)
     if cfg.show:
         return show(cfg)
     dist = common.setup(cfg)
     if cfg.eval_only:
         return evaluate_only(cfg, dist)
+    cfg = common.resume_auto(cfg, dist, "config.json")
     out = Path(cfg.resume or cfg.out or time.strftime(f"runs/dualvla-{cfg.seed}-%Y%m%d-%H%M%S"))
     out = Path(dist.share(str(out.parent if cfg.resume and out.name in ORDER else out)))
     if cfg.resume:
@@ -1344,7 +1402,7 @@ def main(argv=None):
             results[stage] = json.loads((folders[stage] / "result.json").read_text())
     if dist.main:
         common.write_json(out / "result.json", results.get(last, {}) | {"stages": results})
-        if loop.suite_of(cfg.world):
+        if cfg.world != "none":
             summary(results)
         print(f"results, pictures, films and scores of each stage are in {out}")
     dist.destroy()

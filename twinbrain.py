@@ -61,8 +61,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.masking_utils import sdpa_mask
 
@@ -75,7 +73,7 @@ from worlds import loop, pictures
 
 @dataclass
 class Config:
-    backbone: str = "tiny"  # tiny, Qwen3-VL-2B/4B/8B, Qwen2.5-VL-3B/7B, a folder or a hub id
+    backbone: str = "tiny"  # tiny, Qwen3-VL-2B/4B/8B, Qwen2.5-VL-3B/7B, Eagle2-2B, folder or hub id
     world: str = "tabletop:bridge"  # where to act; its suite also gives the demonstrations
     data: str = ""  # recordings to train on, `bridge,fractal=2,FOLDER`; empty: the world's own
     skip_bad: bool = False  # leave out recordings that cannot be read, and list them
@@ -83,16 +81,19 @@ class Config:
     out: str = ""  # run folder; empty: runs/<method>-<world>-<seed>-<time>
     steps: int = 1500  # optimizer steps (paper: 40000)
     seed: int = 0  # everything random follows from it
-    resume: str = ""  # run folder to go on from, exactly
+    resume: str = ""  # run folder to go on from, exactly; auto: --out's, or start it
     eval_only: str = ""  # run folder to evaluate, without training
     ablation: str = ""  # a row of the paper's tables; `list` prints them all
     preset: str = ""  # a named configuration, see below
+    describe: bool = False  # prints the parameters of each part, without weights, and leaves
+    export: str = ""  # run folder whose right brain becomes a Hugging Face checkpoint in --out
     episodes: int = 200  # evaluation episodes in each domain (paper: 480 on SimplerEnv)
     # the brains
     brain: str = "twin"  # twin | vanilla | nofreeze: Sec. 4, one brain, both trained (Table 5)
     interval: int = 0  # k, plain self-attention layers between joint ones (Table 6)
     visibility: str = "all"  # all | index: which left tokens a right token sees (A1)
     deepstack: bool = True  # DeepStack features in both brains (A3)
+    attention: str = "library"  # library | kernel: of Eq. 6; bench/attention.py compares
     state: bool = True  # state token phi(s) in the right brain (Eq. 2; paper: off in simulation)
     # the action expert
     head: str = "flow"  # flow | pi | oft | fast: the paper's DiT, or a baseline of Appendix C
@@ -112,7 +113,7 @@ class Config:
     warmup: int = 50  # steps of linear warm-up (framework: 5000)
     weight_decay: float = 1e-8  # of AdamW
     clip: float = 1.0  # gradient norm
-    optimizer: str = "muon"  # adamw | muon: muon takes the matrices, AdamW the rest (paper: adamw)
+    optimizer: str = "muon"  # adamw | adamw8bit | muon: matrices alone (paper: adamw)
     cotrain: float = 0.0  # weight of the question loss, questions 1:1 with actions (Figure 2; A7)
     distill: str = ""  # the teacher's run folder, for Twin-to-One (Appendix G)
     distill_weight: float = 1.0  # lambda of Eq. 10
@@ -120,6 +121,14 @@ class Config:
     device: str = "auto"  # auto | cpu | cuda
     threads: int = 0  # CPU threads of a process; 0: torch's choice
     workers: int = 0  # loader processes
+    # memory and processes: what trains is float32, with float32 optimizer state (but adamw8bit's)
+    accumulate: int = 1  # batches of a process in one step
+    frozen: str = "fp32"  # fp32 | bf16: what stands still is stored so, where products are bf16
+    grad_checkpoint: bool = False  # keep a block's input alone, compute the rest again
+    compile: bool = False  # torch.compile each block
+    shard: str = "none"  # none | full: a copy on each process (DDP), or a share each (FSDP2)
+    replicate_left: bool = False  # --shard full leaves the frozen left brain whole everywhere
+    lora: int = 0  # rank R: LoRA on the right brain's language model; 0: all of its weights train
     # demonstrations of the embedded world
     demos: int = 2000  # episodes
     noise: float = 0.3  # disturbances while the expert demonstrates, for recovery
@@ -133,6 +142,7 @@ class Config:
     ensemble: bool = False  # plan every step, blend the last 7 chunks (SimplerEnv)
     parallel: int = 50  # episodes acted side by side
     gifs: int = 2  # rollouts drawn in each domain
+    render: str = "gif"  # gif | mp4 | show: what they become; show plays them in the terminal too
     questions: int = 100  # of each of the four kinds (POPE, SEED-Bench, ScienceQA, MME)
     qa_every: int = 0  # steps between measurements of the general abilities; 0: at the end
     log_every: int = 20  # steps between log lines
@@ -263,16 +273,18 @@ def collate(samples, cfg, processor, fast=None):
 class AsyMoT(DynamicCache):
     """The right brain's cache: hands each layer the left brain's keys and values before its own.
 
-    left: the left brain's filled cache, or None; interval: k of Table 6; sever: stop the gradient.
+    left: the left brain's filled cache, or None; interval: k of Table 6; sever: stop the gradient;
+    keep: for decoding; without, a layer may be computed twice, as --grad-checkpoint does.
     """
 
-    def __init__(self, left, interval=0, sever=True):
+    def __init__(self, left, interval=0, sever=True, keep=True):
         super().__init__()
-        self.left, self.interval, self.sever = left, interval, sever
+        self.left, self.interval, self.sever, self.keep = left, interval, sever, keep
 
     def update(self, k_R, v_R, layer, *args, **kwargs):
         """(B, kv heads, T_R, d) keys (after RoPE) and values -> the same over T_L + T_R."""
-        k_R, v_R = super().update(k_R, v_R, layer, *args, **kwargs)
+        if self.keep:
+            k_R, v_R = super().update(k_R, v_R, layer, *args, **kwargs)
         if self.left is None or layer % (self.interval + 1):  # ABLATION T6, ASSUMPTION A2
             return k_R, v_R
         k_L, v_L = self.left.layers[layer].keys, self.left.layers[layer].values
@@ -300,9 +312,20 @@ def joint_attention(module, q_R, k, v, mask, scaling=None, **_):
     return y.transpose(1, 2), None
 
 
+def kernel_attention(module, q_R, k, v, mask, scaling=None, **_):
+    """The same in our kernel, where it applies: no dense mask, no gradient work for the left."""
+    T_L, known = k.shape[2] - q_R.shape[2], common.triton_runs(q_R) and mask.shape[2] > 1
+    if joint_attention.maps is not None or not known:
+        return joint_attention(module, q_R, k, v, mask, scaling)
+    sees = mask[:, 0, -1, -k.shape[2] :]  # the last token sees all that is real
+    first = [(~half).sum(1, dtype=torch.int32) for half in (sees[:, :T_L], sees[:, T_L:])]
+    return common.joint_attention(q_R, k, v, *first, scaling).transpose(1, 2), None
+
+
 joint_attention.maps = None
-AttentionInterface.register("asymot", joint_attention)
-AttentionMaskInterface.register("asymot", sdpa_mask)
+for name, function in (("asymot", joint_attention), ("asymot_kernel", kernel_attention)):
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, sdpa_mask)
 
 
 def joint_mask(real_L, real_R, visibility):
@@ -330,12 +353,17 @@ class TwinBrain(nn.Module):
     def __init__(self, cfg, vlm, processor, state_dim, action_dim):
         super().__init__()
         self.cfg, self.processor = cfg, processor
-        if not cfg.deepstack and hasattr(vlm.model.visual, "deepstack_visual_indexes"):
+        if not cfg.deepstack and vlm.config.model_type == "qwen3_vl":
             vlm.model.visual.deepstack_visual_indexes = []
+            vlm.config.vision_config.deepstack_visual_indexes = []
             vlm.model.visual.deepstack_merger_list = nn.ModuleList()
-        vlm.model.language_model.config._attn_implementation = "asymot"
+        name = "asymot" if cfg.attention == "library" else "asymot_kernel"
+        vlm.model.language_model.config._attn_implementation = name
         tied = vlm.lm_head.weight is vlm.get_input_embeddings().weight
-        self.left = None if cfg.brain == "vanilla" else copy.deepcopy(vlm)
+        # with LoRA both brains have the same frozen matrices: one copy, where none is sharded
+        same = vlm.parameters() if cfg.lora and cfg.shard == "none" else ()
+        same = {id(p): p for p in same}
+        self.left = None if cfg.brain == "vanilla" else copy.deepcopy(vlm, same)
         if self.left is not None:
             self.left.requires_grad_(cfg.brain == "nofreeze")  # ABLATION T5
             if not tied:
@@ -343,6 +371,13 @@ class TwinBrain(nn.Module):
         self.right = vlm
         if not (tied or cfg.cotrain or cfg.head == "fast"):
             vlm.lm_head.requires_grad_(False)  # no loss reaches it
+        if cfg.lora:
+            vlm.requires_grad_(False)
+            common.add_lora(vlm.model.language_model.layers, cfg.lora)
+        # weights that stay the backbone's own: no checkpoint holds them
+        alone = (("left.",) if cfg.brain != "nofreeze" else ()) + (("right.",) if cfg.lora else ())
+        names = [n for n in self.state_dict() if not n.endswith((".down", ".up"))]
+        self.untouched = {n for n in names if n.startswith(alone)}
         text = vlm.config.get_text_config()
         D, layers = text.hidden_size, text.num_hidden_layers
         if cfg.state:
@@ -353,6 +388,15 @@ class TwinBrain(nn.Module):
             depth = 2 * layers if cfg.head == "pi" else cfg.depth  # ASSUMPTION A8
             self.expert = DiT(cfg, D, action_dim, depth)
 
+    def blocks(self):
+        """What is recomputed, compiled or sharded by itself; the left of nofreeze keeps a cache
+        with gradients, which recomputing would fill twice."""
+        frozen = self.cfg.brain != "nofreeze"
+        brains = [self.right] + ([self.left] if self.left is not None and frozen else [])
+        blocks = [b for vlm in brains for b in vlm.model.language_model.layers]
+        blocks += [b for vlm in brains for b in common.vision_blocks(vlm.model)]
+        return blocks + ([*self.expert.blocks] if self.cfg.head in ("flow", "pi") else [])
+
     def look(self, vlm, x, prompt, mask, cache, batch):
         """One pass of a brain over its embedded prompt (B, T, D) with the pictures put in."""
         return vlm.model(
@@ -360,6 +404,7 @@ class TwinBrain(nn.Module):
             attention_mask=mask,
             position_ids=prompt["position_ids"],
             past_key_values=cache,
+            use_cache=cache is not None,
             pixel_values=batch["pixel_values"],
             image_grid_thw=batch["image_grid_thw"],
             output_hidden_states=self.cfg.head == "pi",
@@ -378,7 +423,7 @@ class TwinBrain(nn.Module):
         state_token = self.phi(batch["state"]) if self.cfg.state else None  # (B, D)
         x = embed(self.right, right, state_token, self.processor.pad_token_id)
         mask = joint_mask(real_L, right["real"], self.cfg.visibility)
-        cache = AsyMoT(left_cache, self.cfg.interval, sever=frozen)
+        cache = AsyMoT(left_cache, self.cfg.interval, frozen, keep=not torch.is_grad_enabled())
         return self.look(self.right, x, right, mask, cache, batch), cache
 
     def forward(self, batch, noise=None, h_teacher=None):
@@ -437,7 +482,7 @@ class TwinBrain(nn.Module):
         """Greedy decoding of `limit` tokens after the right prompt (QwenFAST) -> (B, limit) ids."""
         out, cache = self.think(batch)
         h, right, ids = out.last_hidden_state, batch["right"], []
-        real, position = right["real"], right["position_ids"][:, :, -1:]
+        real, position = right["real"], right["position_ids"][..., -1:]
         real_L = batch["left"]["real"] if self.left is not None else real[:, :0]
         for _ in range(limit):
             ids.append(self.right.lm_head(h[:, -1:]).argmax(-1))  # (B, 1)
@@ -478,6 +523,10 @@ class Block(nn.Module):
         """(B, N, width) -> (B, heads, N, d)."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
+    def project(self, h):
+        """The brain's states (B, T, D) -> keys and values, (B, heads, T, d) each."""
+        return [self.split(z) for z in self.kv(h).chunk(2, dim=-1)]
+
     def forward(self, x, time, keys=None):
         """x (B, R, N, width), time (B, R, width), keys: k, v, mask of the brain's tokens."""
         scale, shift = self.modulate(F.silu(time))[:, :, None].chunk(2, dim=-1)
@@ -514,8 +563,7 @@ class DiT(nn.Module):
         """Brain states (B, T, D) per cross block, real (B, T) -> their k, v, mask, for all t."""
         keys = []
         for block, h in zip(self.blocks[::2], conditions):
-            k, v = (block.split(z) for z in block.kv(h).chunk(2, dim=-1))
-            keys.append((k, v, real[:, None, None]))
+            keys.append((*block.project(h), real[:, None, None]))
         return keys
 
     def forward(self, x_t, t, keys):
@@ -564,16 +612,18 @@ class OFT(nn.Module):
 # --- Loss -----------------------------------------------------------------------------------------
 
 
-def draw_noise(cfg, step, action_dim, dist):
+def draw_noise(cfg, step, action_dim, dist, part=0):
     """a_0 (B, R, H, A) Gaussian; t (B, R) = 1 - b / 0.999 with b ~ Beta(1.5, 1), mostly noisy.
 
-    Drawn for the samples of all processes, then cut: any number of processes uses the same draws.
+    Drawn for a step's samples of all processes and batches (`part` of them), then cut: however
+    these are split, the draws are the same.
     """
     generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
-    total = cfg.batch * dist.processes
+    total = cfg.batch * dist.processes * cfg.accumulate
     a_0 = torch.randn(total, cfg.repeats, cfg.horizon, action_dim, generator=generator)
     b = torch.rand(total, cfg.repeats, generator=generator) ** (1 / 1.5)  # inverse CDF of the Beta
-    mine = slice(dist.rank * cfg.batch, (dist.rank + 1) * cfg.batch)
+    first = (part * dist.processes + dist.rank) * cfg.batch
+    mine = slice(first, first + cfg.batch)
     return a_0[mine], (1 - b / 0.999).clamp(min=0)[mine]
 
 
@@ -604,10 +654,10 @@ def answer_loss(vlm, h, labels):
     """h (B, T, D), labels (B, T), -100 where nothing is asked -> cross-entropy, (B,) all right."""
     h, labels = h[:, :-1], labels[:, 1:]
     asked = labels >= 0
-    logits = vlm.lm_head(h[asked]).float()  # (answer tokens, vocabulary): nowhere else
-    wrong = torch.zeros_like(labels)
-    wrong[asked] = (logits.argmax(-1) != labels[asked]).long()
-    return F.cross_entropy(logits, labels[asked]), wrong.sum(1) == 0
+    words, wrong = labels[asked], torch.zeros_like(labels)
+    loss, best = common.linear_cross_entropy(h[asked], vlm.lm_head.weight, words)
+    wrong[asked] = (best != words).long()
+    return loss, wrong.sum(1) == 0
 
 
 def total_loss(losses, cfg):
@@ -713,7 +763,7 @@ def make_optimizers(model, cfg):
         [{"params": p, "lr": r, "peak": r} for (m, r), p in groups.items() if m == matrices]
         for matrices in (False, True)
     )
-    made = [torch.optim.AdamW(adam, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)]
+    made = [common.adamw(adam, cfg)]
     if muon:
         same = dict(weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")
         made.append(common.Muon(muon, **same))
@@ -726,17 +776,12 @@ def train(cfg, dist, run, model, batches, meta, resumed, measure, teacher=None):
     start, before, began = 0, 0.0, time.perf_counter()
     if resumed:
         start, before = resumed.step, resumed.train_state["seconds"]
-        for opt, state in zip(opts, resumed.train_state["optimizers"]):
-            opt.load_state_dict(state)
+        common.load_optimizers(opts, resumed.train_state["optimizers"])
         common.set_rng_state(resumed.local_state["rng"])
-    unused = cfg.brain == "nofreeze"  # [method] of the left's last layer only keys, values count
-    ddp = model
-    if dist.processes > 1:
-        ddp = DistributedDataParallel(model, find_unused_parameters=unused)
-    todo = range(start, cfg.steps)
-    loader = DataLoader(  # with a generator of its own it leaves the global one alone: exact resume
-        batches, batch_size=None, sampler=todo, num_workers=cfg.workers, generator=torch.Generator()
-    )
+    # nofreeze: of the left's last layer only keys and values count  # [method]
+    ddp = common.parallel(model, dist, cfg.brain == "nofreeze")  # [method]
+    todo = range(start * cfg.accumulate, cfg.steps * cfg.accumulate)
+    feed = common.feed(batches, todo, cfg.workers)
     parameters = [p for p in model.parameters() if p.requires_grad]
     action_dim = data.dims(meta["robots"])[1]  # [method]
     stop = common.Stop()
@@ -745,42 +790,48 @@ def train(cfg, dist, run, model, batches, meta, resumed, measure, teacher=None):
         return before + time.perf_counter() - began
 
     def save(step):
-        frozen = () if cfg.brain == "nofreeze" else ("left.",)  # [method] those are the backbone's
-        tensors = {n: t for n, t in model.state_dict().items() if not n.startswith(frozen)}
+        tensors = {n: t for n, t in model.state_dict().items() if n not in model.untouched}
         state = {"optimizers": [opt.state_dict() for opt in opts], "seconds": seconds()}
         local = {"rng": common.rng_state()}
         common.save_checkpoint(
             run.folder / "checkpoints", step, tensors, state, local, meta, dist
         )
 
-    for step, batch in zip(todo, loader):
+    for step in range(start, cfg.steps):
         for group in (group for opt in opts for group in opt.param_groups):
             floor = cfg.min_lr * group["peak"]
             group["lr"] = common.lr_at(step, group["peak"], cfg.warmup, cfg.steps, floor)
-        if cfg.qa_every and step % cfg.qa_every == 0 and dist.main:  # [method]
-            run.record(step, {"abilities": measure()})  # [method]
+        if cfg.qa_every and step % cfg.qa_every == 0:  # [method]
+            with common.gathered(model):  # [method]
+                run.record(step, {"abilities": dist.main and measure()})  # [method]
         model.train()
-        batch = common.to_device(batch, dist.device)
-        with common.autocast(dist.device, cfg.dtype):
-            noise = draw_noise(cfg, step, action_dim, dist)  # [method]
-            noise = [x.to(dist.device) for x in noise]  # [method]
-            with torch.no_grad():  # [method]
-                h_teacher = teacher and teacher.think(batch)[0].last_hidden_state  # [method]
-            losses = ddp(batch, noise, h_teacher)  # [method]
-            loss = total_loss(losses, cfg)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(parameters, cfg.clip)
+        mean, seen = {}, []
+        for part in range(cfg.accumulate):
+            batch = common.to_device(next(feed), dist.device)
+            seen.append(batch)
+            common.synchronise(ddp, part + 1 == cfg.accumulate)
+            with common.autocast(dist.device, cfg.dtype):
+                noise = draw_noise(cfg, step, action_dim, dist, part)  # [method]
+                noise = [x.to(dist.device) for x in noise]  # [method]
+                with torch.no_grad():  # [method]
+                    h_teacher = teacher and teacher.think(batch)[0].last_hidden_state  # [method]
+                losses = ddp(batch, noise, h_teacher)  # [method]
+                loss = total_loss(losses, cfg) / cfg.accumulate
+            loss.backward()
+            for name, value in losses.items():
+                mean[name] = mean.get(name, 0.0) + value.detach() / cfg.accumulate
+        norm = common.clip(parameters, cfg.clip)
+        if not math.isfinite(norm):
+            common.halt_at_nan(run, step + 1, seen)
         for opt in opts:
             opt.step()
             opt.zero_grad(set_to_none=True)
         run.progress(step + 1)
         if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.steps:
-            values = dist.mean({name: float(value.detach()) for name, value in losses.items()})
-            if not math.isfinite(sum(values.values())):
-                raise common.UserError(f"the loss is not finite at step {step + 1}: lower --lr")
-            rate = (step + 1) * cfg.batch * dist.processes / seconds()
+            values = dist.mean({name: float(value) for name, value in mean.items()})
+            rate = (step + 1) * cfg.batch * cfg.accumulate * dist.processes / seconds()
             lr = opts[0].param_groups[0]["lr"]
-            run.log(step + 1, values | {"lr": lr, "norm": float(norm), "samples/s": rate})
+            run.log(step + 1, values | {"lr": lr, "norm": norm, "samples/s": rate})
         stopping = dist.any(stop.requested)
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or stopping:
             save(step + 1)
@@ -789,6 +840,7 @@ def train(cfg, dist, run, model, batches, meta, resumed, measure, teacher=None):
             run.close()
             raise KeyboardInterrupt
     stop.restore()
+    common.gather(model)
     if cfg.qa_every and dist.main:  # [method]
         run.record(cfg.steps, {"abilities": measure()})  # [method]
     return seconds()
@@ -797,8 +849,9 @@ def train(cfg, dist, run, model, batches, meta, resumed, measure, teacher=None):
 # --- main -----------------------------------------------------------------------------------------
 
 FREE = (  # what a resumed or evaluated run may change
-    "steps", "episodes", "domains", "execute", "ensemble", "parallel", "gifs", "questions",
-    "log_every", "save_every", "workers", "threads", "device", "euler", "eval_only", "out", "robot",
+    "steps", "episodes", "domains", "execute", "ensemble", "parallel", "gifs", "render",
+    "questions", "log_every", "save_every", "workers", "threads", "device", "euler", "eval_only",
+    "out", "robot", "compile", "grad_checkpoint", "shard", "replicate_left",
 )  # fmt: skip
 
 
@@ -811,7 +864,7 @@ def build(cfg, state_dim, action_dim, checkpoint=None):
     model = TwinBrain(cfg, vlm, processor, state_dim, action_dim)
     if checkpoint:
         missing, surplus = model.load_state_dict(checkpoint.tensors, strict=False)
-        missing = [n for n in missing if not n.startswith("left.")]  # the backbone's own weights
+        missing = [n for n in missing if n not in model.untouched]
         if missing or surplus:
             name = (missing + surplus)[0]
             raise common.UserError(f"{checkpoint.path} does not fit {cfg.backbone}: {name}")
@@ -860,19 +913,25 @@ def prepare(cfg, dist, run, resumed):
     batches = data.Batches(mixtures, join, cfg.batch, dist.rank, dist.processes)
     settings = {"method": "twinbrain", "config": dataclasses.asdict(cfg)}
     meta = settings | {"robots": robots, "fast": fast.state() if fast else None}
-    return Policy(model.to(dist.device), cfg, processor, robots, dist.device, fast), batches, meta
+    model = common.place(model, cfg, dist, run.say, model.left if cfg.replicate_left else None)
+    return Policy(model, cfg, processor, robots, dist.device, fast), batches, meta
 
 
 def check(cfg):
     """What no type can say about the flags, before anything is spent on them."""
-    loop.domains_of(loop.suite_of(cfg.world), cfg.domains)
+    loop.check(cfg)
+    if cfg.attention == "kernel" and (cfg.visibility == "index" or cfg.brain == "nofreeze"):
+        raise common.UserError("--attention kernel: no --visibility index, no --brain nofreeze")
     if cfg.ablation == "t9-student" and not cfg.distill:
         raise common.UserError("--ablation t9-student needs --distill RUN, a twin's run folder")
-    for name in ("steps", "batch", "demos", "repeats", "episodes", "parallel", "log_every"):
+    for name in ("steps", "batch", "accumulate", "demos", "repeats", "episodes", "parallel",
+                 "log_every"):  # fmt: skip
         if getattr(cfg, name) < 1:
             raise common.UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: at least 1")
     if cfg.questions < 2 or cfg.questions % 2:
         raise common.UserError(f"--questions {cfg.questions}: an even number, MME asks in pairs")
+    if cfg.lora and (cfg.head == "fast" or cfg.brain == "nofreeze"):
+        raise common.UserError("--lora trains no word embeddings (--head fast) and no left brain")
     if not 1 <= cfg.execute <= cfg.horizon:
         raise common.UserError(f"--execute {cfg.execute}: from 1 to --horizon {cfg.horizon}")
 
@@ -898,6 +957,7 @@ def session(cfg, dist):
     if cfg.resume:
         resumed = common.load_checkpoint(cfg.resume, "twinbrain", dist=dist)
         cfg = common.resume_config(cfg, resumed.meta["config"], FREE)
+        cfg = common.same_samples(cfg, resumed, dist)
     if cfg.eval_only:
         policy = load_policy(cfg.eval_only, dist.device, cfg.robot)
         free = FREE + ("world", "seed")
@@ -924,7 +984,8 @@ def session(cfg, dist):
     run.result({
         "method": "twinbrain", "arm": cfg.ablation or cfg.brain, "backbone": cfg.backbone,
         "world": cfg.world, "seed": cfg.seed, "steps": cfg.steps,
-        "samples": cfg.steps * cfg.batch * dist.processes, "train_seconds": round(seconds, 1),
+        "samples": cfg.steps * cfg.accumulate * cfg.batch * dist.processes,
+        "train_seconds": round(seconds, 1),
         "success": first["success"], "ci95": first["ci95"], "episodes": first["episodes"],
         "per_task": first["per_task"], "domains": results, "vqa": vqa,
         "success_out": sum(outside) / len(outside) if outside else None,
@@ -940,8 +1001,16 @@ def main(argv=None):
     cfg = common.parse(Config, PRESETS, ABLATIONS, argv)
     if cfg.ablation == "list":
         return list_ablations()
+    if cfg.describe:
+        builds = {f"TwinBrainVLA --brain {cfg.brain}": lambda: build(cfg, 8, 7)[0]}
+        return common.describe(cfg.backbone, common.load_backbone, builds)
+    if cfg.export:
+        policy = load_policy(cfg.export, torch.device("cpu"))
+        name, tokenizer = policy.cfg.backbone, policy.processor.tokenizer
+        out = cfg.out or f"{cfg.export}/export"
+        return common.export_backbone(policy.model.right, name, tokenizer, out)
     dist = common.setup(cfg)
-    session(cfg, dist)
+    session(common.resume_auto(cfg, dist), dist)
     dist.destroy()
 
 

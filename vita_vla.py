@@ -55,9 +55,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, CLIPTextModelWithProjection, DynamicCache, ViTMAEModel
+from transformers import (
+    AutoTokenizer,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    DynamicCache,
+    ViTMAEConfig,
+    ViTMAEModel,
+)
 
 import common
 import data
@@ -68,7 +73,7 @@ from worlds import loop, pictures
 
 @dataclass
 class Config:
-    backbone: str = "tiny"  # tiny, VITA-1.5, Qwen3-VL-2B/4B/8B, Qwen2.5-VL-3B/7B, folder or hub id
+    backbone: str = "tiny"  # tiny, VITA-1.5, Qwen3-VL-2B/4B/8B, Qwen2.5-VL-3B/7B, Eagle2-2B, DIR
     world: str = "tabletop:abc_d"  # where to act; its suite also gives the demonstrations
     data: str = ""  # recordings to train on, `bridge,fractal=2,FOLDER`; empty: the world's own
     skip_bad: bool = False  # leave out recordings that cannot be read, and list them
@@ -76,17 +81,19 @@ class Config:
     out: str = ""  # run folder; empty: runs/<method>-<world>-<seed>-<time>
     steps: int = 0  # optimizer steps of a stage; 0: see teacher-steps, align-steps, finetune-steps
     seed: int = 0  # everything random follows from it
-    resume: str = ""  # run folder (of a stage, or of the chain) to go on from, exactly
+    resume: str = ""  # run folder (stage's or chain's) to go on from; auto: --out's, or start it
     eval_only: str = ""  # run folder to evaluate, without training
     ablation: str = ""  # a row of the paper's tables; `list` prints them all
     preset: str = ""  # a named configuration, see below
+    describe: bool = False  # prints the parameters of each part, without weights, and leaves
+    export: str = ""  # run folder of a student whose VLM becomes a Hugging Face checkpoint in --out
     episodes: int = 100  # evaluation episodes in each domain (paper: 1000 chains on CALVIN)
     # what is trained
-    stage: str = "chain"  # chain | teacher | align | finetune: one stage, or all of the recipe's
-    recipe: str = "two-stage"  # two-stage | only-finetune | freeze-vlm: Section 4.1's settings
+    stage: str = "chain"  # chain | teacher | align | finetune | frozen: one, or all of the recipe's
+    recipe: str = "two-stage"  # two-stage | only-finetune | freeze-vlm: Section 4's settings
     teacher: str = ""  # run folder of a teacher, or a released Seer checkpoint (.pth)
-    student: str = ""  # finetune: run folder of the student to start from; empty: the VLM as it is
-    freeze_vlm: bool = False  # finetune: the VLM as it is stays frozen (Section 4.2)
+    student: str = ""  # finetune: run folder of the student to start from
+    freeze_vlm: bool = False  # finetune: the VLM as it is stays frozen (--stage frozen)
     teacher_steps: int = 1500  # optimizer steps of the teacher's stage
     align_steps: int = 500  # of stage 1 (paper: 3 epochs)
     finetune_steps: int = 1000  # of stage 2 (paper: 2 epochs)
@@ -101,8 +108,12 @@ class Config:
     foresight_weight: float = 0.1  # of the predicted pictures' loss
     foresight_steps: int = 1  # of a window's last steps that predict pictures; 0: all (Seer)
     patch: int = 8  # pixels of a predicted patch (paper: 16)
-    dropout: float = 0.0  # inside the GPT-2 blocks (paper: 0.1)
+    dropout: float = 0.0  # what the GPT-2 blocks add to their input (paper: 0.1)
+    attention_dropout: float = 0.0  # of the GPT-2 blocks' attention (paper: 0.1)
+    embedding_dropout: float = 0.0  # of what enters the GPT-2 blocks (paper: 0.1)
     goal: int = 0  # pre-training on play: foresight sees the state this many steps ahead (Seer: 4)
+    action_sees: str = "all"  # all | pictures | pictures-state: pictures are Seer's atten_only_obs
+    hide_foresight: float = 0.0  # share that actions do not see (Seer's mask_l_obs_ratio: 0, 0.5)
     # the student
     history: int = 3  # S, observed steps (paper: 10 on CALVIN, 7 on LIBERO)
     future: int = 3  # N, actions predicted at each step
@@ -122,15 +133,22 @@ class Config:
     warmup: int = 50  # steps of linear warm-up
     weight_decay: float = 1e-4  # of AdamW
     clip: float = 1.0  # gradient norm (Seer: 0.1)
-    optimizer: str = "muon"  # adamw | muon: muon takes the matrices, AdamW the rest (paper: adamw)
+    optimizer: str = "muon"  # adamw | adamw8bit | muon: matrices alone (paper: adamw)
     dtype: str = "auto"  # auto | bf16 | fp32: arithmetic of the matrix products
     device: str = "auto"  # auto | cpu | cuda
     threads: int = 0  # CPU threads of a process; 0: torch's choice
     workers: int = 0  # loader processes
+    # memory and processes: what trains is float32, with float32 optimizer state (but adamw8bit's)
+    accumulate: int = 1  # batches of a process in one step
+    frozen: str = "fp32"  # fp32 | bf16: what stands still is stored so, where products are bf16
+    grad_checkpoint: bool = False  # keep a block's input alone, compute the rest again
+    compile: bool = False  # torch.compile each block
+    shard: str = "none"  # none | full: a copy on each process (DDP), or a share each (FSDP2)
+    lora: int = 0  # rank R: stage 2 trains a LoRA on the VLM's language model; 0: its weights
     # demonstrations of the embedded world
     demos: int = 3000  # episodes
     noise: float = 0.3  # disturbances while the expert demonstrates, for recovery
-    size: int = 64  # static camera, pixels (paper: 200)
+    size: int = 64  # static camera, pixels (paper: 200); VITA-1.5 reads both cameras at this size
     wrist_size: int = 32  # wrist camera, pixels
     augment: int = 2  # random shift of the pictures, in 64ths of their side
     normalise: str = "auto"  # auto | q99 | minmax: bounds of actions, state; auto: see SOURCES
@@ -142,15 +160,17 @@ class Config:
     cache: bool = True  # keep keys, values and pictures of the history between control steps
     parallel: int = 50  # episodes acted side by side
     gifs: int = 2  # rollouts drawn in each domain
+    render: str = "gif"  # gif | mp4 | show: what they become; show plays them in the terminal too
     log_every: int = 20  # steps between log lines
     save_every: int = 500  # steps between checkpoints
 
 
 CALVIN = dict(
     backbone="VITA-1.5", eyes="mae", width=1024, depth=24, heads=16, resampler=3, queries=16,
-    foresight=16, patch=16, dropout=0.1, foresight_steps=0, history=10, batch=8, lr=1e-4,
-    lr_head=1e-4, lr_teacher=1e-3, gripper_weight=0.01, optimizer="adamw", size=200, wrist_size=84,
-    act_index=1, episodes=1000, workers=4, augment=0,
+    foresight=16, patch=16, dropout=0.1, attention_dropout=0.1, embedding_dropout=0.1,
+    foresight_steps=0, history=10, batch=8, lr=1e-4, lr_head=1e-4, lr_teacher=1e-3,
+    gripper_weight=0.01, optimizer="adamw", size=200, wrist_size=84, act_index=1, episodes=1000,
+    workers=4, augment=0,
 )  # fmt: skip
 LIBERO = dict(width=384, heads=12, queries=6, foresight=9, history=7, act_index=0, ensemble=True,
               gripper_state="raw", episodes=500)  # fmt: skip
@@ -209,7 +229,7 @@ def chat(sample, grids, cfg, processor):
 
 
 def sense(samples, cfg, processor):
-    """Samples of n <= S steps, with "images" [n][cameras], "instruction", "state" (n, 8) and, in
+    """Samples of n <= S steps, with "images" [n][cameras], "instruction", "state" (n, S) and, in
     training, "action" (n, N, A), "mask" (n, N), "goal" [n or fewer][cameras] -> batch, padded to S.
     Training and acting both come through here."""
     B, S = len(samples), max(len(s["images"]) for s in samples)
@@ -227,7 +247,7 @@ def sense(samples, cfg, processor):
         "image_grid_thw": torch.tensor([g for grid in grids for g in grid]),
         "text": torch.tensor(text),  # (B, WORDS)
         "steps": torch.tensor([[i < len(s["images"]) for i in range(S)] for s in samples]),
-        "state": torch.from_numpy(fill(B, S, [s["state"] for s in samples])),  # (B, S, 8)
+        "state": torch.from_numpy(fill(B, S, [s["state"] for s in samples])),  # (B, S, state)
     }
     if cfg.eyes == "mae" and cfg.stage != "finetune":
         batch |= mae_inputs(samples)
@@ -284,33 +304,34 @@ def mae_inputs(samples):
 # --- Model: what teacher and student share --------------------------------------------------------
 
 
-def add_state_encoder(model, width):
+def add_state_encoder(model, width, arm):
     """Section 3.2: the arm and the gripper each through a linear layer, joined by a third."""
-    model.arm_state_encoder = nn.Linear(6, width)
+    model.arm_state_encoder = nn.Linear(arm, width)
     model.gripper_state_encoder = nn.Linear(2, width)
     model.state_projector = nn.Linear(2 * width, width)
 
 
 def encode_state(model, state, how):
-    """Normalised state (..., 8): six of the arm, the gripper last -> (..., width)."""
+    """Normalised state (..., S): the arm's numbers first, the gripper last -> (..., width)."""
     gripper = state[..., -2:]
     if how == "onehot":  # closed or open
         gripper = F.one_hot((state[..., -1] > 0).long(), 2).to(state.dtype)
-    both = model.arm_state_encoder(state[..., :6]), model.gripper_state_encoder(gripper)
+    arm = model.arm_state_encoder.in_features
+    both = model.arm_state_encoder(state[..., :arm]), model.gripper_state_encoder(gripper)
     return model.state_projector(torch.cat(both, dim=-1))
 
 
-def add_decoder(model, H):
+def add_decoder(model, H, arm):
     """Seer's action decoder, which the student takes over."""
     half = H // 2
     layers = nn.Linear(H, half), nn.ReLU(), nn.Linear(half, half), nn.ReLU()
     model.action_decoder = nn.Sequential(*layers)
-    model.arm_action_decoder = nn.Sequential(nn.Linear(half, 6), nn.Tanh())
+    model.arm_action_decoder = nn.Sequential(nn.Linear(half, arm), nn.Tanh())
     model.gripper_action_decoder = nn.Sequential(nn.Linear(half, 1))  # its sigmoid: in the loss
 
 
 def decode(model, h):
-    """(..., H) -> arm (..., 6) in [-1, 1], logit (...) that the gripper is to be open."""
+    """(..., H) -> arm (..., A - 1) in [-1, 1], logit (...) that the gripper is to be open."""
     h = model.action_decoder(h)
     return model.arm_action_decoder(h).float(), model.gripper_action_decoder(h)[..., 0].float()
 
@@ -321,16 +342,27 @@ DECODER = ("action_decoder.", "arm_action_decoder.", "gripper_action_decoder.")
 # --- Model: the teacher, Seer ---------------------------------------------------------------------
 
 
-def seer_mask(S, context, foresight, actions, goal=0):
+def seer_mask(S, context, foresight, actions, goal=0, action_sees="all", hide=0.0, seed=0):
     """(S * n, S * n) True where a token looks: at the context (words, state, pictures) of its own
-    and earlier steps, an action token also at its step's foresight; nobody at anything else. With
-    goal > 0, foresight sees the state (second token) of that many steps ahead."""
+    and earlier steps, an action token also at its step's foresight; nobody at anything else.
+
+    As Seer pre-trains: with goal > 0, foresight sees the state (second token) of that many steps
+    ahead; of the context, actions see their own step's pictures only, or these and its state; and
+    at each step a share `hide` of the foresight, drawn once, stays hidden from them."""
     n = context + foresight + actions
     step, kind = torch.arange(S * n) // n, torch.arange(S * n) % n
     sees = (step[None] <= step[:, None]) & (kind < context)[None]
     is_foresight = (kind >= context) & (kind < context + foresight)
-    same = step[None] == step[:, None]
-    sees |= same & (kind >= context + foresight)[:, None] & is_foresight[None]
+    is_action, same = (kind >= context + foresight)[:, None], step[None] == step[:, None]
+    if action_sees != "all":
+        first = 1 if action_sees == "pictures-state" else 2
+        sees &= ~is_action | (same & (kind >= first)[None])
+    shown = is_foresight.clone()
+    generator = torch.Generator().manual_seed(seed)
+    for i in range(S):
+        hidden = torch.randperm(foresight, generator=generator)[: int(hide * foresight)]
+        shown[i * n + context + hidden] = False
+    sees |= same & is_action & shown[None]
     if goal:
         sees |= is_foresight[:, None] & (kind == 1)[None] & (step[None] == step[:, None] + goal)
     return sees
@@ -382,17 +414,20 @@ class PerceiverResampler(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, width, heads, fused, out):
+    def __init__(self, width, heads, fused, out, dropout=0.0):
         super().__init__()
-        self.heads, self.fused, self.out = heads, fused, out
+        self.heads, self.fused, self.out, self.dropout = heads, fused, out, dropout
         self.add_module(fused, nn.Linear(width, 3 * width))
         self.add_module(out, nn.Linear(width, width))
 
     def forward(self, x, mask=None):
         q, k, v = self.get_submodule(self.fused)(x).chunk(3, dim=-1)
         q, k, v = (z.unflatten(-1, (self.heads, -1)).transpose(1, 2) for z in (q, k, v))
-        y = common.attend(q, k, v, mask).transpose(1, 2).flatten(2)
-        return self.get_submodule(self.out)(y)
+        if self.training and self.dropout:
+            y = F.scaled_dot_product_attention(q, k, v, mask, self.dropout)
+        else:
+            y = common.attend(q, k, v, mask)
+        return self.get_submodule(self.out)(y.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
@@ -401,12 +436,12 @@ class Block(nn.Module):
     GPT2 = ("ln_1", "attn", "ln_2", "mlp", "c_attn", "c_proj", "c_fc", "c_proj")
     TIMM = ("norm1", "attn", "norm2", "mlp", "qkv", "proj", "fc1", "fc2")
 
-    def __init__(self, width, heads, names, dropout=0.0):
+    def __init__(self, width, heads, names, dropout=0.0, attention_dropout=0.0):
         super().__init__()
         self.names, tanh = names, "tanh" if names is Block.GPT2 else "none"
         first, attention, second, mlp, fused, out, up, down = names
         self.add_module(first, nn.LayerNorm(width))
-        self.add_module(attention, Attention(width, heads, fused, out))
+        self.add_module(attention, Attention(width, heads, fused, out, attention_dropout))
         self.add_module(second, nn.LayerNorm(width))
         parts = {up: nn.Linear(width, 4 * width), "act": nn.GELU(approximate=tanh)}
         self.add_module(mlp, nn.Sequential())
@@ -446,6 +481,9 @@ class PaperEyes(nn.Module):
 
     def __init__(self, vision=None, text=None):
         super().__init__()
+        if common.blank():  # the library's default configurations are these two models'
+            vision = ViTMAEModel(ViTMAEConfig())
+            text = CLIPTextModelWithProjection(CLIPTextConfig())
         self.vision = vision or ViTMAEModel.from_pretrained(self.MAE)
         self.text = text or CLIPTextModelWithProjection.from_pretrained(self.CLIP)
         self.vision.config.mask_ratio = 0.0
@@ -465,12 +503,12 @@ class Seer(nn.Module):
 
     cameras = ("primary", "wrist")
 
-    def __init__(self, cfg, eyes):
+    def __init__(self, cfg, eyes, arm=6):
         super().__init__()
         H, self.cfg, self.eyes = cfg.width, cfg, eyes.requires_grad_(False)
         E = eyes.picture_width
         self.text_projector = nn.Linear(eyes.text_width, H)
-        add_state_encoder(self, H)
+        add_state_encoder(self, H, arm)
         if cfg.resampler:
             self.perceiver_resampler = PerceiverResampler(E, cfg.queries, cfg.resampler)
         for camera in self.cameras:
@@ -483,16 +521,22 @@ class Seer(nn.Module):
         self.embedding_layer_norm = nn.LayerNorm(H)
         self.transformer_backbone = nn.Module()
         self.transformer_backbone.h = nn.ModuleList(
-            Block(H, cfg.heads, Block.GPT2, cfg.dropout) for _ in range(cfg.depth)
+            Block(H, cfg.heads, Block.GPT2, cfg.dropout, cfg.attention_dropout)
+            for _ in range(cfg.depth)
         )
         self.transformer_backbone.ln_f = nn.LayerNorm(H)
-        add_decoder(self, H)
+        add_decoder(self, H, arm)
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, H))
         self.image_decoder_obs_pred_projector = nn.Linear(H, H)
         heads = 16 if cfg.eyes == "mae" else cfg.heads
         self.image_decoder = nn.Sequential(*(Block(H, heads, Block.TIMM) for _ in range(2)))
         self.image_decoder_norm = nn.LayerNorm(H)
         self.image_decoder_pred = nn.Linear(H, 3 * cfg.patch**2)
+        self.untouched = {n for n in self.state_dict() if n.startswith("eyes.")}
+
+    def blocks(self):
+        """What is recomputed, compiled or sharded by itself."""
+        return [*self.transformer_backbone.h]
 
     def context(self, batch):
         """-> (B, S, A, H): words, state, Q (or all) tokens of each picture, a summary of each."""
@@ -522,7 +566,9 @@ class Seer(nn.Module):
         x = torch.cat([x, *(m.to(x.dtype) for m in more)], dim=2)
         x = x + self.transformer_backbone_position_embedding[:, :S]
         x = self.embedding_layer_norm(x.flatten(1, 2))  # (B, S * n, H)
-        mask = seer_mask(S, A, 2 * cfg.foresight, cfg.future, cfg.goal).to(x.device)
+        x = F.dropout(x, cfg.embedding_dropout, self.training)
+        how = cfg.goal, cfg.action_sees, cfg.hide_foresight, cfg.seed
+        mask = seer_mask(S, A, 2 * cfg.foresight, cfg.future, *how).to(x.device)
         for block in self.transformer_backbone.h:
             x = block(x, mask)
         x = self.transformer_backbone.ln_f(x).unflatten(1, (S, -1))  # (B, S, n, H)
@@ -612,11 +658,11 @@ class DecoderMapper(nn.Module):
 class VitaVLA(nn.Module):
     """The VLM with a state token, action tokens, the mapper M and Seer's decoder."""
 
-    def __init__(self, cfg, vlm, processor):
+    def __init__(self, cfg, vlm, processor, arm=6):
         super().__init__()
         D, H, self.cfg, self.processor = vlm.width, cfg.width, cfg, processor
         self.vlm = vlm
-        add_state_encoder(self, D)
+        add_state_encoder(self, D, arm)
         count = cfg.future if cfg.tokens == "separate" else 1
         std = vlm.language.get_input_embeddings().weight.std()  # at home among the words
         self.action_token = nn.Parameter(std * torch.randn(count, D))
@@ -625,9 +671,18 @@ class VitaVLA(nn.Module):
         else:
             layers = nn.Linear(D, H), nn.GELU(), nn.Linear(H, H), nn.GELU(), nn.Linear(H, H)
             self.mapper = nn.Sequential(*layers)
-        add_decoder(self, H)
+        add_decoder(self, H, arm)
         train_vlm = cfg.stage == "finetune" and not cfg.freeze_vlm
-        vlm.language.requires_grad_(train_vlm)
+        vlm.language.requires_grad_(train_vlm and not cfg.lora)
+        if train_vlm and cfg.lora:
+            common.add_lora(vlm.language.layers, cfg.lora)
+        # weights that stay the backbone's own: no checkpoint holds them
+        eyes = ("vision", "projector", "model.visual", "model.vision_tower")
+        eyes = tuple(f"vlm.{part}." for part in (*eyes, "model.multi_modal_projector"))
+        frozen = eyes if train_vlm else ("vlm.",)
+        frozen = ("vlm.",) if cfg.lora else frozen
+        names = [n for n in self.state_dict() if not n.endswith((".down", ".up"))]
+        self.untouched = {n for n in names if n.startswith(frozen)}
         for name, p in self.named_parameters():
             if name.startswith(DECODER):
                 p.requires_grad_(cfg.stage == "finetune")
@@ -635,8 +690,13 @@ class VitaVLA(nn.Module):
             for name in ("arm_state_encoder", "gripper_state_encoder", "state_projector"):
                 self.get_submodule(name).requires_grad_(False)
 
+    def blocks(self):
+        """What is recomputed, compiled or sharded by itself."""
+        eyes = common.vision_blocks(getattr(self.vlm, "model", self.vlm))
+        return [*self.vlm.language.layers, *eyes]
+
     def embed(self, prompt, seen, state, places):
-        """Prompt (B, T), picture tokens (n, D), states (steps, 8) in order -> (B, T, D)."""
+        """Prompt (B, T), picture tokens (n, D), states (steps, S) in order -> (B, T, D)."""
         x = self.vlm.language.get_input_embeddings()(prompt["input_ids"])
         x = put(x, places, seen[0])
         if self.cfg.state_input == "encoder":
@@ -694,12 +754,12 @@ def align_loss(h_VLA, h_small, steps, how):
 
 
 def action_losses(decoded, batch, how):
-    """Arm (B, S, N, 6) and gripper logit (B, S, N) against batch["action"] (B, S, N, 7)."""
+    """Arm (B, S, N, A - 1) and gripper logit (B, S, N) against batch["action"] (B, S, N, A)."""
     arm, gripper = decoded
     target, mask = batch["action"], batch["mask"]
     error = F.l1_loss if how == "mae" else F.smooth_l1_loss  # ASSUMPTION A2
-    arm = masked_mean(error(arm, target[..., :6], reduction="none"), mask)
-    open_ = (target[..., 6] > 0).float()
+    arm = masked_mean(error(arm, target[..., :-1], reduction="none"), mask)
+    open_ = (target[..., -1] > 0).float()
     bce = F.binary_cross_entropy_with_logits(gripper, open_, reduction="none")
     return {"arm": arm, "gripper": masked_mean(bce, mask)}
 
@@ -727,7 +787,7 @@ class Histories:
         return int(self.starts[-1])
 
     def get(self, index, rng):
-        """-> "images" [n][cameras], "goal" of the last steps, N on, "instruction", "state" (n, 8),
+        """-> "images" [n][cameras], "goal" of the last steps, N on, "instruction", "state" (n, S),
         "action" (n, N, A), "mask" (n, N), for n <= S steps."""
         cfg, e = self.cfg, int(np.searchsorted(self.starts, index, side="right")) - 1
         episode, t = self.episodes[e], index - int(self.starts[e])
@@ -785,9 +845,9 @@ class Policy:
         with common.autocast(self.device, self.cfg.dtype):
             h = self.last_hidden(samples, observations)  # (n, N, H)
             arm, gripper = decode(self.model, h)
-        plans = torch.cat([arm, gripper.sigmoid()[..., None]], dim=-1).cpu().numpy()  # (n, N, 7)
-        now = np.stack([self.choose(o, plan) for o, plan in zip(observations, plans)])  # (n, 7)
-        now[:, 6] = np.where(now[:, 6] > 0.5, 1.0, -1.0)
+        plans = torch.cat([arm, gripper.sigmoid()[..., None]], dim=-1).cpu().numpy()  # (n, N, A)
+        now = np.stack([self.choose(o, plan) for o, plan in zip(observations, plans)])  # (n, A)
+        now[:, -1] = np.where(now[:, -1] > 0.5, 1.0, -1.0)
         return data.unnormalise(now[:, None], self.stats["action"])
 
     def last_hidden(self, samples, observations):
@@ -859,7 +919,7 @@ class Policy:
         return torch.stack([row[act][-cfg.future :] for row, act in zip(h, acts)])
 
     def choose(self, observation, plan):
-        """plan (N, 7) of probabilities -> the action to execute now (7,)."""
+        """plan (N, A), the gripper a probability -> the action to execute now (A,)."""
         if not self.cfg.ensemble:
             return plan[self.cfg.act_index]
         memory = observation.setdefault("memory", {})
@@ -889,7 +949,7 @@ def make_optimizers(model, cfg):
         [{"params": p, "lr": r, "peak": r} for (m, r), p in groups.items() if m == matrices]
         for matrices in (False, True)
     )
-    made = [torch.optim.AdamW(adam, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)]
+    made = [common.adamw(adam, cfg)]
     if muon:
         same = dict(weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")
         made.append(common.Muon(muon, **same))
@@ -902,17 +962,11 @@ def train(cfg, dist, run, model, batches, meta, resumed, teacher=None):  # [meth
     start, before, began = 0, 0.0, time.perf_counter()
     if resumed:
         start, before = resumed.step, resumed.train_state["seconds"]
-        for opt, state in zip(opts, resumed.train_state["optimizers"]):
-            opt.load_state_dict(state)
+        common.load_optimizers(opts, resumed.train_state["optimizers"])
         common.set_rng_state(resumed.local_state["rng"])
-    unused = False  # [method]
-    ddp = model
-    if dist.processes > 1:
-        ddp = DistributedDataParallel(model, find_unused_parameters=unused)
-    todo = range(start, cfg.steps)
-    loader = DataLoader(  # with a generator of its own it leaves the global one alone: exact resume
-        batches, batch_size=None, sampler=todo, num_workers=cfg.workers, generator=torch.Generator()
-    )
+    ddp = common.parallel(model, dist, False)  # [method]
+    todo = range(start * cfg.accumulate, cfg.steps * cfg.accumulate)
+    feed = common.feed(batches, todo, cfg.workers)
     parameters = [p for p in model.parameters() if p.requires_grad]
     stop = common.Stop()
 
@@ -920,39 +974,43 @@ def train(cfg, dist, run, model, batches, meta, resumed, teacher=None):  # [meth
         return before + time.perf_counter() - began
 
     def save(step):
-        frozen = ("eyes.", "vlm.vision.", "vlm.model.visual.")  # [method] those are the backbone's
-        frozen += () if cfg.stage == "finetune" and not cfg.freeze_vlm else ("vlm.",)  # [method]
-        tensors = {n: t for n, t in model.state_dict().items() if not n.startswith(frozen)}
+        tensors = {n: t for n, t in model.state_dict().items() if n not in model.untouched}
         state = {"optimizers": [opt.state_dict() for opt in opts], "seconds": seconds()}
         local = {"rng": common.rng_state()}
         common.save_checkpoint(
             run.folder / "checkpoints", step, tensors, state, local, meta, dist
         )
 
-    for step, batch in zip(todo, loader):
+    for step in range(start, cfg.steps):
         for group in (group for opt in opts for group in opt.param_groups):
             floor = cfg.min_lr * group["peak"]
             group["lr"] = common.lr_at(step, group["peak"], cfg.warmup, cfg.steps, floor)
         model.train()
-        batch = common.to_device(batch, dist.device)
-        with common.autocast(dist.device, cfg.dtype):
-            with torch.no_grad():  # [method]
-                h_teacher = teacher and teacher.hidden(batch)[0]  # [method]
-            losses = ddp(batch, h_teacher)  # [method]
-            loss = total_loss(losses, cfg)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(parameters, cfg.clip)
+        mean, seen = {}, []
+        for part in range(cfg.accumulate):
+            batch = common.to_device(next(feed), dist.device)
+            seen.append(batch)
+            common.synchronise(ddp, part + 1 == cfg.accumulate)
+            with common.autocast(dist.device, cfg.dtype):
+                with torch.no_grad():  # [method]
+                    h_teacher = teacher and teacher.hidden(batch)[0]  # [method]
+                losses = ddp(batch, h_teacher)  # [method]
+                loss = total_loss(losses, cfg) / cfg.accumulate
+            loss.backward()
+            for name, value in losses.items():
+                mean[name] = mean.get(name, 0.0) + value.detach() / cfg.accumulate
+        norm = common.clip(parameters, cfg.clip)
+        if not math.isfinite(norm):
+            common.halt_at_nan(run, step + 1, seen)
         for opt in opts:
             opt.step()
             opt.zero_grad(set_to_none=True)
         run.progress(step + 1)
         if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.steps:
-            values = dist.mean({name: float(value.detach()) for name, value in losses.items()})
-            if not math.isfinite(sum(values.values())):
-                raise common.UserError(f"the loss is not finite at step {step + 1}: lower --lr")
-            rate = (step + 1) * cfg.batch * dist.processes / seconds()
+            values = dist.mean({name: float(value) for name, value in mean.items()})
+            rate = (step + 1) * cfg.batch * cfg.accumulate * dist.processes / seconds()
             lr = opts[0].param_groups[0]["lr"]
-            run.log(step + 1, values | {"lr": lr, "norm": float(norm), "samples/s": rate})
+            run.log(step + 1, values | {"lr": lr, "norm": norm, "samples/s": rate})
         stopping = dist.any(stop.requested)
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or stopping:
             save(step + 1)
@@ -961,26 +1019,29 @@ def train(cfg, dist, run, model, batches, meta, resumed, teacher=None):  # [meth
             run.close()
             raise KeyboardInterrupt
     stop.restore()
+    common.gather(model)
     return seconds()
 
 
 # --- main -----------------------------------------------------------------------------------------
 
 FREE = (  # what a resumed or evaluated run may change
-    "steps", "episodes", "domains", "execute", "ensemble", "parallel", "gifs", "act_index",
-    "log_every", "save_every", "workers", "threads", "device", "cache", "eval_only", "out",
-    "robot",
+    "steps", "episodes", "domains", "execute", "ensemble", "parallel", "gifs", "render",
+    "act_index", "log_every", "save_every", "workers", "threads", "device", "cache", "eval_only",
+    "out", "robot", "compile", "grad_checkpoint", "shard",
 )  # fmt: skip
 
 
-def build(cfg, checkpoint=None):
-    """-> teacher or student, processor; weights from backbone, teacher, --student or checkpoint."""
-    vlm, processor = common.load_vlm(cfg.backbone)
+def build(cfg, checkpoint=None, arm=6):
+    """-> teacher or student, processor; weights from backbone, teacher, --student or checkpoint.
+    arm: numbers of an action before the gripper's."""
+    arm = data.dims(checkpoint.meta["robots"])[1] - 1 if checkpoint else arm
+    vlm, processor = common.load_vlm(cfg.backbone, cfg.size)
     common.seed_all(cfg.seed)
     if cfg.stage == "teacher":
-        model = Seer(cfg, PaperEyes() if cfg.eyes == "mae" else BackboneEyes(vlm))
+        model = Seer(cfg, PaperEyes() if cfg.eyes == "mae" else BackboneEyes(vlm), arm)
     else:
-        model = VitaVLA(cfg, vlm, processor)
+        model = VitaVLA(cfg, vlm, processor, arm)
     if checkpoint:
         fit(model, checkpoint.tensors, checkpoint.path)
     elif cfg.stage == "finetune" and cfg.student:
@@ -1035,10 +1096,7 @@ def prepare(cfg, dist, run, resumed):
     """Demonstrations, statistics, model -> Policy, batches, meta."""
     acts, _ = data.recordings(cfg, dist, resumed)
     robots = {part.name: part.stats for part in acts}
-    if (A := data.dims(robots)[1]) != 7:
-        raise common.UserError(f"{cfg.data or cfg.world}: actions of {A} numbers; Seer's decoder "
-                               "moves an arm by six and a gripper")  # fmt: skip
-    model, processor = build(cfg, resumed)
+    model, processor = build(cfg, resumed, data.dims(robots)[1] - 1)
     windows = [Histories(part.episodes, part.stats, cfg) for part in acts]
     mixtures = [data.Mixture(windows, [part.weight for part in acts], cfg.seed)]
     counts = common.param_counts(model)
@@ -1053,19 +1111,28 @@ def prepare(cfg, dist, run, resumed):
     join = partial(sense, cfg=cfg, processor=processor)
     batches = data.Batches(mixtures, join, cfg.batch, dist.rank, dist.processes)
     meta = {"method": "vita_vla", "config": dataclasses.asdict(cfg), "robots": robots}
-    return Policy(model.to(dist.device), cfg, processor, robots, dist.device), batches, meta
+    model = common.place(model, cfg, dist, run.say)
+    return Policy(model, cfg, processor, robots, dist.device), batches, meta
 
 
 def check(cfg):
     """What no type can say about the flags, before anything is spent on them."""
-    suite = loop.suite_of(cfg.world)
-    loop.domains_of(suite, cfg.domains)
-    for name in ("batch", "demos", "episodes", "parallel", "log_every", "history", "future"):
+    loop.check(cfg)
+    for name in ("batch", "accumulate", "demos", "episodes", "parallel", "log_every", "history",
+                 "future"):  # fmt: skip
         if getattr(cfg, name) < 1:
             raise common.UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: at least 1")
-    if cfg.stage == "align" and not cfg.teacher:
+    if cfg.stage == "align" and not (cfg.teacher or cfg.describe):
         raise common.UserError("--stage align needs --teacher RUN: make one with `python "
                                "vita_vla.py --stage teacher --out RUN`")  # fmt: skip
+    if cfg.stage == "align" and cfg.recipe == "only-finetune":
+        raise common.UserError("--recipe only-finetune has no --stage align: take finetune")
+    begun = cfg.resume or cfg.eval_only or cfg.describe
+    if cfg.stage == "finetune" and not (cfg.student or cfg.teacher or begun):
+        raise common.UserError("--stage finetune needs --student RUN, of stage align, or for "
+                               "only-finetune --teacher RUN, whose decoder it takes")  # fmt: skip
+    if not 0 <= cfg.hide_foresight <= 1:
+        raise common.UserError(f"--hide-foresight {cfg.hide_foresight}: a share, from 0 to 1")
     if cfg.execute != 1:
         raise common.UserError("--execute is 1 here: the history is made of every step")
     if not 0 <= cfg.act_index < cfg.future:
@@ -1078,7 +1145,8 @@ def check(cfg):
         if getattr(cfg, name) % cfg.patch:
             flag = f"--{name.replace('_', '-')} {getattr(cfg, name)}"
             raise common.UserError(f"{flag}: a multiple of --patch {cfg.patch}")
-    return replace(cfg, domains=cfg.domains or (("chain",) if suite == "abc_d" else ()))
+    usual = ("chain",) if cfg.world == "tabletop:abc_d" else ()
+    return replace(cfg, domains=cfg.domains or usual)
 
 
 def list_ablations():
@@ -1092,6 +1160,19 @@ def list_ablations():
             first, length = (np.mean([r[k] for r in mine]) for k in ("success", "length"))
             ours = f"{100 * first:.1f}, {length:.2f} ({len(mine)})"
         print(f"{name:16} {about['_row']:42} {about['_paper'] or '-':22}  {ours}")
+
+
+def export(cfg):
+    """--export: the VLM of a student as an ordinary checkpoint, its head the backbone's own."""
+    policy = load_policy(cfg.export, torch.device("cpu"))
+    if not isinstance(policy.model, VitaVLA):
+        raise common.UserError(f"--export {cfg.export}: a teacher has no VLM; name a student's run")
+    name, student, out = policy.cfg.backbone, policy.model.vlm, cfg.out or f"{cfg.export}/export"
+    if isinstance(student, common.Vita15):
+        return common.export_vita(student, name, out)
+    vlm, processor = common.load_backbone(name)
+    vlm.model.load_state_dict(student.model.state_dict())
+    common.export_backbone(vlm, name, processor.tokenizer, out)
 
 
 STAGES = {
@@ -1148,6 +1229,7 @@ def session(cfg, dist):
     if cfg.resume:
         resumed = common.load_checkpoint(cfg.resume, "vita_vla", dist=dist)
         cfg = common.resume_config(cfg, resumed.meta["config"], FREE)
+        cfg = common.same_samples(cfg, resumed, dist)
     if cfg.eval_only:
         policy = load_policy(cfg.eval_only, dist.device, cfg.robot)
         free = FREE + ("world", "seed")
@@ -1174,7 +1256,8 @@ def session(cfg, dist):
     run.result({
         "method": "vita_vla", "arm": cfg.ablation or cfg.recipe, "stage": cfg.stage,
         "backbone": cfg.backbone, "world": cfg.world, "seed": cfg.seed, "steps": cfg.steps,
-        "samples": cfg.steps * cfg.batch * dist.processes, "train_seconds": round(seconds, 1),
+        "samples": cfg.steps * cfg.accumulate * cfg.batch * dist.processes,
+        "train_seconds": round(seconds, 1),
         "success": first["success"], "ci95": first["ci95"], "episodes": first["episodes"],
         "length": first.get("length"), "per_task": first["per_task"], "domains": results,
         "params": common.param_counts(policy.model),
@@ -1189,9 +1272,25 @@ def main(argv=None):
     cfg = common.parse(Config, PRESETS, ABLATIONS, argv)
     if cfg.ablation == "list":
         return list_ablations()
-    dist = common.setup(cfg)
+    if cfg.stage == "frozen":  # recipe freeze-vlm's last, by itself
+        cfg.stage, cfg.freeze_vlm = "finetune", True
+    elif cfg.stage == "finetune" and cfg.recipe == "freeze-vlm" and not cfg.freeze_vlm:
+        print("this stage of freeze-vlm trains the VLM; --stage frozen comes after it")
     check(cfg)
-    for stage in chain(cfg, dist):
+    if cfg.describe:
+        alone = "frozen" if cfg.freeze_vlm else cfg.stage
+        stages = STAGES[cfg.recipe] if cfg.stage == "chain" else (alone,)
+        builds = {
+            f"VITA-VLA, {name}": lambda s=name: build(
+                replace(cfg, stage=s.replace("frozen", "finetune"), freeze_vlm=s == "frozen")
+            )[0]
+            for name in stages
+        }
+        return common.describe(cfg.backbone, common.load_vlm, builds)
+    if cfg.export:
+        return export(cfg)
+    dist = common.setup(cfg)
+    for stage in chain(common.resume_auto(cfg, dist, "chain.json"), dist):
         session(stage, dist)
     dist.destroy()
 

@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402
 import vita_vla  # noqa: E402
-from worlds import loop, tabletop  # noqa: E402
+from worlds import loop  # noqa: E402
 
 
 def measure(policy, observation, words, repeats):
@@ -51,7 +51,8 @@ def main():
     for folder in sys.argv[1:]:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         policy = vita_vla.load_policy(folder, device)
-        world = tabletop.Tabletop(loop.suite_of(policy.cfg.world), policy.cfg.size)
+        World, suite = loop.find(policy.cfg.world)
+        world = World(suite, policy.cfg.size)
         observation = world.reset(0)
         for cache in (True, False) if policy.cfg.stage != "teacher" else (False,):
             policy.cfg.cache = cache

@@ -19,6 +19,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -37,6 +38,17 @@ def machine():
     model = [line.split(":")[1].strip() for line in text.splitlines() if "model name" in line]
     words = f"{model[0] if model else platform.machine()}, {os.cpu_count()} cores"
     return words + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "")
+
+
+def append(name, row):
+    """Adds a measurement with its command, machine and versions to bench/results/<name>.jsonl."""
+    file = ROOT / "bench" / "results" / f"{name}.jsonl"
+    file.parent.mkdir(exist_ok=True)
+    own = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    facts = {"command": shlex.join(["python", "bench/" + own[0], *own[1:]]), "machine": machine()}
+    facts |= {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
+    with open(file, "a") as opened:
+        opened.write(json.dumps({**row, **facts}) + "\n")
 
 
 def run(method, arm, seed, flags, keep, parallel):

@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+import torch
 
 import data
 
@@ -19,7 +20,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def episodes():
-    return [data.record("bridge", seed, 64, 32, 0.3) for seed in range(4)]
+    return [data.record("tabletop:bridge", seed, 64, 32, 0.3) for seed in range(4)]
 
 
 @pytest.fixture
@@ -39,3 +40,11 @@ def status(capsys, monkeypatch):
         return code, *capsys.readouterr()
 
     return call
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked `gpu` are skipped where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="there is no GPU"))

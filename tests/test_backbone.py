@@ -4,6 +4,7 @@ Both families are checked on small random checkpoints that the library itself ha
 tokenizer of the embedded backbone.
 """
 
+import copy
 import json
 import math
 import shutil
@@ -99,6 +100,18 @@ def test_a_backbone_is_the_librarys_own(case, capfd):
     assert processor.tokenizer.decode([processor.image_token_id]) == "<|image_pad|>"
 
 
+def test_shards_in_bfloat16_are_one_model(case, tmp_path):
+    folder = shutil.copytree(case.folder, tmp_path / "copy")
+    (folder / "model.safetensors").unlink()
+    saved = copy.deepcopy(case.saved).bfloat16()
+    saved.save_pretrained(folder, max_shard_size="100KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    for dtype in (torch.bfloat16, torch.float32):
+        vlm, _ = common.load_backbone(str(folder), dtype)
+        for name, tensor in vlm.state_dict().items():
+            assert tensor.dtype == dtype and torch.equal(tensor, saved.state_dict()[name].to(dtype))
+
+
 def test_a_wrong_backbone_is_one_line(tmp_path):
     def error(name):
         with pytest.raises(common.UserError) as caught:
@@ -111,7 +124,7 @@ def test_a_wrong_backbone_is_one_line(tmp_path):
     assert "unknown --backbone ./no/where: did you mean " in error("./no/where")
     assert "config.json" in error(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    assert error(str(tmp_path)).endswith("is a bert: take a Qwen3-VL or Qwen2.5-VL")
+    assert error(str(tmp_path)).endswith("is a bert: take a Qwen3-VL, a Qwen2.5-VL or an Eagle2")
     (tmp_path / "config.json").write_text('{"model_type": ')
     assert "cannot load" in error(str(tmp_path))
 

@@ -154,9 +154,8 @@ def test_a_foreign_checkpoint_is_refused(tmp_path):
     save(tmp_path, 1, method="other")
     with pytest.raises(common.UserError, match="is a checkpoint of other, not of m"):
         common.load_checkpoint(tmp_path, "m")
-    two = common.Dist(0, 2, torch.device("cpu"))
-    with pytest.raises(common.UserError, match="was written by 1 processes; this run has 2"):
-        common.load_checkpoint(tmp_path, "other", dist=two)
+    third = common.Dist(2, 3, torch.device("cpu"))  # more processes than wrote it: any rank's
+    assert common.load_checkpoint(tmp_path, "other", dist=third).local_state == {"at": 1}
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")

@@ -187,13 +187,13 @@ def test_two_processes_read_what_one_would():
 
 def test_demonstrations_are_made_once(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "CACHE", tmp_path)
-    made = data.demonstrations("bridge", episodes=3, seed=1, size=32, wrist_size=16)
+    made = data.demonstrations("tabletop:bridge", episodes=3, seed=1, size=32, wrist_size=16)
     monkeypatch.setattr(data, "ProcessPoolExecutor", None)
-    read = data.demonstrations("bridge", episodes=3, seed=1, size=32, wrist_size=16)
+    read = data.demonstrations("tabletop:bridge", episodes=3, seed=1, size=32, wrist_size=16)
     assert [path.suffix for path in tmp_path.iterdir()] == [".npz"]
     assert len(made) == len(read) == 3 and all(same(vars(m), vars(r)) for m, r in zip(made, read))
     assert [type(v) for v in vars(made[0]).values()] == [type(v) for v in vars(read[0]).values()]
-    alone = data.record("bridge", 1_000_002, 32, 16, 0.3)
+    alone = data.record("tabletop:bridge", 1_000_002, 32, 16, 0.3)
     assert same(vars(alone), vars(read[2]))  # an episode does not depend on those before it
     for episode in read:
         T = len(episode.action)

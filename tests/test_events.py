@@ -125,12 +125,12 @@ def runs(monkeypatch):
         made.clear()
         with monkeypatch.context() as patch:
             patch.setattr(tabletop.Tabletop, "__init__", noted)
-            starts = loop.starts_of("bridge", "in", n, 0)
+            starts = loop.starts_of("tabletop:bridge", "in", n, 0)
             policy.worlds = made  # the first n are the loop's own
             del made[n:]
             original = policy.act
             policy.act = lambda *a: (made.__delitem__(slice(n, None)), original(*a))[1]
-            return score.trajectories(policy, Config(), "bridge", starts)
+            return score.trajectories(policy, Config(), "tabletop:bridge", starts)
 
     return act
 

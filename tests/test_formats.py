@@ -328,7 +328,7 @@ def test_libero(tmp_path):
 
 
 def test_the_tabletop_by_name(tmp_path):
-    episodes = [data.record("bridge", seed, 32, 16, 0.3) for seed in range(2)]
+    episodes = [data.record("tabletop:bridge", seed, 32, 16, 0.3) for seed in range(2)]
     with open(tmp_path / "mine.npz", "wb") as file:
         data.save_demonstrations(file, episodes)
     read = data.open_episodes(tmp_path / "mine.npz")
@@ -420,6 +420,24 @@ def test_weights_and_names(tmp_path):
 
 
 # --- faults ---------------------------------------------------------------------------------------
+
+
+def test_reasoning_beside_a_dataset(tmp_path):
+    root = LEROBOT["v3.0-images"](tmp_path / "set")
+    said = [{"episode": e, "reasoning": [f"{e} {t}" for t in range(T)]}
+            for e, T in enumerate(LENGTHS) if e != 1]  # fmt: skip
+    lines(root / "reasoning.jsonl", said)
+    data.main(["cache", str(root), "--out", str(tmp_path / "store")])
+    for place in (root, tmp_path / "store"):
+        episodes = data.open_episodes(place)
+        assert episodes[2].reasoning == said[1]["reasoning"] and not episodes[1].reasoning
+    lines(root / "reasoning.jsonl", [{"episode": 3, "reasoning": ["one too few"]}])
+    with pytest.raises(UserError, match="episode 3.*field reasoning: 1 for"):
+        data.load(str(root))
+    lines(root / "reasoning.jsonl", [{"said": 3}])
+    with pytest.raises(UserError, match="reasoning.jsonl, fields episode, reasoning"):
+        data.load(str(root))
+
 
 
 def truncate(path):
@@ -639,7 +657,8 @@ def test_the_frame_store_is_the_dataset(kind, tmp_path, capsys):
     root = LEROBOT[kind](tmp_path / "set")
     data.main(["cache", str(root), "--out", "kept"])
     read, kept = data.open_episodes(root), data.open_episodes("kept")
-    assert isinstance(kept[0].images["front"], np.memmap) and kept.lengths == read.lengths
+    mapped = kept[0].images["front"].flags  # a file opened for reading, no copy
+    assert not mapped.owndata and not mapped.writeable and kept.lengths == read.lengths
     assert data.statistics(kept) == data.statistics(read)
     for one, other in zip(read, kept):
         assert np.array_equal(one.action, other.action) and one.instruction == other.instruction

@@ -271,20 +271,20 @@ CFG = replace(twinbrain.Config(), domains=("in",), episodes=4, gifs=1)
 
 @pytest.mark.parametrize("execute", [1, 3, 8])
 def test_the_experts_chunks_succeed(execute):
-    policy, starts = Replay(), loop.starts_of("bridge", "in", 4, seed=0)
+    policy, starts = Replay(), loop.starts_of("tabletop:bridge", "in", 4, seed=0)
     for start in starts[:3]:
         policy.learn("bridge", start)
     cfg = replace(CFG, execute=execute)
-    reached, films = loop.rollout(policy, cfg, "bridge", starts, film=1)
+    reached, films = loop.rollout(policy, cfg, "tabletop:bridge", starts, film=1)
     assert reached == [1, 1, 1, 0]  # the fourth it has never seen
     assert len(films) == 1 and 5 < len(films[0]) < 100
 
 
 def test_chains_count_goals_in_a_row(tmp_path):
-    policy, starts = Replay(), loop.starts_of("abc_d", "chain", 3, seed=0)
+    policy, starts = Replay(), loop.starts_of("tabletop:abc_d", "chain", 3, seed=0)
     for start, goals in zip(starts, (5, 2, 0)):
         policy.learn("abc_d", start, goals)
-    reached, _ = loop.rollout(policy, CFG, "abc_d", starts)
+    reached, _ = loop.rollout(policy, CFG, "tabletop:abc_d", starts)
     assert reached == [5, 2, 0]
     cfg = replace(CFG, world="tabletop:abc_d", domains=("chain",), episodes=3, parallel=2, gifs=0)
     got = loop.evaluate(policy, cfg, ALONE, tmp_path, say=lambda text: None)["chain"]
@@ -297,20 +297,20 @@ def test_every_policy_starts_at_the_same_sights():
     seen = []
     for horizon in (2, 8):  # two policies that go on differently
         policy = Replay(horizon)
-        starts = loop.starts_of("bridge", "colour", 3, seed=1)
+        starts = loop.starts_of("tabletop:bridge", "colour", 3, seed=1)
         policy.learn("bridge", starts[0]) if horizon == 8 else None
-        loop.rollout(policy, replace(CFG, execute=2), "bridge", starts)
+        loop.rollout(policy, replace(CFG, execute=2), "tabletop:bridge", starts)
         seen.append(policy.first)
     assert seen[0] == seen[1] and len({words for words in seen[0]}) == 3
-    for domain in loop.domains_of("abc_d", ()):
-        seeds = [seed for seed, _, _ in loop.starts_of("abc_d", domain, 5, 0)]
+    for domain in loop.domains_of("tabletop:abc_d", ()):
+        seeds = [seed for seed, _, _ in loop.starts_of("tabletop:abc_d", domain, 5, 0)]
         assert min(seeds) >= loop.FIRST_TEST_SEED and len(set(seeds)) == 5
 
 
 def test_test_scenes_are_not_demonstrated():
     for run in range(5):  # --seed
         shown = range(20 * run * 1_000_000, 20 * (run * 1_000_000 + 1000))  # of data.record()
-        asked = [seed for seed, _, _ in loop.starts_of("bridge", "in", 200, run)]
+        asked = [seed for seed, _, _ in loop.starts_of("tabletop:bridge", "in", 200, run)]
         assert not any(seed in shown for seed in asked)
 
 
@@ -329,12 +329,12 @@ def test_blending_against_a_written_out_loop():
 
 
 def test_a_new_goal_is_not_blended_with_the_old_one(monkeypatch):
-    policy, starts = Replay(), loop.starts_of("abc_d", "chain", 1, seed=0)
+    policy, starts = Replay(), loop.starts_of("tabletop:abc_d", "chain", 1, seed=0)
     policy.learn("abc_d", starts[0], 2)
     asked, sizes, act, blend = [], [], policy.act, loop.blend
     policy.act = lambda seen, words, rng: asked.append(words[0]) or act(seen, words, rng)
     monkeypatch.setattr(loop, "blend", lambda chunks: sizes.append(len(chunks)) or blend(chunks))
-    loop.rollout(policy, replace(CFG, ensemble=True), "abc_d", starts)
+    loop.rollout(policy, replace(CFG, ensemble=True), "tabletop:abc_d", starts)
     for i in range(1, len(asked)):
         same = asked[i] == asked[i - 1]
         assert sizes[i] == (min(sizes[i - 1] + 1, 7) if same else 1)
@@ -342,14 +342,14 @@ def test_a_new_goal_is_not_blended_with_the_old_one(monkeypatch):
 
 
 def test_ensemble_plans_every_step():
-    policy, (start,) = Replay(), loop.starts_of("bridge", "in", 1, seed=2)
+    policy, (start,) = Replay(), loop.starts_of("tabletop:bridge", "in", 1, seed=2)
     policy.learn("bridge", start)
     calls, act = [], policy.act
     policy.act = lambda *args: calls.append(len(args[0])) or act(*args)
-    loop.rollout(policy, replace(CFG, ensemble=True), "bridge", [start])
+    loop.rollout(policy, replace(CFG, ensemble=True), "tabletop:bridge", [start])
     planned = len(calls)
     calls.clear()
-    loop.rollout(policy, replace(CFG, execute=4), "bridge", [start])
+    loop.rollout(policy, replace(CFG, execute=4), "tabletop:bridge", [start])
     assert planned > 3 * len(calls) and set(calls) == {1}
 
 

@@ -341,6 +341,39 @@ def test_seers_mask(goal, want):
     assert "\n" + "\n".join(row[:6] + "|" + row[6:] for row in rows) == want
 
 
+@pytest.mark.parametrize("action_sees, want", [
+    ("pictures", "......|..###."), ("pictures-state", "......|.####."),
+])  # fmt: skip
+def test_seers_actions_may_see_their_own_steps_pictures_alone(action_sees, want):
+    """Two steps of words, state, picture, two foresight tokens and an action, the last's view."""
+    mask, free = (seer_mask(2, 3, 2, 1, action_sees=a) for a in (action_sees, "all"))
+    row = "".join(".#"[int(see)] for see in mask[11])
+    assert row[:6] + "|" + row[6:] == want
+    others = [i for i in range(12) if i % 6 != 5]
+    assert torch.equal(mask[others], free[others])
+
+
+def test_part_of_the_foresight_stays_hidden_from_actions():
+    free, half = (seer_mask(4, 3, 6, 2, hide=h, seed=1) for h in (0.0, 0.5))
+    lost = (free & ~half).nonzero().tolist()
+    assert {row % 11 for row, _ in lost} == {9, 10}
+    assert {column % 11 for _, column in lost} <= {*range(3, 9)}
+    for step in range(4):
+        first, second = ([c for r, c in lost if r == step * 11 + a] for a in (9, 10))
+        assert first == second and len(first) == 3
+    assert torch.equal(half[:22, :22], seer_mask(2, 3, 6, 2, hide=0.5, seed=1))  # as histories grow
+    assert not torch.equal(half, seer_mask(4, 3, 6, 2, hide=0.5, seed=2))
+
+
+@pytest.mark.parametrize("flag", ["dropout", "attention_dropout", "embedding_dropout"])
+def test_gpt2s_dropouts_are_of_training_alone(flag, episodes):
+    case, plain = Case(episodes, stage="teacher", **{flag: 0.5}), Case(episodes, stage="teacher")
+    assert torch.equal(case.hidden(), plain.hidden())
+    for each, moves in ((case, True), (plain, False)):
+        each.model.train()
+        assert torch.equal(each.hidden(), each.hidden()) is not moves, flag
+
+
 def test_goal_is_the_state_so_many_steps_ahead():
     with_goal, without = seer_mask(6, 4, 2, 3, goal=4), seer_mask(6, 4, 2, 3)
     extra = (with_goal & ~without).nonzero().tolist()
@@ -472,7 +505,8 @@ def base(episodes, flags):
     """Losses and trained names of both stages under these flags."""
     out = {}
     if "size" in flags:
-        episodes = [data.record("bridge", seed, flags["size"], 32, 0.3) for seed in range(2)]
+        how = flags["size"], 32, 0.3
+        episodes = [data.record("tabletop:bridge", seed, *how) for seed in range(2)]
     for stage in ("align", "finetune"):
         case = Case(episodes, stage=stage, **flags)
         rng = torch.Generator().manual_seed(0)
@@ -1059,6 +1093,28 @@ def test_vita_reads_as_released(vita):
             assert torch.allclose(h[b, -len(row) :], alone, atol=1e-4)
 
 
+def test_size_is_what_vita_sees(vita):
+    cfg = replace(SMALL, stage="finetune", backbone=str(vita.folder), size=112)
+    _, processor = vita_vla.build(cfg)
+    pixels, grids = processor.images([np.zeros((200, 200, 3), np.uint8)])
+    assert pixels.shape == (1, 3, 112, 112) and grids == ((1, 8, 8),)
+    with pytest.raises(common.UserError, match="--size 100: .* 2 x 2 patches of 14 .*; take 112"):
+        vita_vla.build(replace(cfg, size=100))
+
+
+def test_vita_is_exported_in_its_released_layout(vita, tmp_path):
+    model, _ = common.load_vlm(str(vita.folder))
+    with torch.no_grad():
+        for p in model.language.parameters():
+            p += 0.1
+    common.export_vita(model, str(vita.folder), tmp_path / "out")
+    again, _ = common.load_vlm(str(tmp_path / "out"))
+    kept = model.state_dict()
+    assert all(torch.equal(kept[n], t) for n, t in again.state_dict().items())
+    names = {n for f in (tmp_path / "out").glob("*.safetensors") for n in load_file(f)}
+    assert names == set(vita.released())  # the audio encoder and the head are there too
+
+
 def test_vita_keeps_the_released_rotation(vita):
     model, _ = common.load_vlm(str(vita.folder))
     assert model.language.config.rope_parameters["rope_theta"] == 1e6
@@ -1117,9 +1173,19 @@ def test_vita_needs_the_words_it_puts_vectors_at(vita, tmp_path):
         common.load_vlm(str(folder))
 
 
-def test_vita_by_its_name_says_how_to_get_it():
+def test_vita_by_its_name_says_how_to_get_it(monkeypatch):
+    def unreachable(path):
+        raise OSError("no network")
+
+    monkeypatch.setattr(common, "snapshot_download", unreachable)
     with pytest.raises(common.UserError, match="hf download VITA-MLLM/VITA-1.5 --local-dir DIR"):
         common.load_vlm("VITA-1.5")
+
+
+def test_vita_by_its_name_is_fetched(vita, monkeypatch):
+    wanted = {"VITA-MLLM/VITA-1.5": str(vita.folder)}
+    monkeypatch.setattr(common, "snapshot_download", wanted.__getitem__)
+    assert isinstance(common.load_vlm("VITA-1.5")[0], common.Vita15)
 
 
 # --- windows --------------------------------------------------------------------------------------

@@ -184,6 +184,10 @@ def test_single_stages_are_those_of_the_chain(chained, tmp_path, quick):
     assert same(weights(tmp_path / "a"), weights(chained / "align"))
     vita_vla.main([*words, "--stage", "finetune", "--student", align, "--out", str(tmp_path / "f")])
     assert same(weights(tmp_path / "f"), weights(chained / "finetune"))
+    tuned = str(chained / "finetune")
+    vita_vla.main([*words, "--stage", "frozen", "--student", tuned, "--out", str(tmp_path / "z")])
+    assert same(weights(tmp_path / "z"), weights(chained / "frozen"))
+    assert config(tmp_path / "z")["freeze_vlm"] and not config(tmp_path / "f")["freeze_vlm"]
 
 
 def test_only_finetune_has_the_teachers_decoder_and_no_stage_one(chained, tmp_path, quick):
@@ -243,7 +247,11 @@ def test_two_processes_take_the_steps_of_one(tmp_path, quick):
     (["--recipe", "two-stages"], "--recipe takes two-stage, only-finetune, freeze-vlm; not"),
     (["--ablation", "freeze-vlms"], "unknown ablation 'freeze-vlms' (did you mean freeze-vlm?)"),
     (["--preset", "calvn"], "unknown preset 'calvn' (did you mean calvin?)"),
-    (["--stage", "distill"], "--stage takes chain, teacher, align, finetune; not 'distill'"),
+    (["--stage", "distill"], "--stage takes chain, teacher, align, finetune, frozen; not 'dis"),
+    (["--stage", "finetune"], "--stage finetune needs --student RUN"),
+    (["--stage", "frozen"], "--stage finetune needs --student RUN"),
+    (["--stage", "align", "--recipe", "only-finetune", "--teacher", "x"], "has no --stage align"),
+    (["--hide-foresight", "2"], "--hide-foresight 2.0: a share"),
     (["--execute", "2"], "--execute is 1 here"),
     (["--act-index", "3"], "--act-index 3: from 0 to 2"),
     (["--foresight", "5"], "--foresight 5: a square number"),

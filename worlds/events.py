@@ -276,10 +276,11 @@ MOVES = (("right", "left"), ("forward", "back"), ("up", "down"), (), ("tilt up",
 
 
 def move_name(state, t, window=3, threshold=0.02):
-    """States (T, S), xyz first, the gripper last -> what the hand does next: "move left up and
-    close the fingers", or "stop"."""
+    """States (T, S) that begin with x y z and end with how open the hand is -> what the hand does
+    next: "move left up and close the fingers", or "stop"."""
     change = state[min(t + window, len(state) - 1)] - state[t]
-    way = [names[int(d < 0)] for names, d in zip(MOVES, change) if names and abs(d) > threshold]
+    turns = zip(MOVES, change[:-1])
+    way = [names[int(d < 0)] for names, d in turns if names and abs(d) > threshold]
     straight = [word for word in way if " " not in word]
     words = ["move " + " ".join(straight)] if straight else []
     words += [word for word in way if " " in word]

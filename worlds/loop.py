@@ -1,98 +1,202 @@
 """Closed loop: any policy, many worlds side by side, success rates with their intervals.
 
 A policy has `act(observations, instructions, rng) -> (n, H, A)` action chunks in the world's units
-and `view(observation, instruction) -> picture or None`, a panel of its own for the films. With an
-observation comes "memory", a dict for the policy's own use that lasts as long as its world's goal.
+and `view(observation, instruction) -> picture or None`, a panel of its own for the films; it may
+have `said`, what it said before each of the last chunks. With an observation comes "memory", a dict
+for the policy's own use that lasts as long as its world's goal.
 """
+
+import importlib
+import multiprocessing
+import os
+import signal
+import traceback
+from functools import partial
 
 import numpy as np
 
 import common
-from worlds import pictures, tabletop
+from worlds import pictures
+from worlds.client import blend
 
 FIRST_TEST_SEED = 10_000_000  # demonstrations of --seed s take theirs from 20_000_000 s on
-NOTHING = {"success": None, "ci95": None, "episodes": 0, "per_task": {}}  # of --world none
-EXTRA = {"abc_d": ("chain",), "franka": ("pick_all",)}  # evaluations of one suite alone
+NOTHING = {"success": None, "ci95": None, "episodes": 0, "per_task": {}}  # of `--world none`
+WORLDS = {  # `--world NAME`: its class; what it fulfils is in worlds/__init__.py
+    "tabletop": "worlds.tabletop:Tabletop",
+    "metaworld": "worlds.metaworld:MetaWorld",
+}
 
 
-def suite_of(world):
-    """`--world tabletop:SUITE` (bridge if left out) -> SUITE, none -> ""; else an error."""
+def find(world):
+    """`--world NAME:SUITE` -> its class, the suite ("" if left out); anything else is an error."""
+    name, _, suite = world.partition(":")
+    try:
+        if name not in WORLDS:
+            raise LookupError(name, list(WORLDS))
+        module, _, kind = WORLDS[name].partition(":")
+        World = getattr(importlib.import_module(module), kind)
+        World.offers(suite)
+    except LookupError as error:
+        word, known = error.args
+        near = world.replace(word, common.nearest(word, known), 1)
+        known = known[:12] + ["..."] * (len(known) > 12)
+        words = f"unknown --world {world}: did you mean {near}? ({' '.join(known)})"
+        raise common.UserError(words) from None
+    return World, suite
+
+
+def domains_of(world, asked):
+    """The asked evaluation domains, or all of the world's; an unknown one is an error."""
     if world == "none":
-        return ""
-    kind, _, suite = world.partition(":")
-    suite = suite or "bridge"
-    if kind != "tabletop" or suite not in tabletop.SUITES:
-        known = [f"tabletop:{name}" for name in tabletop.SUITES]
-        near = common.nearest(world, known)
-        raise common.UserError(f"unknown --world {world}: did you mean {near}? ({' '.join(known)})")
-    return suite
-
-
-def domains_of(suite, asked):
-    """The asked evaluation domains, or all of the suite's; an unknown one is an error."""
-    known = ("in", "look", "colour", "shape", "pair", "wording") + EXTRA.get(suite, ())
+        return ()
+    World, suite = find(world)
+    _, known = World.offers(suite)
     for name in asked:
-        if suite and name not in known:
+        if name not in known:
             near = common.nearest(name, known)
-            raise common.UserError(f"unknown --domains {name} for {suite}: did you mean {near}?")
-    return (asked or known) if suite else ()
+            where = suite or world
+            raise common.UserError(f"unknown --domains {name} for {where}: did you mean {near}?")
+    return asked or known
 
 
-def starts_of(suite, domain, episodes, seed):
+def check(cfg):
+    """Whether the world, the domains and the way to render exist, before anything is spent."""
+    domains_of(cfg.world, cfg.domains)
+    pictures.check(cfg.render)
+
+
+def starts_of(world, domain, episodes, seed):
     """-> [(world seed, task, domain)] of an evaluation; the same for every policy."""
     first = FIRST_TEST_SEED + seed * 100_000
     if domain == "chain":
         return [(first + i, "chain", "look") for i in range(episodes)]
     if domain == "pick_all":
         return [(first + i, "pick_all", "in") for i in range(episodes)]
-    tasks = tabletop.TRAIN_TASKS[suite]
+    World, suite = find(world)
+    tasks, _ = World.offers(suite)
     return [(first + i, tasks[i % len(tasks)], domain) for i in range(episodes)]
 
 
-def blend(chunks):
-    """Adaptive ensemble: chunks [(H, A)] made one step apart, newest last -> present action (A,).
+class Crew:
+    """`n` worlds, asked together; slow ones live in other processes, each with its share of them.
 
-    Each chunk's opinion on the present step, weighted by exp(0.1 cosine similarity to the newest).
+    ask({i: (what, *arguments)}): what is a method's name, or a function of the world that another
+    process can import -> {i: what it returned}. `facts[i]`: success, instruction, max_steps.
     """
-    opinions = [c[age] for age, c in enumerate(reversed(chunks)) if age < len(c)]  # newest first
-    opinions = np.stack(opinions)
-    norm = np.linalg.norm(opinions, axis=1) * np.linalg.norm(opinions[0]) + 1e-7
-    weights = np.exp(0.1 * (opinions @ opinions[0]) / norm)
-    return (weights[:, None] * opinions).sum(0) / weights.sum()
+
+    def __init__(self, world, n, size, wrist_size):
+        World, suite = find(world)
+        self.facts, self.hands, self.pipes = {}, [], []
+        self.make = partial(World, suite, size, wrist_size)
+        self.worlds = [] if World.slow else [self.make() for _ in range(n)]
+        for _ in range(min(n, os.cpu_count()) if World.slow else 0):
+            here, there = multiprocessing.Pipe()
+            hand = multiprocessing.Process(target=work, args=(self.make, there), daemon=True)
+            hand.start()
+            there.close()  # so that the end of a process is noticed
+            self.hands.append(hand)
+            self.pipes.append(here)
+
+    def ask(self, calls):
+        answers, P = {}, len(self.pipes)
+        if not P:
+            answers = {i: call(self.worlds[i], *what) for i, what in calls.items()}
+        for p, pipe in enumerate(self.pipes):
+            pipe.send({i // P: what for i, what in calls.items() if i % P == p})
+        for p, pipe in enumerate(self.pipes):
+            try:
+                failure, given = pipe.recv()
+            except EOFError:
+                failure = RuntimeError(f"the process of world {p} has ended")
+            if failure:
+                self.close()
+                raise failure
+            answers |= {i * P + p: answer for i, answer in given.items()}
+        self.facts |= {i: facts for i, (_, facts) in answers.items()}
+        return {i: answer for i, (answer, _) in answers.items()}
+
+    def close(self):
+        for pipe, hand in zip(self.pipes, self.hands):
+            try:
+                pipe.send(None)
+            except OSError:  # it has ended before
+                pass
+            hand.join(2)
+            hand.terminate()
+            pipe.close()
+        self.hands, self.pipes = [], []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
 
 
-def rollout(policy, cfg, suite, starts, film=0):
+def call(world, what, *arguments):
+    """-> the answer; success, instruction and step limit as they are then."""
+    act = getattr(world, what) if isinstance(what, str) else partial(what, world)
+    answer = act(*arguments)
+    return answer, (world.success, world.instruction, world.max_steps)
+
+
+def work(make, pipe):
+    """A process of a Crew: answers until it is sent None."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    worlds = {}
+    while (calls := pipe.recv()) is not None:
+        try:
+            for i in calls.keys() - worlds:
+                worlds[i] = make()
+            pipe.send((None, {i: call(worlds[i], *what) for i, what in calls.items()}))
+        except common.UserError as error:
+            pipe.send((error, {}))
+        except Exception:  # the one who asked shows where it happened
+            pipe.send((RuntimeError(traceback.format_exc()), {}))
+
+
+def rollout(policy, cfg, world, starts, film=0, crew=None):
     """Acts in one world per start until success or the world's step limit.
 
     Every `--execute` steps (or each step, with `--ensemble`) the policy plans for all of them at
     once. -> goals reached in a row by each (a chain has five, anything else one), films [[frame]].
     """
-    rng = np.random.default_rng(cfg.seed)
-    worlds = [tabletop.Tabletop(suite, cfg.size, cfg.wrist_size) for _ in starts]
-    for world, (seed, task, domain) in zip(worlds, starts):
-        world.chain(seed) if task == "chain" else world.reset(seed, task, domain)
-    chunks, used = [[] for _ in worlds], [0] * len(worlds)  # plans; actions taken of the newest
-    age, reached = [0] * len(worlds), [0] * len(worlds)
-    live, films = list(range(len(worlds))), [[] for _ in range(film)]
-    memory = [{} for _ in worlds]
+    if crew is None:
+        with Crew(world, len(starts), cfg.size, cfg.wrist_size) as crew:
+            return rollout(policy, cfg, world, starts, film, crew)
+    n, rng, stride = len(starts), np.random.default_rng(cfg.seed), film_stride(world)[0]
+    begin = (("chain", s) if task == "chain" else ("reset", s, task, d) for s, task, d in starts)
+    crew.ask(dict(enumerate(begin)))
+    chunks, used = [[] for _ in starts], [0] * n  # plans; actions taken of the newest
+    age, reached, said = [0] * n, [0] * n, [""] * n
+    live, films, taken = list(range(n)), [[] for _ in range(film)], [[] for _ in range(film)]
+    memory = [{} for _ in starts]
     every = 1 if cfg.ensemble else cfg.execute
     while live:
         due = [i for i in live if not chunks[i] or used[i] == every]
         if due:
-            seen = [worlds[i].observe() | {"memory": memory[i]} for i in due]
-            words = [worlds[i].instruction for i in due]
-            for i, chunk in zip(due, policy.act(seen, words, rng)):
-                chunks[i], used[i] = (chunks[i] + [chunk])[-7:], 0
+            seen = crew.ask({i: ("observe",) for i in due})
+            seen = [seen[i] | {"memory": memory[i]} for i in due]
+            plans = policy.act(seen, [crew.facts[i][1] for i in due], rng)
+            spoken = getattr(policy, "said", None) or [""] * len(due)
+            for i, chunk, words in zip(due, plans, spoken):
+                chunks[i], used[i], said[i] = (chunks[i] + [chunk])[-7:], 0, words
+        now = {i: blend(chunks[i]) if cfg.ensemble else chunks[i][-1][used[i]] for i in live}
+        crew.ask({i: ("step", action) for i, action in now.items()})
         for i in live:
-            world = worlds[i]
-            world.step(blend(chunks[i]) if cfg.ensemble else chunks[i][-1][used[i]])
             used[i], age[i] = used[i] + 1, age[i] + 1
+            success, words, limit = crew.facts[i]
+            over = success or age[i] >= limit
             if i < film:
-                films[i].append(draw(policy, world, age[i]))
-            over = age[i] >= world.max_steps
-            if world.success:
+                taken[i].append(now[i])
+                if over or age[i] % stride == 0:
+                    observation = crew.ask({i: ("observe",)})[i]
+                    how = success if over else None
+                    films[i].append(draw(policy, observation, words, said[i], taken[i], how))
+            if success:
                 reached[i] += 1
-                over = starts[i][1] != "chain" or not world.next_goal()
+                over = starts[i][1] != "chain" or not crew.ask({i: ("next_goal",)})[i]
                 if not over:  # the next goal of a chain: no plan for the last one outlives it
                     chunks[i], age[i], memory[i] = [], 0, {}
             if over:
@@ -101,51 +205,74 @@ def rollout(policy, cfg, suite, starts, film=0):
     return reached, films
 
 
-def draw(policy, world, step):
-    """One frame of a film: the cameras, the policy's own view, instruction, step and success."""
-    observation = world.observe()
+def film_stride(world):
+    """Steps from one frame of a film to the next, and its frames in a second: in real time, but a
+    world of few steps in a second is shown a little faster."""
+    World, _ = find(world)
+    stride = max(1, int(World.fps // 10))
+    return stride, max(8.0, World.fps / stride)
+
+
+def draw(policy, observation, words, said, actions, success):
+    """One frame of a film: the cameras, the policy's own view, the actions so far, the instruction,
+    what was said before this plan, and (None: not yet) how it ended."""
     views = list(observation["images"].values())
-    extra = policy.view(observation, world.instruction)
-    words = [world.instruction, f"step {step}" + (", success" if world.success else "")]
+    extra, scale = policy.view(observation, words), max(1, 256 // len(views[0]))
     views += [] if extra is None else [extra]
-    return pictures.caption_frame(views, words, scale=4, success=world.success or None)
+    views.append(pictures.trace(actions, scale * len(views[0])))
+    step = f"step {len(actions)}" + {None: "", True: ", success", False: ", failure"}[success]
+    lines = [words, *([said] if said else []), step]
+    return pictures.caption_frame(views, lines, scale, success)
 
 
 def evaluate(policy, cfg, dist, folder, say=print):
     """Success in each domain -> {domain: {"success", "ci95", "episodes", "per_task"}}.
 
     A chain counts its first goal as success and reports the rates at 1..5 and the average length
-    besides. Rank 0 writes rollout-<domain>-<i>.gif for the first `--gifs` episodes of each.
+    besides. Rank 0 writes rollout-<domain>-<i> for the first `--gifs` episodes of each, as a GIF or
+    as `--render` says.
     """
-    suite, results = suite_of(cfg.world), {}
-    say("closed loop:" if suite else "not acted: --world none")
-    for domain in domains_of(suite, cfg.domains):
-        starts = starts_of(suite, domain, cfg.episodes, cfg.seed)
-        mine, reached = range(dist.rank, len(starts), dist.processes), {}
-        for first in range(0, len(mine), cfg.parallel):
-            some = mine[first : first + cfg.parallel]
-            film = min(cfg.gifs, len(some)) if dist.main and first == 0 else 0
-            goals, films = rollout(policy, cfg, suite, [starts[i] for i in some], film)
-            reached |= dict(zip(some, goals))
-            for i, frames in enumerate(films):
-                pictures.save_gif(folder / f"rollout-{domain}-{i}.gif", frames, fps=8)
-        reached = {i: n for part in dist.gather(reached) for i, n in part.items()}
-        wins = {i: n > 0 for i, n in reached.items()}
-        per_task = {task: [] for _, task, _ in starts}
-        for i, won in sorted(wins.items()):
-            per_task[starts[i][1]].append(won)
-        results[domain] = {
-            "success": sum(wins.values()) / len(wins),
-            "ci95": common.ci95(sum(wins.values()), len(wins)),
-            "episodes": len(wins),
-            "per_task": {task: sum(won) / len(won) for task, won in per_task.items()},
-        }
-        low, high = results[domain]["ci95"]
-        words = f"  {domain:8} success {results[domain]['success']:6.1%}"
-        words += f"  (95%: {low:.1%} to {high:.1%}, {len(wins)} episodes)"
-        if domain == "chain":
-            rates = [sum(n >= k for n in reached.values()) / len(reached) for k in range(1, 6)]
-            results[domain] |= {"at": rates, "length": sum(rates)}
-            words += f"; in a row {' '.join(f'{r:.1%}' for r in rates)}, average {sum(rates):.2f}"
-        say(words)
+    if cfg.world == "none":
+        say("not acted: --world none")
+        return {}
+    say("closed loop:")
+    results, most = {}, min(cfg.parallel, -(-cfg.episodes // dist.processes))
+    with Crew(cfg.world, most, cfg.size, cfg.wrist_size) as crew:
+        for domain in domains_of(cfg.world, cfg.domains):
+            starts = starts_of(cfg.world, domain, cfg.episodes, cfg.seed)
+            mine, reached = range(dist.rank, len(starts), dist.processes), {}
+            for first in range(0, len(mine), cfg.parallel):
+                some = mine[first : first + cfg.parallel]
+                film = min(cfg.gifs, len(some)) if dist.main and first == 0 else 0
+                these = [starts[i] for i in some]
+                goals, films = rollout(policy, cfg, cfg.world, these, film, crew)
+                reached |= dict(zip(some, goals))
+                for i, frames in enumerate(films):
+                    place = folder / f"rollout-{domain}-{i}"
+                    pictures.render(place, frames, film_stride(cfg.world)[1], cfg.render)
+            reached = {i: n for part in dist.gather(reached) for i, n in part.items()}
+            results[domain] = tally(domain, starts, reached, say)
     return results
+
+
+def tally(domain, starts, reached, say):
+    """Goals that each start's world reached, {i: n} -> the domain's entry of the results."""
+    wins = {i: n > 0 for i, n in reached.items()}
+    per_task = {task: [] for _, task, _ in starts}
+    for i, won in sorted(wins.items()):
+        per_task[starts[i][1]].append(won)
+    low, high = common.ci95(sum(wins.values()), len(wins))
+    result = {
+        "success": sum(wins.values()) / len(wins),
+        "ci95": (low, high),
+        "episodes": len(wins),
+        "per_task": {task: sum(won) / len(won) for task, won in per_task.items()},
+    }
+    words = f"  {domain:8} success {result['success']:6.1%}"
+    words += f"  (95%: {low:.1%} to {high:.1%}, {len(wins)} episodes)"
+    if domain == "chain":
+        rates = [sum(n >= k for n in reached.values()) / len(reached) for k in range(1, 6)]
+        result |= {"at": rates, "length": sum(rates)}
+        words += f"; in a row {' '.join(f'{r:.1%}' for r in rates)}, average {sum(rates):.2f}"
+    say(words)
+    return result

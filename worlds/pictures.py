@@ -3,9 +3,13 @@
 Drawn with pillow alone. Pictures are (height, width, 3) uint8 arrays.
 """
 
+import importlib.util
 import json
 import math
+import shutil
+import sys
 import textwrap
+import time
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -109,6 +113,77 @@ def save_gif(path, frames: list, fps: float = 10) -> None:
     for canvas, frame in zip(padded, frames, strict=True):
         canvas.paste(frame, (0, 0))
     padded[0].save(path, save_all=True, append_images=padded[1:], duration=1000 / fps, loop=0)
+
+
+def save_mp4(path, frames: list, fps: float = 10) -> None:
+    """The same as H.264, sides made even; needs the `[data]` extra's av."""
+    import av
+
+    width, height = (max(f.size[k] for f in frames) // 2 * 2 for k in (0, 1))
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libx264", round(fps))
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for frame in frames:
+            canvas = Image.new("RGB", (width, height), "white")
+            canvas.paste(frame, (0, 0))
+            file.mux(stream.encode(av.VideoFrame.from_image(canvas)))
+        file.mux(stream.encode())
+
+
+def check(how: str) -> None:
+    """Whether `--render` can do what it is asked, before a run is spent on it."""
+    from common import UserError  # which brings PyTorch: drawing alone does without
+
+    if how == "mp4" and importlib.util.find_spec("av") is None:
+        raise UserError("--render mp4 needs av: pip install 'onefile-vla[data]'")
+    if how == "show" and not sys.stdout.isatty():
+        raise UserError("--render show draws into a terminal, and this is none: take gif")
+
+
+def render(path, frames: list, fps: float, how: str) -> None:
+    """A film at path.gif or path.mp4; show: at path.gif, and in the terminal."""
+    if how == "mp4":
+        return save_mp4(f"{path}.mp4", frames, fps)
+    save_gif(f"{path}.gif", frames, fps)
+    if how == "show":
+        for frame in frames:
+            sys.stdout.write("\x1b[H\x1b[J" + blocks(frame) + "\n")
+            sys.stdout.flush()
+            time.sleep(1 / fps)
+
+
+def blocks(image, columns: int = 0, lines: int = 0) -> str:
+    """A picture as text: every character is two pixels, one above the other, in true colour.
+
+    It fills `columns` x `lines` characters (0: the terminal's), its proportions kept.
+    """
+    image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
+    have = shutil.get_terminal_size()
+    columns, lines = columns or have.columns, lines or have.lines - 2
+    scale = min(columns / image.width, 2 * lines / image.height)
+    size = max(1, int(image.width * scale)), max(2, int(image.height * scale) // 2 * 2)
+    how = Image.BOX if scale < 1 else Image.NEAREST
+    pixels = np.asarray(image.convert("RGB").resize(size, how))
+    rows = []
+    for upper, lower in zip(pixels[::2].tolist(), pixels[1::2].tolist()):
+        cells = (
+            "\x1b[38;2;{};{};{};48;2;{};{};{}m\u2580".format(*u, *w) for u, w in zip(upper, lower)
+        )
+        rows.append("".join(cells) + "\x1b[0m")
+    return "\r\n".join(rows)
+
+
+def trace(actions: list, side: int, last: int = 60):
+    """The last actions [(A,)] in -1..1 -> (side, side, 3): a line for each number, 1 at its top."""
+    sheet = Image.new("RGB", (side, side), "white")
+    pen, lines = ImageDraw.Draw(sheet), np.clip(np.stack(actions[-last:]), -1, 1).T
+    high = side / len(lines)
+    for row, line in enumerate(lines):
+        middle = (row + 0.5) * high
+        pen.line([0, middle, side, middle], "#dddddd")
+        points = [((i + 1) * side / last, middle - 0.45 * high * v) for i, v in enumerate(line)]
+        pen.line([(0, points[0][1]), *points], INKS[row % len(INKS)], 2)
+    return np.asarray(sheet)
 
 
 def draw_run(folder, losses) -> None:

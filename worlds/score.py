@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 import common
-from worlds import tabletop
+from worlds import loop
 
 PARTS = ("Action", "Intention", "Reasoning", "Alignment")
 FRAMES = 8  # pictures of a trajectory that a judge is shown
@@ -33,10 +33,16 @@ FRAMES = 8  # pictures of a trajectory that a judge is shown
 # --- trajectories, with the truth about them ------------------------------------------------------
 
 
+def knows(world):
+    """Whether a `--world` can be copied, to see how many steps the expert still needs."""
+    World, _ = loop.find(world)
+    return hasattr(World, "load_state_dict")
+
+
 def steps_to_go(world, scratch, limit=200):
     """Steps that the scripted expert needs from here to success."""
     scratch.load_state_dict(world.state_dict())
-    expert, n = tabletop.Expert(scratch), 0
+    expert, n = scratch.expert(), 0
     while not scratch.success and n < limit:
         scratch.step(expert.act())
         n += 1
@@ -45,20 +51,21 @@ def steps_to_go(world, scratch, limit=200):
 
 def truth(world):
     """What the expert would say here."""
-    expert = tabletop.Expert(world)
+    expert = world.expert()
     expert.act()
     return expert.reasoning
 
 
-def trajectories(policy, cfg, suite, starts):
+def trajectories(policy, cfg, world, starts):
     """Acts from each start -> [{"id", "task", "frames", "said", "actions", "success", ...}].
 
     For the offline judge each plan comes with what the expert says, the steps to go before and
     after it, and how the hand moved.
     """
     rng, runs = np.random.default_rng(cfg.seed), []
-    worlds = [tabletop.Tabletop(suite, cfg.size, cfg.wrist_size) for _ in starts]
-    scratch = tabletop.Tabletop(suite, 8, 8)
+    World, suite = loop.find(world)
+    worlds = [World(suite, cfg.size, cfg.wrist_size) for _ in starts]
+    scratch = World(suite, 8, 8)
     for world, (seed, task, domain) in zip(worlds, starts):
         world.reset(seed, task, domain)
         run = {"start": f"{task}-{domain}-{seed}", "task": world.instruction, "frames": []}
@@ -406,16 +413,23 @@ def report(path, runs, rows, cfg):
     Path(path).write_text(page + "\n".join(parts), encoding="utf-8")
 
 
-def speed(policy, suite, cfg, sights=15):
+def sight(world, seed, steps):
+    """-> what is seen in an episode after some steps of its expert."""
+    observation, expert = world.reset(seed), world.expert()
+    for _ in range(steps):
+        world.step(expert.act())
+        observation = world.observe()
+    return observation
+
+
+def speed(policy, cfg, sights=15):
     """Milliseconds that a plan for one robot takes (median), and words said on the way."""
-    world, times, words = tabletop.Tabletop(suite, cfg.size, cfg.wrist_size), [], []
-    for i in range(sights):
-        world.reset(i)
-        expert = tabletop.Expert(world)
-        for _ in range(3 * (i % 6)):
-            world.step(expert.act())
-        began = time.perf_counter()
-        policy.act([world.observe()], [world.instruction], np.random.default_rng(i))
-        times.append(1000 * (time.perf_counter() - began))
-        words.append(len(policy.said[0].split()))
+    times, words = [], []
+    with loop.Crew(cfg.world, 1, cfg.size, cfg.wrist_size) as crew:
+        for i in range(sights):
+            observation = crew.ask({0: (sight, i, 3 * (i % 6))})[0]
+            began = time.perf_counter()
+            policy.act([observation], [crew.facts[0][1]], np.random.default_rng(i))
+            times.append(1000 * (time.perf_counter() - began))
+            words.append(len(policy.said[0].split()))
     return {"ms": float(np.median(times)), "words": float(np.mean(words))}

@@ -10,12 +10,16 @@ The table is [0, 1] x [0, 1]; x points right, y away from the viewer, z up; angl
 Everything is plain Python floats and one `random.Random(seed)`, so equal seeds and equal actions
 give equal pixels.
 
+`python worlds/tabletop.py` lets a person drive, in a terminal.
+
 The hand has seven actions: three moves, three turns and the fingers. Each matters in some task:
 roll presses the tilted button, pitch reaches the drawer's handle, yaw fits the hand to a bar.
 """
 import math
 import random
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -556,8 +560,22 @@ FINGER = 0.02  # radius of the closed fingers
 class Tabletop:
     """A suite of tasks. reset(), then observe() and step() until success or max_steps."""
 
+    slow, fps = False, 5.0
+
+    @staticmethod
+    def offers(suite):
+        """Tasks and domains of a suite, as worlds/__init__.py asks it of a world."""
+        suite = suite or "bridge"
+        if suite not in SUITES:
+            raise LookupError(suite, list(SUITES))
+        more = {"abc_d": ("chain",), "franka": ("pick_all",)}.get(suite, ())
+        return TRAIN_TASKS[suite], ("in", "look", "colour", "shape", "pair", "wording") + more
+
+    def expert(self, seed=0, noise=0.0):
+        return Expert(self, seed, noise)
+
     def __init__(self, suite="bridge", size=64, wrist_size=32):
-        self.suite, self.size, self.wrist_size = suite, size, wrist_size
+        self.suite, self.size, self.wrist_size = suite or "bridge", size, wrist_size
         self.scatter(0)
 
     def _clear(self, look):
@@ -1482,3 +1500,10 @@ def all_sentences(seed=0, n=2):
                         found.add(expert.reasoning)
                         world.step(action)
     return sorted(found)
+
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    from worlds import terminal
+
+    sys.exit(terminal.main(Tabletop, sys.argv[1:]))

@@ -1,0 +1,155 @@
+"""Milliseconds of AsyMoT's attention, forward and backward: our kernel beside what PyTorch offers.
+
+  python bench/attention.py [--left 1024 --right 1024 --batch 8 --repeats 20]
+
+Queries of the right brain over frozen left keys and their own, causally (Eq. 6), grouped heads of
+Qwen3-VL-4B (32 over 8, width 128). Two batches: prompts of one length, and ragged ones, padded on
+the left by up to an eighth. Candidates: SDPA with a dense mask, SDPA with `causal_lower_right`
+(one length only), FlexAttention, the written-out form (`common.attend` on a CPU), and the kernel
+of `--attention kernel` (a GPU only). All take turns in one process; each is held against the dense
+mask first. The scripts use the library unless the kernel is at least 1.3 times as fast as the best
+other.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+from study import append, machine  # noqa: E402
+from torch.nn.attention.bias import causal_lower_right  # noqa: E402
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention  # noqa: E402
+from torch.nn.functional import scaled_dot_product_attention  # noqa: E402
+
+import common  # noqa: E402
+import twinbrain  # noqa: E402
+
+
+def candidates(case, device):
+    """-> {name: function of q, k, v}; what cannot run here is left out with its reason."""
+    mask, scale, (first_L, first_R) = case["mask"], case["scale"], case["first"]
+    T_L, T_R = case["sizes"]
+
+    def dense(q, k, v):
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+
+    def lower_right(q, k, v):
+        bias = causal_lower_right(T_R, T_L + T_R)
+        return scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, enable_gqa=True)
+
+    def written_out(q, k, v):
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        return common.attend(q, k, v, mask, scale)
+
+    def kernel(q, k, v):
+        return common.joint_attention(q, k, v, first_L, first_R, scale)
+
+    def sees(b, h, m, j):
+        left = (j < T_L) & (j >= first_L[b]) & (m >= first_R[b])
+        right = (j - T_L <= m) & (j - T_L >= first_R[b])
+        return left | right | (j - T_L == m)
+
+    found = {"SDPA, dense mask": dense}
+    if not case["ragged"]:
+        found["SDPA, causal_lower_right"] = lower_right
+    if device == "cuda":
+        blocks = create_block_mask(sees, len(first_L), None, T_R, T_L + T_R, device=device)
+        flex = torch.compile(flex_attention)
+        found["FlexAttention"] = lambda q, k, v: flex(
+            q, k, v, block_mask=blocks, scale=scale, enable_gqa=True
+        )
+        if common.has_triton():
+            found["kernel"] = kernel
+        else:
+            print("kernel: skipped, triton is not installed")
+    else:
+        found["written out"] = written_out
+        print("FlexAttention, kernel: skipped, they need a GPU (no backward pass on a CPU)")
+    return found
+
+
+def make(ragged, args, device, dtype):
+    """Inputs as the twin has them: left keys without gradient, a mask from the real tokens."""
+    torch.manual_seed(0)
+    B, T_L, T_R, D = args.batch, args.left, args.right, args.width
+    first = torch.zeros(2, B, dtype=torch.int32, device=device)
+    if ragged:
+        first = (torch.rand(2, B, device=device) * args.right / 8).int()
+    real_L, real_R = (
+        torch.arange(T, device=device) >= f[:, None] for T, f in zip((T_L, T_R), first)
+    )
+    q, k_R, v_R = (torch.randn(B, h, T_R, D, device=device, dtype=dtype, requires_grad=True)
+                   for h in (args.heads, args.kv_heads, args.kv_heads))  # fmt: skip
+    k_L, v_L = (torch.randn(B, args.kv_heads, T_L, D, device=device, dtype=dtype) for _ in "kv")
+    return {"ragged": ragged, "mask": twinbrain.joint_mask(real_L, real_R, "all"), "first": first,
+            "sizes": (T_L, T_R), "scale": D**-0.5, "leaves": (q, k_R, v_R), "left": (k_L, v_L),
+            "slope": torch.randn_like(q)}  # fmt: skip
+
+
+def step(attend, case):
+    """Forward and backward as in a training step -> y, gradients of q, k_R, v_R."""
+    (q, k_R, v_R), (k_L, v_L) = case["leaves"], case["left"]
+    k, v = torch.cat([k_L, k_R], 2), torch.cat([v_L, v_R], 2)
+    y = attend(q, k, v)
+    return y, *torch.autograd.grad(y, (q, k_R, v_R), case["slope"])
+
+
+def seconds(attend, case):
+    if case["slope"].is_cuda:
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    step(attend, case)
+    if case["slope"].is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def measure(case, args, device):
+    """-> {name: medians in ms}, after each was held against the dense mask."""
+    found, exact = candidates(case, device), None
+    for name, attend in list(found.items()):
+        try:
+            out = [x.float() for x in step(attend, case)]
+        except Exception as error:  # a candidate that does not run here must not end the others
+            print(f"{name}: skipped, {str(error).splitlines()[0][:90]}")
+            del found[name]
+            continue
+        exact = exact or out
+        apart = max((a - b).norm() / b.norm() for a, b in zip(out, exact))
+        if not apart < 0.03:
+            raise common.UserError(f"{name} is wrong: {apart:.3f} away from the dense mask")
+    times = [[seconds(attend, case) for attend in found.values()] for _ in range(args.repeats + 3)]
+    return {name: 1000 * statistics.median(column) for name, column in zip(found, zip(*times[3:]))}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, value in (("left", 1024), ("right", 1024), ("batch", 8), ("heads", 32),
+                        ("kv-heads", 8), ("width", 128), ("repeats", 20)):  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--note", default="", help="said beside the numbers")
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    for ragged in (False, True):
+        found = measure(make(ragged, args, device, dtype), args, device)
+        best = min((ms, name) for name, ms in found.items() if name != "kernel")
+        kind = "ragged prompts" if ragged else "prompts of one length"
+        print(f"{kind}: {args.left} + {args.right} tokens, batch {args.batch}, {dtype}")
+        for name, ms in found.items():
+            print(f"  {name:26} {ms:9.2f} ms   {best[0] / ms:5.2f} of the best other's speed")
+            sizes = {"left": args.left, "right": args.right, "batch": args.batch, "ragged": ragged}
+            row = {"candidate": name, "ms": round(ms, 3), "note": args.note, "dtype": str(dtype)}
+            append("attention", row | sizes)
+        if "kernel" in found:
+            wins = best[0] >= 1.3 * found["kernel"]
+            print(f"  keep {'the kernel' if wins else best[1]}")
+    print(f"{machine()}; torch {torch.__version__}; {args.note}")
+
+
+if __name__ == "__main__":
+    common.run_main(main)

@@ -1,0 +1,346 @@
+"""Samples a second of data.py's loader beside lerobot's own and a plain pyarrow + PyAV reader.
+
+  python bench/loader.py [--lerobot-python PATH] [--workers 0,1,2 --episodes 100 --side 256]
+
+Writes demonstrations of the tabletop as a LeRobot v3.0 dataset (two cameras, AV1, a key frame every
+two, as lerobot encodes) and its frame store, then reads batches of 32 (two pictures, state, a chunk
+of 16 actions) in random order from each, the readers taking turns. `--lerobot-python` names an
+interpreter with `pip install lerobot==0.4.4`; without it that row is left out. "pictures float":
+converted to what lerobot hands out, (B, 3, H, W) float32 in 0..1; "uint8": as scripts read them.
+"copying alone": only the bytes of random pictures of the store, in one process: no loader that
+copies them is faster. Memory: what workers and parent hold for themselves, early and late.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+os.environ.setdefault("SVT_LOG", "1")  # the encoder says errors alone
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+from study import append, machine  # noqa: E402
+from torch.utils.data import DataLoader, Dataset  # noqa: E402
+
+import common  # noqa: E402
+import data  # noqa: E402
+
+BATCH, H, FPS = 32, 16, 10
+CAMERAS = ("static", "wrist")
+
+
+# --- the dataset ----------------------------------------------------------------------------------
+
+
+def write_video(path, images):
+    av = data.need("av")
+    path.parent.mkdir(parents=True)
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libsvtav1", FPS, options={"g": "2", "crf": "30", "preset": "12"})
+        stream.width, stream.height, stream.pix_fmt = images[0].shape[1], len(images[0]), "yuv420p"
+        for image in images:
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        file.mux(stream.encode())
+
+
+def write_meta(root, episodes, side):
+    """info, stats, tasks and the table of episodes; everything lies in one file of each kind."""
+    pa, pq = data.need("pyarrow"), data.need("pyarrow.parquet")
+    words = sorted({e.instruction for e in episodes})
+    video = {"dtype": "video", "shape": [side, side, 3], "names": ["height", "width", "channels"]}
+    video["info"] = {"video.fps": FPS, "video.codec": "av1", "video.is_depth_map": False}
+    keys = [f"observation.images.{camera}" for camera in CAMERAS]
+    features = dict.fromkeys(keys, video)
+    for name, kind, width in (
+        ("observation.state", "float32", 8), ("action", "float32", 7), ("timestamp", "float32", 1),
+        *((name, "int64", 1) for name in ("frame_index", "episode_index", "index", "task_index")),
+    ):  # fmt: skip
+        features[name] = {"dtype": kind, "shape": [width], "names": None}
+    name = "chunk-{chunk_index:03d}/file-{file_index:03d}"
+    total = sum(len(e.action) for e in episodes)
+    info = {"codebase_version": "v3.0", "robot_type": "tabletop", "total_episodes": len(episodes),
+            "total_frames": total, "total_tasks": len(words), "chunks_size": 1000, "fps": FPS,
+            "data_files_size_in_mb": 100, "video_files_size_in_mb": 200, "features": features,
+            "splits": {"train": f"0:{len(episodes)}"}, "data_path": f"data/{name}.parquet",
+            "video_path": f"videos/{{video_key}}/{name}.mp4"}  # fmt: skip
+    (root / "meta/episodes/chunk-000").mkdir(parents=True)
+    (root / "meta/info.json").write_text(json.dumps(info))
+    (root / "meta/stats.json").write_text("{}")
+    # lerobot reads this one with pandas, whose index the words are
+    about = [dict(name=n, field_name=n or "__index_level_0__", pandas_type=kind, numpy_type=word,
+                  metadata=None) for n, kind, word in (("task_index", "int64", "int64"),
+                                                       (None, "unicode", "object"))]  # fmt: skip
+    index = {"index_columns": ["__index_level_0__"], "columns": about, "column_indexes": []}
+    tasks = pa.table({"task_index": range(len(words)), "__index_level_0__": words})
+    tasks = tasks.replace_schema_metadata({"pandas": json.dumps(index)})
+    pq.write_table(tasks, root / "meta/tasks.parquet")
+    rows, start = [], 0
+    for number, e in enumerate(episodes):
+        end = start + len(e.action)
+        row = {"episode_index": number, "tasks": [e.instruction], "length": len(e.action),
+               "data/chunk_index": 0, "data/file_index": 0, "dataset_from_index": start,
+               "dataset_to_index": end}  # fmt: skip
+        for key in keys:
+            row |= {f"videos/{key}/chunk_index": 0, f"videos/{key}/file_index": 0}
+            row |= {f"videos/{key}/from_timestamp": start / FPS}
+            row |= {f"videos/{key}/to_timestamp": end / FPS}
+        rows, start = [*rows, row], end
+    pq.write_table(pa.Table.from_pylist(rows), root / "meta/episodes/chunk-000/file-000.parquet")
+    return words
+
+
+def make(root, count, side):
+    """Demonstrations -> a LeRobot v3.0 dataset, pictures enlarged to side x side."""
+    pa, pq = data.need("pyarrow"), data.need("pyarrow.parquet")
+    episodes = [data.record("bridge", seed, 64, 32, 0.3) for seed in range(count)]
+    words = write_meta(root, episodes, side)
+    column, lengths = {}, [len(e.action) for e in episodes]
+    for name, kind in (("observation.state", "state"), ("action", "action")):
+        x = np.concatenate([getattr(e, kind) for e in episodes]).astype(np.float32)
+        column[name] = pa.FixedSizeListArray.from_arrays(pa.array(x.ravel()), x.shape[1])
+    frames = np.concatenate([np.arange(n) for n in lengths])
+    column["timestamp"] = pa.array((frames / FPS).astype(np.float32))
+    column["frame_index"] = pa.array(frames)
+    column["episode_index"] = pa.array(np.repeat(np.arange(count), lengths))
+    column["index"] = pa.array(np.arange(len(frames)))
+    said = [words.index(e.instruction) for e in episodes]
+    column["task_index"] = pa.array(np.repeat(said, lengths))
+    (root / "data/chunk-000").mkdir(parents=True)
+    pq.write_table(pa.table(column), root / "data/chunk-000/file-000.parquet")
+    for camera in CAMERAS:
+        small = [Image.fromarray(image) for e in episodes for image in e.images[camera]]
+        images = [np.asarray(s.resize((side, side), Image.Resampling.BICUBIC)) for s in small]
+        write_video(root / f"videos/observation.images.{camera}/chunk-000/file-000.mp4", images)
+
+
+# --- the readers ----------------------------------------------------------------------------------
+
+
+def collate(samples, to_float):
+    """Samples of `Windows.get` -> one batch of tensors."""
+    batch = {name: torch.from_numpy(np.stack([s[name] for s in samples])) for name in ("state",
+             "action", "mask")}  # fmt: skip
+    for camera, images in zip(CAMERAS, zip(*(s["images"] for s in samples))):
+        x = torch.from_numpy(np.stack(images))
+        batch[camera] = x.permute(0, 3, 1, 2).float().div_(255) if to_float else x
+    return batch | {"instruction": [s["instruction"] for s in samples]}
+
+
+class Collate:
+    def __init__(self, to_float):
+        self.to_float = to_float
+
+    def __call__(self, samples):
+        return collate(samples, self.to_float)
+
+
+def ours(path, to_float, workers, steps):
+    """data.py's own way, as the scripts use it."""
+    torch.set_num_threads(1)
+    episodes = data.open_episodes(str(path))
+    windows = data.Windows(episodes, data.statistics(episodes), H)
+    batches = data.Batches([data.Mixture([windows])], Collate(to_float), BATCH)
+    return DataLoader(batches, batch_size=None, sampler=range(steps), num_workers=workers)
+
+
+class Plain(Dataset):
+    """What one writes in an afternoon: numbers in memory, each picture looked up in the video."""
+
+    def __init__(self, root):
+        table = data.need("pyarrow.parquet").read_table(root / "data/chunk-000/file-000.parquet")
+        read = {name: table[name].to_pylist() for name in ("observation.state", "action")}
+        self.state, self.action = (np.array(x, np.float32) for x in read.values())
+        self.episode, self.root = table["episode_index"].to_numpy(), root
+        self.av, self.files = data.need("av"), {}
+
+    def __len__(self):
+        return len(self.state)
+
+    def picture(self, camera, index):
+        if camera not in self.files:
+            place = self.root / f"videos/observation.images.{camera}/chunk-000/file-000.mp4"
+            self.files[camera] = self.av.open(str(place))
+        file = self.files[camera]
+        stream = file.streams.video[0]
+        file.seek(int(index / FPS / stream.time_base), stream=stream)
+        for frame in file.decode(stream):
+            if frame.time > (index - 0.5) / FPS:
+                return torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1) / 255
+
+    def __getitem__(self, index):
+        last = np.flatnonzero(self.episode == self.episode[index])[-1]
+        steps = np.arange(index, index + H)
+        sample = {camera: self.picture(camera, index) for camera in CAMERAS}
+        action = self.action[np.minimum(steps, last)]
+        return sample | {"state": self.state[index], "action": action, "mask": steps <= last}
+
+
+def plain(root, workers):
+    return DataLoader(Plain(root), BATCH, shuffle=True, num_workers=workers)
+
+
+def private(pid):
+    """Bytes that a process and its children hold for themselves, without mapped files."""
+    found, proc = 0, Path("/proc")
+    for process in (pid, *children(pid)):
+        status = proc / str(process) / "status"
+        lines = status.read_text().splitlines() if status.exists() else []
+        found += sum(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+    return found
+
+
+def children(pid):
+    place = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(word) for word in place.read_text().split()] if place.exists() else []
+
+
+def timed(loader, seconds, watch=None):
+    """-> samples a second over about `seconds`, after three batches; (memory early, late)."""
+    batches, held, count = iter(loader), [], 0
+    for _ in range(3):
+        next(batches, None)
+    began = time.perf_counter()
+    for batch in batches:
+        count += len(batch["state"] if "state" in batch else batch["observation.state"])
+        if watch and count % (8 * BATCH) == 0:
+            held.append(private(watch))
+        if time.perf_counter() - began > seconds:
+            break
+    return count / (time.perf_counter() - began), held
+
+
+def copying(store, seconds):
+    """Samples a second if nothing but the bytes of the pictures had to be copied."""
+    arrays = [np.asarray(store.arrays[camera]) for camera in CAMERAS]
+    rng, count, began = np.random.default_rng(0), 0, time.perf_counter()
+    out = np.empty((BATCH, len(arrays), *arrays[0].shape[1:]), np.uint8)
+    while time.perf_counter() - began < seconds:
+        for b, i in enumerate(rng.integers(len(arrays[0]), size=BATCH)):
+            for c, array in enumerate(arrays):
+                out[b, c] = array[i]
+        count += BATCH
+    return count / (time.perf_counter() - began)
+
+
+class Lerobot:
+    """lerobot's LeRobotDataset and torch's DataLoader, in a process of their own."""
+
+    def __init__(self, python, root):
+        command = [python, str(ROOT / "bench" / "loader_lerobot.py"), str(root)]
+        calm = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=calm)
+        self.process = subprocess.Popen(command, **pipes)
+        self.about = self.ask("about")
+
+    def ask(self, *words):
+        print(json.dumps(words), file=self.process.stdin, flush=True)
+        for line in self.process.stdout:
+            if line.startswith("answer "):
+                return json.loads(line[7:])
+        raise common.UserError("--lerobot-python: it ended; its own message is above")
+
+
+def same_pictures(root, lerobot):
+    """Mean distance, in levels of 255, of our pictures and states to lerobot's, some samples."""
+    episodes = data.open_episodes(str(root))
+    windows, found = data.Windows(episodes, data.statistics(episodes), H), []
+    for index in range(0, len(windows), max(1, len(windows) // 20)):
+        with tempfile.NamedTemporaryFile(suffix=".npz") as file:
+            lerobot.ask("show", index, file.name)
+            theirs = np.load(file.name)
+            episode, t = windows.find(index)
+            for camera in CAMERAS:
+                found.append(
+                    np.abs(theirs[camera] - episode.images[camera][t].astype(float)).mean()
+                )
+            assert np.array_equal(theirs["state"], episode.state[t])
+            steps = np.minimum(np.arange(t, t + H), len(episode.action) - 1)
+            assert np.array_equal(theirs["action"], episode.action[steps])
+    return max(found)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--episodes", type=int, default=100)
+    parser.add_argument("--side", type=int, default=256)
+    parser.add_argument("--workers", default="0,1,2")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--lerobot-python", default="", help="an interpreter that has lerobot")
+    parser.add_argument("--folder", default="", help="keep the dataset here, and use it again")
+    parser.add_argument("--note", default="", help="said beside the numbers")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        run(args, Path(args.folder or scratch))
+
+
+def run(args, folder):
+    root, store = folder / "set", folder / "store"
+    if not (root / "meta/info.json").exists():
+        make(root, args.episodes, args.side)
+    if not store.exists():
+        data.write_store(data.open_episodes(str(root)), store, pictures=True)
+    lerobot = Lerobot(args.lerobot_python, root) if args.lerobot_python else None
+    if lerobot:
+        distance = same_pictures(root, lerobot)
+        print(f"{lerobot.about}; its numbers are ours, its pictures {distance:.2f} of 255 away")
+        lerobot.process.kill()
+    epochs, me = 1000 * 1000, os.getpid()
+    found, held = {}, {}
+    for workers in map(int, args.workers.split(",")):
+        readers = {
+            "store, uint8": lambda w=workers: ours(store, False, w, epochs),
+            "store, pictures float": lambda w=workers: ours(store, True, w, epochs),
+            "video, pictures float": lambda w=workers: ours(root, True, w, epochs),
+            "pyarrow + PyAV": lambda w=workers: plain(root, w),
+        }
+        if lerobot:  # anew: workers that fork from a process that has decoded share its decoder
+            lerobot = Lerobot(args.lerobot_python, root)
+        for _ in range(args.rounds):
+            for name, reader in readers.items():
+                rate, memory = timed(reader(), args.seconds, me)
+                found.setdefault((name, workers), []).append(rate)
+                held.setdefault((name, workers), []).extend(memory)
+            if lerobot:
+                rate = lerobot.ask("time", workers, args.seconds)
+                found.setdefault(("lerobot", workers), []).append(rate)
+            if workers == 0:
+                rate = copying(data.Store(store), args.seconds)
+                found.setdefault(("copying alone", 0), []).append(rate)
+        if lerobot:
+            lerobot.process.kill()
+    report(args, found, held, lerobot)
+
+
+def report(args, found, held, lerobot):
+    print(f"{'reader':24} {'workers':>7} {'samples/s':>10} {'of lerobot':>11}   private MB")
+    for (name, workers), rates in found.items():
+        row = {"reader": name, "workers": workers, "samples_s": round(statistics.median(rates), 1)}
+        ratio = ""
+        if lerobot and (name, workers) != ("copying alone", 0):
+            pairs = zip(rates, found["lerobot", workers])
+            row["of_lerobot"] = round(statistics.median(a / b for a, b in pairs), 2)
+            ratio = f"{row['of_lerobot']:.1f} x"
+        memory = ""
+        if mine := held.get((name, workers)):
+            row["private_mb"] = [round(mine[0] / 1e6), round(mine[-1] / 1e6)]
+            memory = "{} to {}".format(*row["private_mb"])
+        print(f"{name:24} {workers:7} {row['samples_s']:10.1f} {ratio:>11}   {memory}")
+        about = {"lerobot": lerobot.about if lerobot else None, "note": args.note}
+        about |= {"episodes": args.episodes, "side": args.side, "batch": BATCH}
+        append("loader", row | about)
+    print(f"{args.episodes} episodes, {args.side} px; {machine()}; {args.note}")
+
+
+if __name__ == "__main__":
+    common.run_main(main)

@@ -1,0 +1,599 @@
+"""Training at any size: on one process, two and four the same; stopped anywhere, nothing lost."""
+
+import errno
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import test_dualvla
+import test_twinbrain
+import test_vita_vla
+import torch
+from safetensors.torch import load_file
+
+import common
+import dualvla
+import twinbrain
+import vita_vla
+
+SCRIPTS = {"twinbrain": twinbrain, "vita_vla": vita_vla, "dualvla": dualvla}
+TINY = [
+    "--steps", "2", "--save-every", "1", "--log-every", "1", "--demos", "6", "--width", "32",
+    "--depth", "2", "--heads", "2", "--threads", "1", "--device", "cpu", "--dtype", "fp32",
+    "--optimizer", "adamw", "--batch", "8",
+]  # fmt: skip
+OWN = {  # what differs between the scripts
+    "twinbrain": ["--questions", "2", "--repeats", "1"],
+    "vita_vla": ["--stage", "finetune", "--size", "32", "--patch", "8", "--history", "2"],
+    "dualvla": ["--stage", "expert", "--queries", "2", "--rank", "4", "--repeats", "1"],
+}
+ALONE = common.Dist(0, 1, torch.device("cpu"))
+FORKS = multiprocessing.get_context("forkserver")  # imports the scripts once for all processes
+FORKS.set_forkserver_preload(list(SCRIPTS))
+
+
+def work(name, words, env, spoil):
+    """One process of a run, without the evaluation after training; `spoil` harms it beforehand."""
+    os.environ.update(env)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(os.open(env["LOG"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
+    script, train = SCRIPTS[name], SCRIPTS[name].train
+
+    def only_train(*args):
+        train(*args)
+        args[1].barrier()
+        os._exit(0)
+
+    script.train = only_train
+    if name == "vita_vla":  # its stage finetune begins from nothing here, which users cannot want
+        script.check = lambda cfg: cfg
+    if spoil:
+        spoil(script)
+    common.run_main(lambda: script.main(words))
+
+
+def start(name, folder, *words, processes=1, spoil=None, env=()):
+    """Starts a run in `folder` -> its processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    if "--resume" not in words or "auto" in words:
+        words = [*TINY, *OWN[name], *words]
+    words = list(words)
+    words += ["--out", str(folder)] if "--out" not in words else []
+    same = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes),
+            "LOG": f"{folder}.log", **dict(env)}  # fmt: skip
+    made = [
+        FORKS.Process(target=work, args=(name, words, same | {"RANK": str(rank)}, spoil))
+        for rank in range(processes)
+    ]
+    for process in made:
+        process.start()
+    return made
+
+
+def run(*args, code=0, **settings):
+    """The same, to its end; returns what it printed."""
+    made = start(*args, **settings)
+    for process in made:
+        process.join(120)
+    log = Path(f"{args[1]}.log").read_text()
+    assert [process.exitcode for process in made] == [code] * len(made), log[-3000:]
+    return log
+
+
+def weights(folder, step=2):
+    (file,) = Path(folder).glob(f"**/step_{step:08d}/model.safetensors")
+    return load_file(file)
+
+
+def metrics(folder):
+    (file,) = Path(folder).glob("**/metrics.jsonl")
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    return [[v for k, v in line.items() if k not in ("time", "samples/s")] for line in lines]
+
+
+def assert_close(folder, other, step=2):
+    """Losses and gradient norms, and the weights; a step moves these by 4e-5 and more."""
+    assert torch.allclose(*(torch.tensor(metrics(f)) for f in (folder, other)), rtol=2e-4)
+    one, two = weights(folder, step), weights(other, step)
+    assert one.keys() == two.keys() and one
+    for name in one:
+        assert torch.allclose(one[name], two[name], atol=1e-5), name
+
+
+def assert_equal(folder, other, step=2):
+    one, two = weights(folder, step), weights(other, step)
+    assert one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
+
+
+# --- any number of processes ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Each script on one process, two steps of eight samples."""
+    folder = tmp_path_factory.mktemp("alone")
+
+    class Runs:
+        def __truediv__(self, name):
+            if not (folder / name).exists():
+                run(name, folder / name)
+            return folder / name
+
+    return Runs()
+
+
+SLOW = pytest.mark.slow
+EACH = ["twinbrain", *(pytest.param(name, marks=SLOW) for name in ("vita_vla", "dualvla"))]
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_two_processes_with_copies_or_shards_are_one(alone, tmp_path, name):
+    run(name, tmp_path / "ddp", "--batch", "2", "--accumulate", "2", processes=2)
+    assert_close(tmp_path / "ddp", alone / name)
+    run(name, tmp_path / "fsdp", "--batch", "4", "--shard", "full", processes=2)
+    assert_close(tmp_path / "fsdp", alone / name)
+
+
+def test_a_run_goes_on_with_other_processes_and_shards(alone, tmp_path):
+    folder = tmp_path / "run"
+    run("twinbrain", folder, "--steps", "1", "--batch", "4", "--shard", "full", processes=2)
+    words = ["--resume", str(folder), "--steps", "2", "--replicate-left"]
+    run("twinbrain", folder, *words, processes=4)
+    assert_close(folder, alone / "twinbrain")
+    saved = json.loads((folder / "checkpoints/step_00000002/meta.json").read_text())
+    assert (saved["processes"], saved["config"]["batch"]) == (4, 2)
+    run("twinbrain", folder, "--resume", str(folder), "--steps", "3", "--shard", "none")
+    saved = json.loads((folder / "checkpoints/step_00000003/meta.json").read_text())
+    got = saved["config"]["batch"], saved["config"]["accumulate"], saved["processes"]
+    assert got == (2, 4, 1)
+    three = common.Dist(0, 3, ALONE.device)
+    resumed = common.load_checkpoint(folder, "twinbrain", dist=three)
+    cfg = common.resume_config(twinbrain.Config(), resumed.meta["config"])
+    with pytest.raises(common.UserError, match="8 samples a step do not divide among 3 processes"):
+        common.same_samples(cfg, resumed, three)
+
+
+def test_sharded_models_are_whole_for_questions_and_at_the_end(tmp_path):
+    words = ["--steps", "1", "--qa-every", "1", "--batch", "4", "--shard", "full"]
+    run("twinbrain", tmp_path / "run", *words, processes=2)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    found = [json.loads(line).get("abilities") for line in lines]
+    assert found[0]["right"].keys() == found[2]["left"].keys() and found[1] is None
+
+
+def test_muon_is_refused_under_shards(tmp_path):
+    words = ["--optimizer", "muon", "--shard", "full"]
+    log = run("twinbrain", tmp_path / "run", *words, processes=2, code=2)
+    assert log.count("error: --shard full: --optimizer muon needs whole matrices; take adamw") == 2
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def gradients(case):
+    """Of one step of a `Case` of the scripts' tests."""
+    common.seed_all(5)
+    case.model.train()
+    if isinstance(case.model, dualvla.DualVLA):
+        return case.step()[1]
+    if isinstance(case.model, twinbrain.TwinBrain):
+        return case.step([])[1]
+    losses = case.model(case.batch)
+    sum(losses.values()).backward()
+    return {n: p.grad for n, p in case.model.named_parameters() if p.grad is not None}
+
+
+CASES = {
+    "twin": lambda e: test_twinbrain.Case(e, cotrain=0.1, dropout=0.3),
+    "vanilla": lambda e: test_twinbrain.Case(e, brain="vanilla", interval=1, head="pi"),
+    "seer": lambda e: test_vita_vla.Case(e, stage="teacher", dropout=0.3),
+    "vita": lambda e: test_vita_vla.Case(e),
+    "dualvla": lambda e: test_dualvla.Case(e),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_recomputed_blocks_give_the_same_gradients(episodes, name):
+    case = CASES[name](episodes)
+    blocks, calls = case.model.blocks(), []
+    for module in blocks[0].children():
+        module.register_forward_hook(lambda *_: calls.append(1))
+
+    want, once = gradients(case), len(calls)
+    case.model.zero_grad(set_to_none=True)
+    cfg, gates = replace(case.cfg, grad_checkpoint=True), getattr(case.model, "gates", None)
+    for block in blocks:
+        common.enclose(block, cfg, gates)
+    got, twice = gradients(case), len(calls) - once
+    assert want.keys() == got.keys() and twice > once > 0
+    assert all(torch.equal(want[n], got[n]) for n in want if want[n] is not None)
+    assert any(grad is not None and grad.abs().max() > 0 for grad in want.values())
+
+
+@SLOW
+def test_compiled_blocks_give_the_same_gradients(episodes, monkeypatch):
+    case = test_twinbrain.Case(episodes)
+    want, compiled = gradients(case), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f: compiled(f, backend="aot_eager"))
+    case.model.zero_grad(set_to_none=True)
+    for block in case.model.expert.blocks:
+        common.enclose(block, replace(case.cfg, compile=True, grad_checkpoint=True))
+    got = gradients(case)
+    assert all(torch.allclose(want[n], got[n], atol=1e-6) for n in want if want[n] is not None)
+
+
+def test_lora_starts_as_the_backbone_and_shares_it_with_the_left_brain(episodes):
+    plain, case = (test_twinbrain.Case(episodes, lora=rank, state=False) for rank in (0, 4))
+    model = case.model
+    assert torch.equal(plain.h_R(), case.h_R())
+    train = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert {n for n in train if n.startswith("right.")} == {
+        n for n in model.state_dict() if n.endswith((".down", ".up"))
+    }
+    left = model.left.model.language_model.layers[0].mlp.up_proj
+    right = model.right.model.language_model.layers[0].mlp.up_proj
+    assert left.weight is right.base.weight
+    want = left.weight.clone()
+    opts = twinbrain.make_optimizers(model, case.cfg)
+    grads = [case.step(opts)[1] for _ in range(2)][1]
+    assert all(grads[n].abs().max() > 0 for n in train if n.endswith((".down", ".up")))
+    assert torch.equal(left.weight, want) and not torch.equal(plain.h_R(), case.h_R())
+    saved = {n for n in model.state_dict() if n not in model.untouched}
+    assert train == saved and len(plain.model.untouched) > 0
+
+
+def test_a_run_with_lora_resumes(tmp_path):
+    for name in ("twinbrain", "vita_vla"):
+        folder = tmp_path / name
+        words = ["--batch", "2", "--lora", "2", "--frozen", "bf16"]
+        run(name, folder, *words)
+        run(name, tmp_path / f"{name}2", *words, "--steps", "1")
+        run(name, tmp_path / f"{name}2", "--resume", str(tmp_path / f"{name}2"), "--steps", "2")
+        ours = weights(folder)
+        assert any(n.endswith(".up") for n in ours) and not any("base" in n for n in ours)
+
+
+def test_what_cannot_fit_is_refused_with_flags_that_help(episodes, monkeypatch):
+    case, said = test_twinbrain.Case(episodes, optimizer="muon"), []
+    monkeypatch.setattr(common, "device_memory", lambda device: 20e6)
+    with pytest.raises(common.UserError) as error:
+        common.place(case.model, case.cfg, ALONE, said.append)
+    assert "do not fit in this machine's 20.00 MB" in str(error.value)
+    for flag in ("--grad-checkpoint", "--frozen bf16", "--lora 32", "--shard full"):
+        assert flag in str(error.value)
+    assert [line.split()[0] for line in said] == ["memory", "left", "right", "phi", "expert"]
+    right = common.param_counts(case.model.right)["total"]
+    assert said[2].split()[1] == said[2].split()[3] == f"{4 * right / 1e6:.2f}"
+    rows = common.memory_rows(case.model, replace(case.cfg, optimizer="adamw8bit"), split=2)
+    assert rows["right"] == [2 * right, 2 * right, right] and rows["left"][1:] == [0, 0]
+
+
+def test_frozen_weights_are_halved_where_products_are_bfloat16(episodes):
+    case = test_twinbrain.Case(episodes, frozen="bf16", dtype="bf16")
+    before = common.memory_rows(case.model, case.cfg)
+    common.place(case.model, case.cfg, ALONE, lambda text: None)
+    after = common.memory_rows(case.model, case.cfg)
+    assert after["left"][0] * 2 == before["left"][0] and after["right"] == before["right"]
+    with common.autocast(ALONE.device, "bf16"):
+        losses, _ = case.step(twinbrain.make_optimizers(case.model, case.cfg))
+    assert 0 < losses["action"] < 10
+    other = test_twinbrain.Case(episodes, frozen="bf16", dtype="fp32")
+    common.store_frozen(other.model, other.cfg, ALONE.device)
+    assert {p.dtype for p in other.model.parameters()} == {torch.float32}
+
+
+def test_eight_bit_adam_or_how_to_get_it(monkeypatch, tmp_path):
+    p = torch.nn.Parameter(torch.ones(64, 64))
+    cfg = replace(twinbrain.Config(), optimizer="adamw8bit")
+    groups = [{"params": [p], "lr": 0.1, "peak": 0.1}]
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "torchao", None)
+        patch.setitem(sys.modules, "torchao.optim", None)
+        with pytest.raises(common.UserError, match=r"pip install 'onefile-vla\[scale\]'"):
+            common.adamw(groups, cfg)
+    pytest.importorskip("torchao")
+    opt = common.adamw(groups, cfg)
+    for _ in range(2):
+        opt.param_groups[0]["lr"] = 0.1
+        p.grad = torch.ones_like(p)
+        opt.step()
+    assert torch.allclose(p, torch.full_like(p, 0.8), atol=1e-3)
+    common.write_state(tmp_path / "train.pt", opt.state_dict())
+    saved = torch.load(tmp_path / "train.pt", weights_only=True)
+    other = torch.nn.Parameter(p.detach().clone())
+    again = common.adamw([{"params": [other], "lr": 0.1, "peak": 0.1}], cfg)
+    common.load_optimizers([again], [saved])
+    assert "8bit" in type(again.state[other]["exp_avg"]).__name__
+    for each, q in ((opt, p), (again, other)):
+        each.param_groups[0]["lr"] = 0.1
+        q.grad = torch.full_like(q, 0.3)
+        each.step()
+    assert torch.equal(p, other)
+
+
+# --- nothing lost ---------------------------------------------------------------------------------
+
+
+def save(run_folder, step):
+    tensors = {"weight": torch.full((100,), float(step))}
+    state, meta = {"optimizers": [{"at": step}]}, {"method": "m", "config": {}}
+    return common.save_checkpoint(
+        run_folder / "checkpoints", step, tensors, state, {"at": step}, meta, ALONE
+    )
+
+
+def killed_at(moment, act):
+    """Does act() in a child that is killed at its moment-th call to the file system -> whether."""
+    child = os.fork()
+    if child == 0:
+        calls = []
+
+        def count(event, arguments):
+            if event.startswith(("open", "os.", "shutil.")) and event != "os.kill":
+                calls.append(event)
+                if len(calls) > moment:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        try:
+            sys.addaudithook(count)
+            act()
+        finally:
+            os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.parametrize("steps, next_step", [((1, 2), 3), ((2, 3), 3), ((2, 5), 3)])
+def test_killed_at_any_moment_of_saving_a_checkpoint_is_whole(tmp_path, steps, next_step):
+    moment, killed = 0, True
+    while killed:
+        folder = tmp_path / str(moment)
+        for step in steps:  # (2, 5): a run that went on from 2 and had been further before
+            save(folder, step)
+        killed = killed_at(moment, lambda folder=folder: save(folder, next_step))
+        got = common.load_checkpoint(folder, "m", dist=ALONE)
+        assert got.step in (*steps, next_step) and (killed or got.step == next_step)
+        assert set(got.tensors["weight"].tolist()) == {float(got.step)}
+        assert got.train_state["optimizers"][0]["at"] == got.local_state["at"] == got.step
+        save(folder, 9)
+        names = [path.name for path in (folder / "checkpoints").iterdir()]
+        assert common.load_checkpoint(folder, "m", dist=ALONE).step == 9
+        assert not [name for name in names if name.startswith("gone_")]
+        moment += 1
+    assert moment > 20
+
+
+def first_kill(script):
+    """The last process is killed in the middle of its second step, the first time."""
+    if os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1):
+        total_loss, calls = script.total_loss, []
+
+        def loss(*args):
+            calls.append(1)
+            if len(calls) == 2 and not os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") > "0":
+                os.kill(os.getpid(), signal.SIGKILL)
+            return total_loss(*args)
+
+        script.total_loss = loss
+
+
+def test_a_process_killed_in_mid_step_loses_no_step(alone, tmp_path):
+    folder = tmp_path / "run"
+    words = ["--batch", "4", "--resume", "auto"]
+    made = start("twinbrain", folder, *words, processes=2, spoil=first_kill)
+    made[1].join(120)
+    made[0].join(30)  # hears that its neighbour is gone; torchrun would end it
+    assert made[1].exitcode == -signal.SIGKILL and made[0].exitcode not in (0, None)
+    assert common.load_checkpoint(folder, "twinbrain").step == 1
+    run("twinbrain", folder, *words, processes=2, env={"TORCHELASTIC_RESTART_COUNT": "1"})
+    assert_close(folder, alone / "twinbrain")
+
+
+def test_resume_auto_starts_goes_on_and_starts_anew(tmp_path):
+    out = tmp_path / "run"
+    cfg = replace(twinbrain.Config(), resume="auto", out=str(out))
+    assert common.resume_auto(cfg, ALONE).resume == ""
+    out.mkdir()
+    (out / "metrics.jsonl").write_text("{}\n")  # stopped before its first checkpoint
+    assert common.resume_auto(replace(cfg, resume="auto"), ALONE).resume == ""
+    assert not (out / "metrics.jsonl").exists()
+    save(out, 1)
+    assert common.resume_auto(replace(cfg, resume="auto"), ALONE).resume == str(out)
+    assert common.resume_auto(replace(cfg, resume=""), ALONE).resume == ""
+    with pytest.raises(common.UserError, match="--resume auto needs --out RUN"):
+        common.resume_auto(replace(cfg, resume="auto", out=""), ALONE)
+
+
+def nan_at_two(script):
+    total_loss, calls = script.total_loss, []
+
+    def loss(*args):
+        calls.append(1)
+        return total_loss(*args) * (float("nan") if len(calls) == 2 else 1.0)
+
+    script.total_loss = loss
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_batch(tmp_path):
+    folder = tmp_path / "run"
+    log = run("twinbrain", folder, "--batch", "2", spoil=nan_at_two, code=2)
+    (line,) = [line for line in log.splitlines() if line.startswith("error: ")]
+    file = folder / "nan_step_2_rank0.pt"
+    assert "not finite at step 2" in line and str(file) in line
+    (batch,) = torch.load(file, weights_only=True)
+    assert batch["action"].shape == (2, 8, 7)
+    assert common.load_checkpoint(folder, "twinbrain", dist=ALONE).step == 1
+
+
+class Broken:
+    """Recordings that vanish, or whose loader process is killed, at the second batch."""
+
+    def __init__(self, how):
+        self.how = how
+
+    def __getitem__(self, i):
+        if i and self.how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return open("/nowhere/recording") if i else torch.ones(1)
+
+
+@pytest.mark.parametrize("how, workers, says", [
+    ("vanished", 0, "cannot read the training data: [Errno 2] No such file or directory: '/no"),
+    ("vanished", 1, "cannot read the training data: FileNotFoundError: [Errno 2] No such file"),
+    ("killed", 1, "a loader process was killed; go on with --resume"),
+])  # fmt: skip
+def test_data_that_fails_ends_in_one_line(status, how, workers, says):
+    code, _, err = status(lambda: list(common.feed(Broken(how), range(2), workers)))
+    (line,) = [line for line in err.splitlines() if line.startswith("error")]
+    assert code == 2 and line.startswith("error: " + says) and "Traceback" not in err
+
+
+def test_a_read_only_folder_ends_in_one_line(status, monkeypatch, tmp_path):
+    def mkdir(path, *args, **words):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    code, _, err = status(twinbrain.main, *TINY, "--out", str(tmp_path / "run"))
+    assert (code, err) == (2, f"error: Read-only file system: {tmp_path / 'run'}\n")
+
+
+class Evil:
+    """Writes a file when a pickle of it is executed."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return open, (str(self.mark), "w")
+
+
+EVIL = {  # file that is planted, the command that reads it
+    "train.pt": ["twinbrain", "--resume", "{run}"],
+    "rank0.pt": ["vita_vla", "--resume", "{run}"],
+    "model.safetensors": ["twinbrain", "--eval-only", "{run}"],
+    "meta.json": ["vita_vla", "--eval-only", "{run}"],
+    "pytorch_model.bin": ["twinbrain", "--backbone", "{folder}"],
+    "seer.pth": ["vita_vla", "--stage", "align", "--teacher", "{file}"],
+    "seer.pt": ["vita_vla", "--stage", "align", "--teacher", "{file}"],
+    "scores.pt": ["dualvla", "--show", "pruning", "--event-scores", "{file}"],
+}
+
+
+@pytest.mark.parametrize("name", EVIL)
+def test_no_pickle_of_a_users_is_executed(name, tmp_path, status):
+    folder, mark = tmp_path / "planted", tmp_path / "mark"
+    method, *words = EVIL[name]
+    checkpoint = save(folder, 1)
+    meta = json.loads((checkpoint / "meta.json").read_text()) | {"method": method}
+    (checkpoint / "meta.json").write_text(json.dumps(meta))
+    for file in Path(common.BACKBONES["tiny"]).glob("*.json"):
+        shutil.copy(file, folder)
+    file = (checkpoint if (checkpoint / name).exists() else folder) / name
+    torch.save({"model_state_dict": Evil(mark)}, file)
+    places = {"run": folder, "folder": folder, "file": file}
+    words = [word.format(**places) for word in words]
+    code, _, err = status(SCRIPTS[method].main, *TINY, *words, "--out", str(tmp_path / "run"))
+    assert code == 2 and not mark.exists(), err
+    torch.load(open(file, "rb"), weights_only=False)
+    assert mark.exists()  # it does bite where pickles are executed
+
+
+# --- slow: whole runs, killed and restarted -------------------------------------------------------
+
+
+@SLOW
+def test_killed_at_twenty_random_moments_the_weights_are_the_same(tmp_path):
+    words = ["--batch", "2", "--steps", "6", "--dropout", "0.2", "--resume", "auto"]
+    began = time.time()
+    run("twinbrain", tmp_path / "whole", *words)
+    length, rng = time.time() - began, random.Random(0)
+    kills, finished, folder = 0, 0, tmp_path / "killed0"
+    while kills < 20:
+        (process,) = start("twinbrain", folder, *words)
+        process.join(length * rng.uniform(0.3, 1.1))
+        if process.exitcode is None:
+            process.kill()
+            kills += 1
+        process.join()
+        if process.exitcode == 0:
+            assert_equal(folder, tmp_path / "whole", step=6)
+            finished += 1
+            folder = tmp_path / f"killed{finished}"
+    run("twinbrain", folder, *words)
+    assert_equal(folder, tmp_path / "whole", step=6)
+
+
+TORCHRUN = """
+import os, signal, sys
+import test_scale, twinbrain
+name = os.environ["SPOIL"]
+if name:
+    getattr(test_scale, name)(twinbrain)
+train = twinbrain.train
+def only_train(*args):
+    train(*args)
+    os._exit(0)
+twinbrain.train = only_train
+import common
+common.run_main(lambda: twinbrain.main(sys.argv[1:]))
+"""
+
+
+def torchrun(tmp_path, folder, spoil, *words):
+    (tmp_path / "script.py").write_text(TORCHRUN)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(twinbrain.__file__).parent)])
+    env = os.environ | {"SPOIL": spoil, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    words = [*TINY, *OWN["twinbrain"], "--batch", "4", "--out", str(folder), *words]
+    script = ["--max-restarts=1", str(tmp_path / "script.py")]
+    return subprocess.Popen(
+        [*launch, *script, *words], env=env, text=True, stdout=-1, stderr=subprocess.STDOUT
+    )
+
+
+@SLOW
+def test_torchrun_restarts_a_killed_process_and_the_run_goes_on(alone, tmp_path):
+    folder = tmp_path / "run"
+    process = torchrun(tmp_path, folder, "first_kill")
+    log = process.communicate(timeout=400)[0]
+    assert process.returncode == 0, log[-3000:]
+    assert_close(folder, alone / "twinbrain")
+
+
+def slow_steps(script):
+    total_loss = script.total_loss
+
+    def loss(*args):
+        time.sleep(3)
+        return total_loss(*args)
+
+    script.total_loss = loss
+
+
+@SLOW
+def test_after_sigterm_the_same_command_goes_on(alone, tmp_path):
+    folder = tmp_path / "run"
+    process = torchrun(tmp_path, folder, "slow_steps", "--resume", "auto")
+    for line in process.stdout:
+        if "memory of a process" in line:
+            break
+    time.sleep(2)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=200)
+    assert process.returncode != 0
+    assert common.load_checkpoint(folder, "twinbrain").step == 1
+    process = torchrun(tmp_path, folder, "", "--resume", "auto")
+    log = process.communicate(timeout=400)[0]
+    assert process.returncode == 0, log[-3000:]
+    assert_close(folder, alone / "twinbrain")

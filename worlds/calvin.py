@@ -1,0 +1,296 @@
+"""CALVIN: a thousand rows of five sub-tasks in scene D, unseen in training (ABC to D).
+
+  python worlds/calvin.py --calvin DIR --server 127.0.0.1:8000             # the paper's 1000 chains
+  python worlds/calvin.py --calvin DIR --server 127.0.0.1:8000 --episodes 10
+
+Install, in an environment of its own (numpy below 2), with Python 3.10 or 3.11; --calvin (or
+CALVIN_ROOT) is the clone:
+
+  git clone --recurse-submodules https://github.com/mees/calvin.git
+  pip install --no-deps pybullet
+  pip install "numpy<2" gym opencv-python-headless hydra-core hydra-colorlog omegaconf gitpython \\
+      scipy pandas numba numpy-quaternion cloudpickle "setuptools<81" websockets msgpack pillow
+
+Protocol (the clone's own evaluation; VITA-VLA, Table 1): 1000 chains of five sub-tasks, drawn once
+for all with fixed seeds; the arm and the scene are set before each chain and never within it; 360
+steps for each sub-task, the next one only after success; the first validation sentence of a
+sub-task is its instruction; what counts as done is the clone's task oracle. Two cameras, 200 and 84
+pixels, as they are; state: the 15 numbers of robot_obs. Actions: relative, xyz and Euler angles in
+-1..1, gripper +1 open and -1 closed. The policy plans at each step. Which of VITA-VLA's three
+predictions is executed, the second, is the served policy's affair (--act-index 1 in training).
+Fewer --episodes are the first of the thousand. --dataset takes the cameras and the scene from a
+downloaded dataset instead of the clone's configuration; --egl renders as the authors did, on a GPU.
+"""
+
+import ast
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # else this folder would hide packages of the same names
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+
+from worlds import client
+
+PROTOCOL = {"episodes": 1000, "steps": 360, "execute": 1, "ensemble": 0}
+DIGEST = "840cb992c69ce9b6d59f6020966b6300c15233f8e0b9667b6486c1962424d308"  # of the 1000 chains
+PAPERS = {  # VITA-VLA, Table 1: in a row, average length
+    "VITA-VLA": (92.5, 77.1, 61.0, 49.2, 38.2, 3.18),
+    "only fine-tuned": (86.0, 73.2, 60.4, 49.4, 39.8, 3.08),
+    "its Seer-Large": (88.4, 80.9, 74.8, 69.6, 62.1, 3.76),
+}
+MODELS = Path("calvin_models")
+SEQUENCES = MODELS / "calvin_agent/evaluation/multistep_sequences.py"
+STATES = MODELS / "calvin_agent/evaluation/utils.py"
+ORACLE = MODELS / "conf/callbacks/rollout/tasks/new_playtable_tasks.yaml"
+SENTENCES = MODELS / "conf/annotations/new_playtable_validation.yaml"
+INSTALL = client.install(__doc__)
+
+
+# --- the thousand chains --------------------------------------------------------------------------
+
+
+def literal(path, name):
+    """A table that a file of the clone assigns to a name, without running the file."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == name:
+            return ast.literal_eval(node.value)
+    raise client.UserError(f"{path} holds no table {name}: is it a clone of mees/calvin?")
+
+
+def after(state, effects):
+    """The state that a sub-task leaves; None unless exactly one of its conditions holds."""
+
+    def holds(condition):
+        return all(state[k] in v if isinstance(v, list) else state[k] == v
+                   for k, v in condition.items())  # fmt: skip
+
+    found = [state | e["effect"] for e in effects if holds(e["condition"])]
+    return found[0] if len(found) == 1 else None
+
+
+def possible(state, plan, tasks, kinds):
+    """Whether the sub-tasks, each of another kind, can follow each other from a state."""
+    if len({kinds[name] for name in plan}) < len(plan):
+        return False
+    for name in plan:
+        state = after(state, tasks[name])
+        if state is None:
+            return False
+    return True
+
+
+def chains(root, n=1000):
+    """The benchmark's chains -> [(start {thing: where}, (sub-task, ...))], drawn as the authors do:
+    for each start its own generator, then one shuffle."""
+    tasks, kinds = (literal(root / SEQUENCES, name) for name in ("tasks", "task_categories"))
+    blocks = ("red_block", "blue_block", "pink_block")
+    values = {"led": (0, 1), "lightbulb": (0, 1), "slider": ("right", "left"),
+              "drawer": ("closed", "open"),
+              **dict.fromkeys(blocks, ("table", "slider_right", "slider_left")),
+              "grasped": (0,)}  # fmt: skip
+    starts = [dict(zip(values, v)) for v in itertools.product(*values.values())
+              if v.count("table") in (1, 2) and v.count("slider_right") < 2
+              and v.count("slider_left") < 2]  # fmt: skip
+    names, rows = list(tasks), []
+    for i, share in enumerate(np.array_split(range(n), len(starts))):
+        rng, found = np.random.RandomState(i), 0
+        while found < len(share):
+            plan = tuple(names[j] for j in rng.permutation(len(names))[:5])
+            if possible(starts[i], plan, tasks, kinds):
+                rows.append((starts[i], plan))
+                found += 1
+    np.random.RandomState(0).shuffle(rows)
+    return rows
+
+
+def kept_chains(root):
+    """The thousand chains, from the cache if they are there: to draw them takes minutes."""
+    folder = Path(os.environ.get("ONEFILE_VLA_CACHE", "~/.cache/onefile-vla")).expanduser()
+    source = hashlib.sha256((root / SEQUENCES).read_bytes()).hexdigest()[:12]
+    path = folder / f"calvin-chains-{source}.json"
+    if path.exists():
+        return [(start, tuple(plan)) for start, plan in json.loads(path.read_text())]
+    print("drawing the thousand chains (minutes, once; then cached)", flush=True)
+    rows = chains(root)
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(rows))
+    return rows
+
+
+def digest(rows):
+    plain = [[start, list(plan)] for start, plan in rows]
+    return hashlib.sha256(json.dumps(plain).encode()).hexdigest()
+
+
+def fnv1(words):
+    """The 32-bit FNV-1 hash that seeds a start's blocks: over UTF-16, from zero."""
+    h = 0
+    for byte in words.encode("utf-16-le"):
+        h = h * 0x01000193 % 2**32 ^ byte
+    return h
+
+
+@contextlib.contextmanager
+def seeded(seed):
+    kept = np.random.get_state()
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        np.random.set_state(kept)
+
+
+def placing(root):
+    """The clone's function from a start to (robot_obs (15,), scene_obs (24,)), without what its
+    file imports besides."""
+    name = "get_env_state_for_initial_condition"
+    body = ast.parse((root / STATES).read_text()).body
+    found = [node for node in body if isinstance(node, ast.FunctionDef) and node.name == name]
+    if not found:
+        raise client.UserError(f"{root / STATES} holds no {name}: is it a clone of mees/calvin?")
+    names = {"np": np, "pi": np.pi, "hasher": fnv1, "temp_seed": seeded}
+    exec(compile(ast.Module(found, []), str(root / STATES), "exec"), names)
+    return names[name]
+
+
+# --- the world ------------------------------------------------------------------------------------
+
+
+def build(root, dataset="", egl=False):
+    """-> environment of scene D with its two cameras, task oracle, {sub-task: [sentence]}"""
+    sys.path.insert(0, str(root / "calvin_env"))
+    try:
+        import hydra
+        from calvin_env.envs import play_table_env  # noqa: F401
+        from omegaconf import OmegaConf
+    except ImportError as error:
+        raise client.UserError(f"CALVIN cannot be imported ({error}); {INSTALL}") from None
+    if dataset:
+        path = Path(dataset) / "validation" / ".hydra" / "merged_config.yaml"
+        if not path.exists():
+            raise client.UserError(f"--dataset {dataset}: there is no {path}")
+        cfg = OmegaConf.load(path)
+        for name in set(cfg.cameras) - {"static", "gripper"}:
+            del cfg.cameras[name]
+    else:
+        conf = str((root / "calvin_env" / "conf").resolve())
+        with hydra.initialize_config_dir(conf, version_base=None):
+            words = ["cameras=static_and_gripper", "scene=calvin_scene_D"]
+            cfg = hydra.compose("config_data_collection", words)
+    more = {"show_gui": False, "use_vr": False, "use_scene_info": True, "use_egl": egl}
+    env = hydra.utils.instantiate(cfg.env, **more)
+    oracle = hydra.utils.instantiate(OmegaConf.load(root / ORACLE))
+    return env, oracle, OmegaConf.to_container(OmegaConf.load(root / SENTENCES))
+
+
+class Calvin:
+    """Scene D. chain() sets a start and its row of goals; reset() a start and one goal."""
+
+    width, max_steps = 7, PROTOCOL["steps"]
+
+    def __init__(self, root="", dataset="", egl=False):
+        if not root:
+            raise client.UserError(f"CALVIN: --calvin DIR names a clone of it; {INSTALL}")
+        self.root = Path(root).expanduser()
+        for file in (SEQUENCES, STATES, ORACLE, SENTENCES, Path("calvin_env/conf")):
+            if not (self.root / file).exists():
+                raise client.UserError(f"CALVIN: no {file} in {self.root}; {INSTALL}")
+        self.env, self.oracle, self.sentences = build(self.root, dataset, egl)
+        self.chains, self.place = kept_chains(self.root), placing(self.root)
+
+    def reset(self, seed, task=None):
+        """The start of chain `seed`, with one sub-task as the goal (the chain's first)."""
+        start, plan = self.chains[seed]
+        robot, scene = self.place(start)
+        self.raw = self.env.reset(robot_obs=robot, scene_obs=scene)
+        self.plan = [task] if task else list(plan)
+        self.next_goal()
+        return self.observe()
+
+    def chain(self, seed):
+        """Sets chain `seed` and its first goal -> the five sub-tasks."""
+        self.reset(seed)
+        return self.chains[seed][1]
+
+    def next_goal(self):
+        """Sets the next sub-task of the chain -> whether there was one."""
+        if not self.plan:
+            return False
+        self.task, self.plan = self.plan[0], self.plan[1:]
+        self.instruction, self.steps, self.success = self.sentences[self.task][0], 0, False
+        self.before = self.env.get_info()
+        return True
+
+    def observe(self):
+        shots = self.raw["rgb_obs"]
+        images = {"static": shots["rgb_static"], "wrist": shots["rgb_gripper"]}
+        return {"images": images, "state": np.asarray(self.raw["robot_obs"], np.float32)}
+
+    def step(self, action):
+        """action (7,): dx dy dz droll dpitch dyaw in -1..1, gripper (open above a half)"""
+        hand = 1.0 if action[6] > 0.5 else -1.0
+        self.raw, _, _, info = self.env.step(np.array([*action[:6], hand], np.float64))
+        done = self.oracle.get_task_info_for_set(self.before, info, {self.task})
+        self.steps, self.success = self.steps + 1, bool(done)
+        return self.observe()
+
+
+# --- main -----------------------------------------------------------------------------------------
+
+
+def evaluate(world, policy, protocol, results, say=client.say):
+    """The first --episodes chains."""
+    for i in range(protocol["episodes"]):
+        length = 0
+        for task in world.chain(i):
+            won = client.play(world, policy, protocol["execute"], protocol["ensemble"])
+            results.add(task, won, world.steps)
+            if not won:
+                break
+            length += 1
+            world.next_goal()
+        results.lengths.append(length)
+        done = results.write()
+        rates = " ".join(f"{100 * r['success']:.1f}" for r in done["chain"])
+        say(f"chain {i + 1}: {length} of 5; so far {rates}, average length {done['length']:.2f}")
+
+
+def rows(done):
+    return {f"{k} in a row": done["chain"][k - 1] for k in range(1, 6)}
+
+
+def main(argv=None):
+    p = client.parser(__doc__, "calvin", "chains, the first of the thousand (1000)")
+    p.add_argument("--calvin", default=os.environ.get("CALVIN_ROOT", ""), metavar="DIR",
+                   help="clone of mees/calvin with calvin_env in it (CALVIN_ROOT)")  # fmt: skip
+    p.add_argument("--dataset", default="", metavar="DIR", help="task_ABC_D, for its configuration")
+    p.add_argument("--egl", action="store_true", help="render on a GPU")
+    args = p.parse_args(argv)
+    protocol = client.settings(args, PROTOCOL, egl=args.egl, dataset=args.dataset)
+    if protocol["episodes"] > PROTOCOL["episodes"]:
+        raise client.UserError(f"--episodes {args.episodes}: there are 1000 chains")
+    world = Calvin(args.calvin, args.dataset, args.egl)
+    protocol["official_chains"] = digest(world.chains) == DIGEST
+    if not protocol["official_chains"]:
+        print("warning: these are not the published thousand chains: another clone or numpy")
+    policy = client.Server(args.server, args.token, args.gripper)
+    versions = {"calvin": world.root, "calvin_env": world.root / "calvin_env",
+                "pybullet": "pybullet"}  # fmt: skip
+    results = client.Results("calvin", args.out, protocol, policy, versions)
+    evaluate(world, policy, protocol, results)
+    papers = {whose: {f"{k + 1} in a row": x for k, x in enumerate(numbers[:5])}
+              for whose, numbers in PAPERS.items()}  # fmt: skip
+    done = client.close(results, protocol, rows, papers, full=True)
+    theirs = ", ".join(f"{whose} {numbers[5]:g} (paper)" for whose, numbers in PAPERS.items())
+    print(f"average length {done['length']:.2f} measured; {theirs}")
+
+
+if __name__ == "__main__":
+    client.run_main(main)
