@@ -384,6 +384,9 @@ def outdated(path):
     text = path.read_text()
     if len(re.findall("<!-- (?:table|value|fact): ", text)) != text.count("<!-- end -->"):
         raise common.UserError(f"{path}: each marker needs one `<!-- end -->`")
+    if broken := re.search("^<!-- (?:value|fact): .*", text, re.MULTILINE):
+        words = "a line that begins with a comment is not markdown"
+        raise common.UserError(f"{path}: {words}: {broken[0][:40]}")
     made = render(text)
     return None if made == text else made
 

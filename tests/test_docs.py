@@ -63,7 +63,7 @@ def test_a_changed_number_is_noticed_and_mended(tmp_path, capsys):
     page = tmp_path / "page.md"
     page.write_text(
         "<!-- table: twinbrain -->\n| typed by hand |\n<!-- end -->\n"
-        "<!-- value: twinbrain t1-twin-t1-vanilla out -->99<!-- end --> "
+        "It is <!-- value: twinbrain t1-twin-t1-vanilla out -->99<!-- end --> "
         "<!-- fact: joint-layers-k0 -->many<!-- end -->\n"
     )
     for words, code in (([], 1), (["--write"], 0), ([], 0)):
@@ -82,8 +82,9 @@ def test_a_changed_number_is_noticed_and_mended(tmp_path, capsys):
 @pytest.mark.parametrize("text, names", [
     ("<!-- table: twinbran -->\n<!-- end -->", "did you mean twinbrain"),
     ("<!-- table: twinbrain -->\n", "needs one `<!-- end -->`"),
-    ("<!-- value: twinbrain t1-twn in --><!-- end -->", "no arm t1-twn"),
-    ("<!-- fact: joint --><!-- end -->", "no fact joint"),
+    ("a <!-- value: twinbrain t1-twn in --><!-- end -->", "no arm t1-twn"),
+    ("a <!-- fact: joint --><!-- end -->", "no fact joint"),
+    ("<!-- fact: joint-layers-k0 --><!-- end -->", "begins with a comment"),
 ])  # fmt: skip
 def test_a_bad_marker_is_one_clear_line(text, names, tmp_path):
     page = tmp_path / "page.md"
@@ -385,6 +386,7 @@ def test_counts_of_the_masks():
     left, right = torch.ones(1, 3, dtype=torch.bool), torch.ones(1, 4, dtype=torch.bool)
     counts = [int(twinbrain.joint_mask(left, right, v).sum()) for v in ("all", "index")]
     assert counts == [22, 19] and "22 and 19." in TEXT["guide.md"]
+    assert tables.joint_layers(4) == tables.joint_layers(8)  # the guide says so
     assert int(vita_vla.seer_mask(2, 3, 2, 1).sum()) == 58 and "\n58. " in TEXT["guide.md"]
 
 
