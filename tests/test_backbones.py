@@ -291,7 +291,7 @@ def test_eagle_trains_and_acts_in_dualvla(eagle, episodes):
         dualvla.total_loss(losses, cfg).backward()
         grads = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
         assert any(".up.0" in n for n in grads) and not any("vision_tower" in n for n in grads)
-        policy = dualvla.Policy(model, cfg, processor, stats, ALONE.device)
+        policy = dualvla.Policy(model, cfg, processor, {"tabletop": stats}, ALONE.device)
         looks = [{"images": {k: v[0] for k, v in e.images.items()}, "state": e.state[0]}
                  for e in episodes[:2]]  # fmt: skip
         plans = policy.act(looks, ["go", "put it there"], np.random.default_rng(0))
@@ -306,7 +306,7 @@ def test_eagle_acts_in_the_other_two(eagle, episodes):
         cfg = replace(script.Config(), **SMALL, backbone=str(eagle.folder))
         cfg = replace(cfg, **({"stage": "finetune"} if script is vita_vla else {"state": True}))
         model, processor = script.build(cfg, *(() if script is vita_vla else (8, 7)))
-        policy = script.Policy(model.eval(), cfg, processor, stats, ALONE.device)
+        policy = script.Policy(model.eval(), cfg, processor, {"tabletop": stats}, ALONE.device)
         plans = policy.act(looks, ["go", "put it there"], rng)
         assert np.isfinite(plans).all() and plans.shape[::2] == (2, 7)
     fixed = {n for n, p in model.named_parameters() if not p.requires_grad}
@@ -331,7 +331,7 @@ def trained(script, folder, episodes, backbone="tiny", **flags):
             if p.requires_grad:
                 p += 0.05 * torch.randn(p.shape, generator=generator)
     meta = {"method": script.__name__, "config": asdict(cfg), "fast": None}
-    meta["stats"] = data.statistics(episodes)
+    meta["robots"] = {"tabletop:bridge": data.statistics(episodes)}
     tensors = {n: t for n, t in model.state_dict().items() if not n.startswith("left.")}
     common.save_checkpoint(folder / "checkpoints", 1, tensors, {}, {}, meta, ALONE)
     return model.eval(), processor
