@@ -62,7 +62,8 @@ def test_every_flag_named_exists():
     fields = {f for script in scripts for f in script.Config.__dataclass_fields__}
     known = {"--" + name.replace("_", "-") for name in fields}
     known |= {"--no-state", "--no-deepstack", "--nproc-per-node", "--seeds", "--go-on", "--help"}
-    known |= {"--minutes", "--peak", "--local-dir", "--keep", "--rdzv-backend"}
+    known |= {"--minutes", "--peak", "--local-dir", "--keep", "--rdzv-backend", "--rdzv-endpoint"}
+    known |= {"--nnodes", "--max-restarts", "--requeue", "--signal"}
     for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", TEXT)):
         assert flag in known, flag
 
