@@ -97,6 +97,7 @@ def run_main(main) -> None:
 # --- command line ---------------------------------------------------------------------------------
 
 
+@lru_cache
 def field_notes(Config) -> dict[str, tuple[tuple[str, ...], str]]:
     """Field -> (choices, comment), from the source; a comment `a | b | c: text` lists choices."""
     notes = {}

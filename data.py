@@ -916,9 +916,8 @@ def open_episodes(spec, skip_bad=False, every=False, again=False):
 Part = namedtuple("Part", "name episodes stats weight normalise")
 
 
-def load(spec, skip_bad=False, demonstrate=demonstrations):
-    """`bridge,fractal=2,my/folder`: rows, groups or paths, with weights -> list of Part, each read
-    through once; the stats of a question file are None. demonstrate: world -> its Episodes."""
+def named(spec):
+    """`bridge,fractal=2,my/folder` -> {what it names: weight}; what is nowhere is an error."""
     wanted = {}
     for word in filter(None, spec.split(",")):
         name, _, weight = word.partition("=")
@@ -926,8 +925,16 @@ def load(spec, skip_bad=False, demonstrate=demonstrations):
             weight = float(weight or 1)
         for member, share in GROUPS.get(name, {name: 1.0}).items():
             wanted[member] = weight * share
+            if member.partition(":")[0] not in loop.WORLDS:
+                locate(member)
+    return wanted
+
+
+def load(spec, skip_bad=False, demonstrate=demonstrations):
+    """`bridge,fractal=2,my/folder`: rows, groups or paths, with weights -> list of Part, each read
+    through once; the stats of a question file are None. demonstrate: world -> its Episodes."""
     parts = []
-    for name, weight in wanted.items():
+    for name, weight in named(spec).items():
         own = name.partition(":")[0] in loop.WORLDS
         episodes = demonstrate(name) if own else open_episodes(name, skip_bad)
         stats = None if isinstance(episodes, QuestionFile) else statistics(episodes)

@@ -1198,6 +1198,7 @@ def prepare(cfg, dist, run, resumed):
 def check(cfg):
     """What no type can say about the flags, before anything is spent on them."""
     loop.check(cfg)
+    data.named(cfg.data)
     for name in ("batch", "accumulate", "demos", "repeats", "episodes", "parallel", "log_every",
                  "queries", "rank"):  # fmt: skip
         if getattr(cfg, name) < 1:
@@ -1225,7 +1226,7 @@ def list_ablations():
     print(f"{'--ablation':18} {'row':45} {'paper %':>8}   ours %: success, answers (seeds)")
     points = {}
     for name, about in ABLATIONS.items():
-        mine, ours = [r for r in lines if r["arm"] == name], "not run"
+        mine, ours = [r for r in lines if r["arm"] == name and not r.get("flags")], "not run"
         if mine:
             success, answers = (100 * np.mean([r[k] for r in mine]) for k in ("success", "answers"))
             ours, points[name] = f"{success:.1f}, {answers:.1f} ({len(mine)})", [(answers, success)]

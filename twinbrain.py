@@ -921,6 +921,7 @@ def prepare(cfg, dist, run, resumed):
 def check(cfg):
     """What no type can say about the flags, before anything is spent on them."""
     loop.check(cfg)
+    data.named(cfg.data)
     if cfg.attention == "kernel" and (cfg.visibility == "index" or cfg.brain == "nofreeze"):
         raise common.UserError("--attention kernel: no --visibility index, no --brain nofreeze")
     if cfg.ablation == "t9-student" and not cfg.distill:
@@ -943,7 +944,7 @@ def list_ablations():
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     print(f"{'--ablation':18} {'row':45} {'paper %':>8}   ours %: in-domain, out-of-domain (seeds)")
     for name, about in ABLATIONS.items():
-        mine, ours = [r for r in lines if r["arm"] == name], "not run"
+        mine, ours = [r for r in lines if r["arm"] == name and not r.get("flags")], "not run"
         if mine:
             inside, outside = (
                 100 * np.mean([r[k] for r in mine]) for k in ("success", "success_out")

@@ -1119,6 +1119,7 @@ def prepare(cfg, dist, run, resumed):
 def check(cfg):
     """What no type can say about the flags, before anything is spent on them."""
     loop.check(cfg)
+    data.named(cfg.data)
     for name in ("batch", "accumulate", "demos", "episodes", "parallel", "log_every", "history",
                  "future"):  # fmt: skip
         if getattr(cfg, name) < 1:
@@ -1156,7 +1157,7 @@ def list_ablations():
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     print(f"{'--ablation':16} {'row':42} {'paper: % first, length':22}  ours (seeds)")
     for name, about in ABLATIONS.items():
-        mine, ours = [r for r in lines if r["arm"] == name], "not run"
+        mine, ours = [r for r in lines if r["arm"] == name and not r.get("flags")], "not run"
         if mine:
             first, length = (np.mean([r[k] for r in mine]) for k in ("success", "length"))
             ours = f"{100 * first:.1f}, {length:.2f} ({len(mine)})"

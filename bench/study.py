@@ -63,7 +63,8 @@ def run(method, arm, seed, flags, keep, parallel):
         done = subprocess.run(command, env=calm, stdout=subprocess.PIPE, text=True)
         print(f"=== {arm}, seed {seed}\n{done.stdout}", flush=True)
         done.check_returncode()
-        last = Path(out) / "finetune" if (Path(out) / "chain.json").exists() else Path(out)
+        places = (Path(out, name) for name in ("frozen", "finetune", ""))  # a chain's last stage
+        last = next(place for place in places if (place / "result.json").exists())
         result = json.loads((last / "result.json").read_text())
         lines = [json.loads(x) for x in (last / "metrics.jsonl").read_text().splitlines()]
         if curve := [[x["step"], x["abilities"]] for x in lines if "abilities" in x]:

@@ -1,11 +1,14 @@
 """Fixtures that the tests of the method scripts share."""
 
+import os
 import sys
 
-import pytest
-import torch
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests are tiny: threads would wait for each other
 
-import data
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+import data  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import types
 from dataclasses import replace
-from functools import lru_cache
 
 import numpy as np
 import pytest
@@ -41,14 +40,6 @@ SMALL = {  # what makes a command of the guide a matter of seconds
     "dualvla": "--steps 2 --batch 4 --demos 20 --episodes 2 --questions 2 --width 32 --depth 2 "
     "--heads 2 --queries 2 --rank 2 --talk 2 --events phase --score-episodes 1 --execute 8",
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def notes():
-    """The comments behind a Config's fields are read once, not for every command."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "field_notes", lru_cache(common.field_notes))
-        yield
 
 
 # --- tables and numbers ---------------------------------------------------------------------------

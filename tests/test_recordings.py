@@ -90,6 +90,7 @@ def test_a_broken_picture_met_by_a_loaders_worker_is_one_line(both, tmp_path, st
     assert err.startswith("error: ") and "wide" in err and "picture" in err or "image" in err
 
 
+@pytest.mark.slow
 def test_two_processes_end_in_the_same_line(both):
     folder, _ = both
     truncate(sorted((folder / "wide" / "data").rglob("*.parquet"))[0])

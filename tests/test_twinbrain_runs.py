@@ -112,6 +112,7 @@ def test_forgetting_is_measured_along_the_way(tmp_path):
     assert (tmp_path / "forgetting.png").exists()
 
 
+@pytest.mark.slow  # test_scale.py has it with shards beside it
 def test_two_processes_take_the_step_of_one(tmp_path):
     words = [*TINY, "--dtype", "fp32", "--episodes", "2", "--steps", "3", "--gifs", "0"]
     words += ["--optimizer", "adamw"]  # Muon rounds to bfloat16 and magnifies the last bits

@@ -256,7 +256,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path, quick):
     (["--act-index", "3"], "--act-index 3: from 0 to 2"),
     (["--foresight", "5"], "--foresight 5: a square number"),
     (["--history", "0"], "--history 0: at least 1"),
-    (["--data", "x.parquet"], "--data x.parquet"),
+    (["--data", "x.parquet"], "no dataset or path 'x.parquet'"),
     (["--domains", "chains"], "--domains chains for abc_d: did you mean chain?"),
     (["--world", "tabletop:abcd"], "did you mean tabletop:abc_d?"),
     (["--resume", "nowhere"], "no checkpoint in nowhere: no such folder"),
