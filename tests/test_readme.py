@@ -63,7 +63,7 @@ def test_every_flag_named_exists():
     known = {"--" + name.replace("_", "-") for name in fields}
     known |= {"--no-state", "--no-deepstack", "--nproc-per-node", "--seeds", "--go-on", "--help"}
     known |= {"--minutes", "--peak", "--local-dir", "--keep", "--rdzv-backend", "--rdzv-endpoint"}
-    known |= {"--nnodes", "--max-restarts", "--requeue", "--signal"}
+    known |= {"--nnodes", "--max-restarts", "--requeue", "--signal", "--dist"}
     for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", TEXT)):
         assert flag in known, flag
 
