@@ -248,6 +248,7 @@ def both(rank, folder):
     dist.destroy()
 
 
+@pytest.mark.slow  # test_scale.py trains on two
 def test_two_processes_agree(tmp_path):
     torch.multiprocessing.spawn(both, (tmp_path,), nprocs=2)
 

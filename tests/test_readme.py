@@ -54,7 +54,7 @@ def test_every_file_named_exists():
 def test_the_two_commands_stand_alone():
     lines = README.splitlines()
     assert lines.count("pip install -e . && python twinbrain.py") == 1
-    assert lines.count("pip install -e '.[test]' && pytest -n 2 --dist loadfile") == 1
+    assert lines.count("pip install -e '.[test]' && pytest -n 2 --dist worksteal") == 1
 
 
 def test_every_flag_named_exists():
