@@ -61,7 +61,9 @@ def domains_of(world, asked):
 
 def check(cfg):
     """Whether the world, the domains and the way to render exist, before anything is spent."""
-    domains_of(cfg.world, cfg.domains)
+    if domains_of(cfg.world, cfg.domains):
+        World, suite = find(cfg.world)
+        World(suite, cfg.size, cfg.wrist_size)  # says which package it lacks
     pictures.check(cfg.render)
 
 
