@@ -272,7 +272,11 @@ def setup(cfg) -> Dist:
         torch.set_num_threads(cfg.threads)
     if processes > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        torch.distributed.init_process_group(backend)
+        store = next(torch.distributed.rendezvous("env://"))[0]
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun's restart finds the old addresses
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = torch.distributed.PrefixStore(f"attempt_{attempt}", store)
+        torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=processes)
     seed_all(cfg.seed)
     return Dist(rank, processes, device)
 
