@@ -9,6 +9,7 @@ viewer, z up. A scene does not allow every question (a single thing is on no sid
 an `ask_*` function then returns None.
 """
 
+import math
 import random
 from collections import Counter
 from dataclasses import dataclass
@@ -94,6 +95,12 @@ def support(thing):
     return name(thing.on) if thing.on is not None else "table"
 
 
+def alone(world, thing):
+    """Whether nothing else lies at a thing's place, so that the place names it."""
+    others = [t for t in world.things if t is not thing]
+    return all(math.hypot(t.x - thing.x, t.y - thing.y) > 0.08 for t in others)
+
+
 def pick(rng, items):
     return items[rng.randrange(len(items))] if items else None
 
@@ -109,7 +116,7 @@ def ask_colour(world, rng):
     thing = pick(rng, unique(coloured(world), lambda t: t.kind))
     if thing is None:
         return None
-    if rng.random() < 0.3:
+    if rng.random() < 0.3 and alone(world, thing):
         text = f"what colour is the thing at {place(thing)}"
     else:
         text = pick(rng, ["what colour is the {}", "which colour does the {} have"])
@@ -124,7 +131,7 @@ def ask_shape(world, rng):
             return None
         text = pick(rng, ["what is the {} thing", "what kind of thing is {}"]).format(thing.colour)
         return Question("shape", text, thing.kind, MOVABLES + TARGETS)
-    thing = pick(rng, unique(world.things, place))
+    thing = pick(rng, [t for t in world.things if alone(world, t)])
     return thing and Question("shape", f"what is at {place(thing)}", name(thing))
 
 

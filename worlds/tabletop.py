@@ -289,6 +289,29 @@ class Canvas:
         return np.asarray(self.image.reduce(2))
 
 
+class Labels(Canvas):
+    """The static camera's picture with a paint of its own for each thing: what hides what."""
+
+    def __init__(self, look, size, things):
+        super().__init__(look, size)
+        self.things, self.painted = things, None
+        self.image.paste((0, 0, 0), (0, 0, 2 * size, 2 * size))
+
+    def shadows(self, spots):
+        pass
+
+    def paint(self, colour, factor):
+        number = next((i for i, t in enumerate(self.things, 1) if t is self.painted), 0)
+        return 10 * number, 0, 0
+
+    def pixels(self):
+        """-> how many pixels of the final size show each thing"""
+        red, green, _ = np.asarray(self.image, np.float32).reshape(-1, 3).T
+        numbers = (red - green) / (1 - np.minimum(green, 254) / 255) / 10  # `pale` adds white
+        found = np.bincount(numbers.round().astype(int).clip(0), minlength=len(self.things) + 1)
+        return found[1:] / 4
+
+
 def corners(x, y, yaw, half_x, half_y):
     """The corners of a turned rectangle, counter-clockwise."""
     c, s = math.cos(yaw), math.sin(yaw)
@@ -499,6 +522,7 @@ def paint_scene(c, things, held, pose, gap):
         jobs = [(-a[3][1].z if a[2] is not paint_hand else -9.0, 0, *a[2:]) for a in jobs]
     jobs.sort(key=lambda job: (-job[0], job[1]))
     for _, _, draw, args in jobs:
+        c.painted = args[1]
         draw(*args)
 
 
@@ -555,6 +579,7 @@ LIMITS = ((0.05, 0.95), (0.05, 0.95), (0.02, 0.40), (-0.8, 0.8), (-0.8, 0.8),
 MOVE, TURN, SQUEEZE = 0.06, 0.25, 0.5  # the most one step changes: metres, radians, opening
 GRASP_RADIUS, STACK_RADIUS = 0.05, 0.045
 FINGER = 0.02  # radius of the closed fingers
+IN_SIGHT = 24  # pixels, of 64 x 64, that show enough of a thing to name it
 
 
 class Tabletop:
@@ -589,6 +614,12 @@ class Tabletop:
     def scatter(self, seed, look=None):
         """A random scene without a task: every kind, all six colours, any pose of the hand."""
         rng = random.Random(f"scatter-{seed}")
+        self._scatter(rng, look)
+        while not self.in_sight():
+            self._scatter(rng, look)
+        return self.observe()
+
+    def _scatter(self, rng, look):
         self._clear(look or rng.choice(sorted(LOOKS)))
         if rng.random() < 0.25:
             self._add_drawer(rng.choice((0.22, 0.78)), rng.choice((0.0, 0.0, 1.0, rng.random())))
@@ -616,7 +647,15 @@ class Tabletop:
         if free and rng.random() < 0.25:
             self.pose[2] = max(0.14, self.pose[2])
             self._hold(rng.choice(free))
-        return self.observe()
+
+    def in_sight(self):
+        """Whether the static camera shows every coloured thing: what another one or the hand hides
+        nobody can name."""
+        coloured = [t for t in self.things if t.kind in MOVABLES + TARGETS and t.colour in COLOURS]
+        labels = Labels(self.look, 64, self.things)
+        paint_scene(labels, self.things, self.held, self.pose, self.gap)
+        shown = labels.pixels()
+        return all(shown[self._index(t)] >= IN_SIGHT for t in coloured)
 
     def reset(self, seed, task=None, domain="in"):
         """Starts an episode; equal arguments give equal episodes. -> observation"""
@@ -960,12 +999,15 @@ class Tabletop:
         """One camera's picture at any size -> (size, size, 3) uint8"""
         x, y, z, _, _, yaw = self.pose
         canvas = Canvas(self.look, size, (x, y, z, yaw) if wrist else None)
-        if self.held is None or self.held.kind == "drawer":
-            gap = 0.006 + 0.058 * self.opening
-        else:
-            gap = 0.024 if self.held.kind in ("bar", "spoon", "carrot") else 0.045
-        paint_scene(canvas, self.things, self.held, self.pose, gap)
+        paint_scene(canvas, self.things, self.held, self.pose, self.gap)
         return canvas.array()
+
+    @property
+    def gap(self):
+        """Half the space between the fingers."""
+        if self.held is None or self.held.kind == "drawer":
+            return 0.006 + 0.058 * self.opening
+        return 0.024 if self.held.kind in ("bar", "spoon", "carrot") else 0.045
 
 
 def distance(x, y, thing):

@@ -263,6 +263,10 @@ def draw_scene(worlds, rng, seed):
     expert = tabletop.Expert(world, seed=seed)
     for _ in range(rng.randrange(30)):
         world.step(expert.act())
+    while not world.in_sight():  # a step later the hand hides something else, or nothing
+        if world.success:
+            return draw_scene(worlds, rng, f"{seed}+")
+        world.step(expert.act())
     return world, world.observe()["images"]
 
 
@@ -399,6 +403,9 @@ def train(rank, workers, args):
     distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=workers)
     tokenizer, worlds = Tokenizer.from_file(str(args.out / "tokenizer.json")), make_worlds()
     model, step, losses = load(args.out), 0, []
+    if args.compile:
+        for block in [*model.model.visual.blocks, *model.model.language_model.layers]:
+            block.forward = torch.compile(block.forward, dynamic=True)
     opts, share, saved = optimizers(model), BATCH // workers, time.time()
     while True:
         # Warm up, hold, and fall to zero over the last 75% of the time; all workers read one clock.
@@ -464,6 +471,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--peak", type=float, default=1.0, help="scales both learning rates")
     parser.add_argument("--workers", type=int, default=2, help="processes, best one for each core")
+    parser.add_argument("--compile", action="store_true", help="a third faster; needs a C compiler")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent)
     parser.add_argument("--go-on", action="store_true", help="start from the weights in --out")
     args = parser.parse_args()
