@@ -1035,7 +1035,7 @@ def load_backbone(name, dtype=torch.float32):
         reason, known = str(error).partition("\n")[0], Path(path).is_dir()
         hint = "" if known else f"; `hf download {path} --local-dir DIR`, then --backbone DIR"
         raise UserError(f"{flag}: cannot load {path} ({reason}){hint}") from error
-    return register_block_attention(vlm).eval(), processor
+    return quick_vision(vlm).eval(), processor
 
 
 @lru_cache(maxsize=8192)
@@ -1198,14 +1198,24 @@ def block_attention(module, q, k, v, attention_mask=None, scaling=None, cu_seq_l
     out, order = [], []
     for length in lengths.unique().tolist():
         rows = starts[lengths == length, None] + torch.arange(length, device=starts.device)
-        q, k, v = (x[rows].transpose(1, 2) for x in packed)  # (images, heads, length, D)
-        out.append(attend(q, k, v, scale=scaling).transpose(1, 2).flatten(0, 1))
         order.append(rows.flatten())
-    return torch.cat(out)[torch.cat(order).argsort()][None], None
+        picked = (x.index_select(0, order[-1]).unflatten(0, rows.shape) for x in packed)
+        q, k, v = (x.transpose(1, 2) for x in picked)  # (images, heads, length, D)
+        out.append(attend(q, k, v, scale=scaling).transpose(1, 2).flatten(0, 1))
+    return torch.cat(out).index_select(0, torch.cat(order).argsort())[None], None
 
 
-def register_block_attention(model):
-    """Lets the vision tower of a Qwen-VL model attend within all its images at once."""
+class WholePatch(nn.Conv3d):
+    """A convolution whose kernel covers its input: the product that it is, several times faster."""
+
+    def forward(self, x):
+        return nn.functional.linear(x.flatten(1), self.weight.flatten(1), self.bias)
+
+
+def quick_vision(model):
+    """Lets the vision tower of a Qwen-VL attend within all its images at once, and read a patch by
+    one product; weights and their names stay."""
+    model.model.visual.patch_embed.proj.__class__ = WholePatch
     # The library tells image boundaries only to implementations with "flash" in their name.
     AttentionInterface.register("flash_blocks", block_attention)
     model.set_attn_implementation({"vision_config": "flash_blocks"})

@@ -538,7 +538,7 @@ class Block(nn.Module):
             k, v = (self.split(z) for z in self.kv(h).chunk(2, dim=-1))
             y = common.attend(self.split(self.q(h)), k, v)
         x = x + self.dropout(self.o(y.transpose(1, 2).reshape(x.shape)))
-        return x + self.dropout(self.down(F.gelu(self.up(self.norm(x)), approximate="tanh")))
+        return x + self.dropout(self.down(F.gelu(self.up(self.norm(x)))))
 
 
 class DiT(nn.Module):

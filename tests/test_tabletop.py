@@ -202,3 +202,33 @@ def test_any_size_and_both_cameras():
     small = world.render(56).astype(float)
     large = images["static"].reshape(56, 4, 56, 4, 3).mean((1, 3))
     assert abs(small - large).mean() < 4  # the same picture at every size
+
+
+def test_what_hides_what_is_counted_as_the_picture_shows_it():
+    world, pairs = Tabletop(), []
+    for seed in range(40):
+        world.scatter(seed)
+        labels = tabletop.Labels(world.look, 64, world.things)
+        tabletop.paint_scene(labels, world.things, world.held, world.pose, world.gap)
+        before, shown = world.render(64).astype(int), labels.pixels()
+        for thing, pixels in zip(world.things, shown):
+            if thing.kind in tabletop.MOVABLES and thing.colour not in ("blue", "purple"):
+                thing.colour, colour = "blue", thing.colour
+                changed = (abs(world.render(64) - before).max(-1) > 30).sum()
+                thing.colour = colour
+                pairs.append((pixels, changed))
+    shown, changed = np.transpose(pairs)
+    assert len(pairs) > 40 and (abs(shown / changed - 1) < 0.5).all()  # but for blurred edges
+    assert min(shown) >= tabletop.IN_SIGHT  # as scatter() promises
+
+
+def test_a_thing_behind_the_basket_wall_is_not_in_sight():
+    world = Tabletop("bridge")
+    world.scatter(0)
+    basket = tabletop.Thing("basket", "red", 0.5, 0.5)
+    spoon = tabletop.Thing("spoon", "blue", 0.5, 0.4)
+    world.things = [basket, spoon]
+    world.pose, world.held = [0.1, 0.9, 0.3, 0.0, 0.0, 0.0], None
+    assert not world.in_sight()
+    spoon.y = 0.25
+    assert world.in_sight()

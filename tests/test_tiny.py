@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoImageProcessor, AutoTokenizer, Qwen3VLForConditionalGeneration
 
-from common import mrope_positions, patchify, register_block_attention
+from common import mrope_positions, patchify, quick_vision
 from worlds.questions import ASK, FIRST_TEST_SEED, ask, benchmark
 from worlds.tabletop import COLOURS, MOVABLES, TARGETS, Tabletop, all_sentences
 
@@ -28,7 +28,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def model():
     loaded = Qwen3VLForConditionalGeneration.from_pretrained(TINY, dtype=torch.float32)
-    return register_block_attention(loaded.eval())
+    return quick_vision(loaded.eval())
 
 
 def prompt(tokenizer, images, text):

@@ -409,7 +409,7 @@ def random_backbone(layers):
     config.text_config.num_hidden_layers = layers
     common.seed_all(1)
     vlm = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
-    return common.register_block_attention(vlm.eval())
+    return common.quick_vision(vlm.eval())
 
 
 def test_interval_leaves_left_keys_to_every_kth_layer(episodes, monkeypatch):

@@ -44,7 +44,7 @@ from common import (  # noqa: E402
     autocast,
     mrope_positions,
     patchify,
-    register_block_attention,
+    quick_vision,
 )
 from worlds import tabletop  # noqa: E402
 from worlds.questions import ASK, CELLS, FIRST_TEST_SEED, ask  # noqa: E402
@@ -188,7 +188,7 @@ def build_model(tokenizer, vocab_size):
         vision_end_token_id=ids("<|vision_end|>"),
         tie_word_embeddings=True,
     )
-    return register_block_attention(Qwen3VLForConditionalGeneration(config))
+    return quick_vision(Qwen3VLForConditionalGeneration(config))
 
 
 def save(model, tokenizer, out):
@@ -450,7 +450,7 @@ def average_gradients(model, workers):
 
 def load(folder):
     model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    return register_block_attention(model)
+    return quick_vision(model)
 
 
 def report(args, tokenizer, steps, minutes):
