@@ -968,6 +968,8 @@ BACKBONES = {
     "VITA-1.5": "VITA-MLLM/VITA-1.5",
     "Eagle2-2B": "nvidia/Eagle2-2B",
 }
+named = inspect.signature(transformers.Qwen2Model.forward).parameters
+CACHE = "cache" if "cache" in named else "past_key_values"  # so called until transformers 5.23
 SIZES = Path(__file__).resolve().parent / "assets" / "backbones.json"  # published configurations
 
 
@@ -1264,7 +1266,7 @@ class QwenVL(nn.Module):
             deep = dict(visual_pos_masks=places, deepstack_visual_embeds=seen[1:])
         return self.language(
             inputs_embeds=x, attention_mask=mask, position_ids=prompt["position_ids"],
-            past_key_values=cache, use_cache=cache is not None, **deep,
+            use_cache=cache is not None, **{CACHE: cache}, **deep,
         ).last_hidden_state  # fmt: skip
 
 

@@ -426,11 +426,11 @@ class DualVLA(nn.Module):
         if self.gate is not None:
             self.gates.now = None
             with torch.no_grad():
-                h_0 = self.vlm.model(**words, past_key_values=caches[0]).last_hidden_state
+                h_0 = self.vlm.model(**words, **{common.CACHE: caches[0]}).last_hidden_state
             self.gates.now = 2 * self.gate(h_0).softmax(-1)  # (B, T, 2)  # ASSUMPTION A6
         else:
             self.gates.now = x.new_ones(1, 1, 1)
-        return self.vlm.model(**words, past_key_values=caches[1]).last_hidden_state
+        return self.vlm.model(**words, **{common.CACHE: caches[1]}).last_hidden_state
 
     def embed(self, ids):
         """(B, T) ids -> (B, T, D); in the queries' places, where actions flow, the queries."""

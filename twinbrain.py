@@ -403,7 +403,7 @@ class TwinBrain(nn.Module):
             inputs_embeds=x,
             attention_mask=mask,
             position_ids=prompt["position_ids"],
-            past_key_values=cache,
+            **{common.CACHE: cache},
             use_cache=cache is not None,
             pixel_values=batch["pixel_values"],
             image_grid_thw=batch["image_grid_thw"],
@@ -491,7 +491,7 @@ class TwinBrain(nn.Module):
                 inputs_embeds=self.right.get_input_embeddings()(ids[-1]),
                 attention_mask=joint_mask(real_L, real, self.cfg.visibility)[:, :, -1:],
                 position_ids=position,
-                past_key_values=cache,
+                **{common.CACHE: cache},
             ).last_hidden_state
         return torch.cat(ids, dim=1)
 

@@ -160,10 +160,10 @@ def test_eq3_left_brain_is_the_librarys(case, library):
             output_hidden_states=True,
             use_cache=True,
         )
-    real, cache = prompt["real"], words["past_key_values"]
+    real, cache = prompt["real"], words[common.CACHE]
     assert torch.allclose(out.last_hidden_state[real], want.hidden_states[-1][real], atol=1e-4)
-    assert len(cache.layers) == len(want.past_key_values.layers) == 4
-    for ours, its in zip(cache.layers, want.past_key_values.layers):
+    assert len(cache.layers) == len(want[common.CACHE].layers) == 4
+    for ours, its in zip(cache.layers, want[common.CACHE].layers):
         for a, b in ((ours.keys, its.keys), (ours.values, its.values)):
             assert torch.allclose(a.transpose(1, 2)[real], b.transpose(1, 2)[real], atol=1e-4)
 
