@@ -169,6 +169,7 @@ def build_model(tokenizer, vocab_size):
     )
     vision = dict(
         depth=3,
+        hidden_act="gelu",  # exact: on a CPU five times faster than the tanh form of the large ones
         hidden_size=128,
         intermediate_size=256,
         num_heads=4,
