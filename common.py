@@ -25,6 +25,7 @@ import subprocess
 import sys
 import time
 import typing
+import warnings
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib import metadata
@@ -40,6 +41,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, trainers
 from torch import nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     FSDPModule,
@@ -444,21 +447,37 @@ def write_weights(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     sync(path)
 
 
-def whole(tree, keep=True):
-    """A nest of states with its shards joined, in the CPU's memory (where `keep`; all ranks join).
-
-    One format for one process, DDP and shards: a run resumes on any number of processes, and is
-    evaluated on one. torch.distributed.checkpoint would write in parallel, but keeps its index as
-    a pickle. Price: rank 0's machine needs memory for all weights and states that train.
-    """
-    if isinstance(tree, dict):
-        return {name: whole(item, keep) for name, item in tree.items()}
-    if isinstance(tree, list):
-        return [whole(item, keep) for item in tree]
+def set_apart(tree, place, shards):
+    """A nest of states without its sharded tensors: these go into `shards`, by their place."""
     if isinstance(tree, DTensor):
-        tree = tree.full_tensor()
-        return tree.cpu() if keep else None
-    return tree
+        shards[place] = tree
+    elif isinstance(tree, dict):
+        return {name: set_apart(item, f"{place}.{name}", shards) for name, item in tree.items()}
+    elif isinstance(tree, list):
+        return [set_apart(item, f"{place}.{i}", shards) for i, item in enumerate(tree)]
+    return None if isinstance(tree, DTensor) else tree
+
+
+def put_back(tree, place, tensors):
+    """The nest with the tensors that were set apart, whole."""
+    if isinstance(tree, dict):
+        return {name: put_back(item, f"{place}.{name}", tensors) for name, item in tree.items()}
+    if isinstance(tree, list):
+        return [put_back(item, f"{place}.{i}", tensors) for i, item in enumerate(tree)]
+    return tensors.get(place) if tree is None else tree
+
+
+def read_shards(folder, places) -> dict[str, torch.Tensor]:
+    """What processes wrote by shares -> {place: whole tensor} where it begins with `places`."""
+    known = HuggingFaceStorageReader(folder).read_metadata().state_dict_metadata
+    tensors = {
+        place: torch.empty(about.size, dtype=about.properties.dtype)
+        for place, about in known.items() if place.startswith(places)
+    }  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # each process reads for itself, as is meant
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(folder), no_dist=True)
+    return tensors
 
 
 def spread(value, like):
@@ -490,22 +509,36 @@ def discard(path: Path) -> None:
 def save_checkpoint(folder, step, tensors, train_state, local_state, meta, dist, keep=2) -> Path:
     """Called on all ranks. Writes step_<step> whole or not at all, keeps the `keep` last ones.
 
-    tensors, train_state (optimizer): read on rank 0; local_state (RNG, data position): every rank.
+    tensors, train_state (optimizer): of rank 0, where they are not sharded; local_state (RNG, data
+    position): every rank's. What is sharded is written by torch.distributed.checkpoint, a share by
+    each rank, as safetensors: its usual index is a pickle, its Hugging Face form needs none. All
+    ranks see one folder. A run resumes on any number of processes, and is evaluated on one.
     """
-    tied = dist.share(tied_names(tensors))
-    tensors = whole({n: t for n, t in tensors.items() if n not in tied}, dist.main)
-    train_state = whole(train_state, dist.main)
+    tied, shards = dist.share(tied_names(tensors)), {}
+    tensors = {n: t for n, t in tensors.items() if n not in tied}
+    tensors = set_apart(tensors, "model", shards)
+    train_state = set_apart(train_state, "train", shards)
+    tensors = {n: t for n, t in tensors.items() if t is not None}
     final, draft = Path(folder) / f"step_{step:08d}", Path(folder) / f"tmp_{step:08d}"
     failure = ""
+    if dist.main:
+        shutil.rmtree(draft, ignore_errors=True)  # of a run killed here, maybe with more shares
+    dist.barrier()
     try:
+        if shards:  # fails on all ranks or on none
+            writer = HuggingFaceStorageWriter(draft / "shards", save_distributed=True)
+            dcp.save(shards, storage_writer=writer)
         draft.mkdir(parents=True, exist_ok=True)
         write_state(draft / f"rank{dist.rank}.pt", local_state)
         if dist.main:
             write_weights(draft / "model.safetensors", tensors)
             write_state(draft / "train.pt", train_state)
             facts = {"step": step, "processes": dist.processes, "tied": tied}
+            facts["shards"] = sorted(file.name for file in draft.glob("shards/*"))
             write_json(draft / "meta.json", {**meta, **facts})
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, dcp.CheckpointException) as error:
+        if isinstance(error, dcp.CheckpointException):
+            error = next(iter(error.failures.values()))[0]
         failure = f"could not save {final}: {error}; checkpoints before it are intact"
     if dist.any(bool(failure)):
         shutil.rmtree(draft, ignore_errors=True)
@@ -553,11 +586,19 @@ def load_checkpoint(path, method: str, dist: Dist | None = None) -> Checkpoint:
         if meta["config"].get("optimizer") == "adamw8bit":
             torchao()
         file = path / "model.safetensors"
-        tensors = load_file(file)
+        tensors, shards = load_file(file), {}
+        names = meta.get("shards", ())
+        for name in names:  # a share that is absent would leave a hole, not an error
+            file = path / "shards" / name
+            safe_open(file, "pt")
+        if names:
+            shards = read_shards(path / "shards", ("model.", "train.") if dist else "model.")
+        tensors |= {n[6:]: t for n, t in shards.items() if n.startswith("model.")}
         tensors |= {name: tensors[owner] for name, owner in meta["tied"].items()}
         if dist:
             file = path / "train.pt"
             train_state = torch.load(file, map_location="cpu", weights_only=True)
+            train_state = put_back(train_state, "train", shards)
             file = path / f"rank{dist.rank % meta['processes']}.pt"
             local_state = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:

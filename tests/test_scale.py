@@ -19,7 +19,6 @@ import test_dualvla
 import test_twinbrain
 import test_vita_vla
 import torch
-from safetensors.torch import load_file
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 import common
@@ -94,8 +93,8 @@ def run(*args, code=0, **settings):
 
 
 def weights(folder, step=2):
-    (file,) = Path(folder).glob(f"**/step_{step:08d}/model.safetensors")
-    return load_file(file)
+    (file,) = Path(folder).glob(f"**/step_{step:08d}/meta.json")
+    return common.load_checkpoint(file.parent, json.loads(file.read_text())["method"]).tensors
 
 
 def metrics(folder):
