@@ -455,7 +455,8 @@ def curve(seed, effect=0.03, noise=0.08, steps=1500, late=None, rate=200.0):
 def made_run(folder, seed=0, line=None, success=0.5, **settings):
     folder.mkdir(parents=True)
     config = {"config": {"seed": seed, "lr": 0.001, "out": str(folder)} | settings}
-    (folder / "config.json").write_text(json.dumps(config | {"command": "python x.py"}))
+    config |= {"command": "python x.py", "method": "made-up"}
+    (folder / "config.json").write_text(json.dumps(config))
     rows = [{"step": s, "time": 1.0, "action": v, "lr": 1e-3, "norm": 1.0}
             for s, v in line or curve(seed)]  # fmt: skip
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -497,28 +498,34 @@ def test_losses_may_begin_at_zero():
 
 
 def test_a_reference_is_made_and_asked(tmp_path, monkeypatch, capsys):
+    """Three runs of one kind, one that stays with them, and one whose loss is threefold from step
+    600 on."""
     monkeypatch.setattr(compare, "ROOT", tmp_path)
     runs = [made_run(tmp_path / f"run-{s}", s) for s in range(3)]
+    with pytest.raises(common.UserError, match="no reference made-up yet .* --make-reference made"):
+        compare.main(["--check-curve", runs[0]])
     compare.main([*runs, "--make-reference", "made-up"])
     row = json.loads((tmp_path / "assets/reference/made-up.jsonl").read_text().splitlines()[0])
     assert row["machine"] and row["command"] and row["seed"] == 0
     assert (tmp_path / "assets/reference/made-up-action.png").exists()
-    for run, code, words in (
-        (made_run(tmp_path / "good", 5), 0, "action: within the band"),
-        (made_run(tmp_path / "bad", 9, curve(9, late=600), lr=0.1), 1, "left the band at step"),
-    ):
+    broken = [(step, loss * (3 if step >= 600 else 1)) for step, loss in curve(9)]
+    for run, code in ((made_run(tmp_path / "good", 5), 0),
+                      (made_run(tmp_path / "bad", 9, broken, lr=0.1), 1)):  # fmt: skip
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
-            compare.main([run, "--reference", "made-up", "--out", str(tmp_path / "out")])
+            compare.main(["--check-curve", run, "--out", str(tmp_path / "out")])
         said = capsys.readouterr().out
-        assert end.value.code == code and words in said
+        assert end.value.code == code and ("action: within the band" in said) == (code == 0)
         assert ("--lr is 0.1 here, 0.001 in the reference" in said) == bool(code)
+    left = re.search(r"left the band at step (\d+), above it: ([\d.]+), ([\d.]+) to ([\d.]+)", said)
+    assert 600 <= int(left[1]) <= 660 and float(left[2]) > float(left[4]) > float(left[3])
     assert (tmp_path / "out" / "band-action.png").exists()
 
 
 @pytest.mark.parametrize("words, names", [
     (["nowhere", "nowhere"], "nowhere: no run here"),
-    (["a", "--reference", "nothing"], "there is none yet"),
+    (["a", "--reference", "nothing"], "no reference nothing yet .*none at all"),
+    (["a", "b", "--check-curve"], "one run folder"),
     (["a"], "two runs"), (["a", "a", "a", "--make-reference", "x"], "each its own seed"),
     (["a", "b", "c", "--make-reference", "x"], "differs from a in lr"),
     (["a", "b", "torn"], "two runs"), (["a", "torn"], "no JSON"),
