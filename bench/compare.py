@@ -380,10 +380,10 @@ def reference_file(name):
 def read_reference(name):
     file = reference_file(name)
     if not file.exists():
-        known = ", ".join(sorted(p.stem for p in file.parent.glob("*.jsonl"))) or "none at all"
+        known = ", ".join(sorted(p.stem for p in file.parent.glob("*.jsonl"))) or "none"
         how = f"python bench/compare.py RUN_0 RUN_1 RUN_2 --make-reference {name}"
         raise common.UserError(
-            f"no reference {name} yet ({file.parent.name}/ has {known}): this curve cannot be "
+            f"no reference {name} yet (assets/reference holds {known}), so this curve cannot be "
             f"judged; three finished runs of different seeds make one: {how}"
         )
     return read_lines(file)
