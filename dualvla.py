@@ -15,6 +15,7 @@ Conventions: x_t = (1 - t) x_0 + t x_1 with the noise x_0 at t = 0 and the actio
 the velocity is u_t = x_1 - x_0; actions and state are normalised to [-1, 1] between q01 and q99;
 prompts are padded on the left. Letters: B batch, T tokens, D width, N queries, H chunk, A action,
 S state, R noise draws, P tokens of the flow expert's prefix, n positions, V vocabulary.
+Words: docs/glossary.md.
 
 Equation map (Eq. 1 names the policy; Eq. 9 of the appendix is Eq. 3 as an expectation)
   Eq. 2   specialist: -log pi(a | o, i)       -> action_loss()

@@ -11,8 +11,8 @@
 
 Conventions: x_t = (1 - t) a_0 + t a_1 with the noise a_0 at t = 0 and the action a_1 at t = 1, so
 the velocity is u_t = a_1 - a_0; actions and state are normalised to [-1, 1] between q01 and q99;
-prompts are padded on the left. Letters: B batch, T tokens (T_L left, T_R right), D width, H chunk,
-A action, S state, R noise draws, N tokens of the DiT, d width of an attention head.
+prompts are padded on the left. Words: docs/glossary.md. Letters: B batch, T tokens (T_L left, T_R
+right), D width, H chunk, A action, S state, R noise draws, N tokens of the DiT, d width of a head.
 
 Equation map
   Eq. 1   left input [V(I); T(T)]             -> TwinBrain.think()

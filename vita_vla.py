@@ -12,6 +12,7 @@ Conventions: arm actions are normalised to [-1, 1] between q01 and q99 and leave
 a tanh; the gripper's label is 1 for open (> 0 in the recording), as in the released code, where the
 paper says closed. Steps are consecutive frames, oldest first. Letters: B batch, S steps of history,
 N = 3 future actions, T tokens, D width of the VLM, H width of Seer, P patches, A action.
+Words: docs/glossary.md.
 
 Equation map
   Eq. 1  [img][text][state][act][act][act] per step  -> chat()

@@ -3,7 +3,7 @@
   python bench/compare.py RUN_A RUN_B                              # one run a side
   python bench/compare.py RUN_A0 RUN_A1 --against RUN_B0 RUN_B1    # several seeds a side
   python bench/compare.py twinbrain:t1-twin twinbrain:t1-vanilla   # arms of assets/results
-  python bench/compare.py RUN --reference twinbrain                # is my curve right?
+  python bench/compare.py --check-curve RUN                        # is my curve right?
   python bench/compare.py RUN_0 RUN_1 RUN_2 --make-reference NAME  # assets/reference/NAME.jsonl
 
 Prints the settings that differ, every success rate with its 95% interval and the difference with
@@ -11,10 +11,11 @@ its own, and draws the losses and the rates (--out). With one run a side the int
 episodes (Wilson; Newcombe for a difference): they say nothing about another seed. With several
 they are t-intervals over seeds, and a difference is taken seed by seed if both sides have them.
 
-The band of a reference holds 95% of new runs at a step: mean +- t s sqrt(1 + 1/n) of the n
-reference runs' losses, in logarithms, smoothed over a tenth of the run; s is pooled over an eighth
-of the run to each side, so that three curves that happen to cross do not pinch it. A run has left
-the band where it stays outside for a tenth of the run. Exit status 1: it left.
+The reference of a run is its script's, assets/reference/<method>.jsonl, or --reference NAME. The
+band holds 95% of new runs at a step: mean +- t s sqrt(1 + 1/n) of the n reference runs' losses, in
+logarithms, smoothed over a tenth of the run; s is pooled over an eighth of the run to each side, so
+that three curves that happen to cross do not pinch it. A run has left the band where it stays
+outside for a tenth of the run. Exit status: 0 within the band, 1 it left, 2 cannot be told.
 """
 
 import argparse
@@ -379,8 +380,12 @@ def reference_file(name):
 def read_reference(name):
     file = reference_file(name)
     if not file.exists():
-        known = sorted(p.stem for p in file.parent.glob("*.jsonl"))
-        raise common.UserError(f"--reference {name}: there is {' '.join(known) or 'none yet'}")
+        known = ", ".join(sorted(p.stem for p in file.parent.glob("*.jsonl"))) or "none"
+        how = f"python bench/compare.py RUN_0 RUN_1 RUN_2 --make-reference {name}"
+        raise common.UserError(
+            f"no reference {name} yet (assets/reference holds {known}), so this curve cannot be "
+            f"judged; three finished runs of different seeds make one: {how}"
+        )
     return read_lines(file)
 
 
@@ -463,7 +468,8 @@ def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, or METHOD:ARM")
     parser.add_argument("--against", nargs="+", default=[], metavar="RUN", help="the other side")
-    parser.add_argument("--reference", default="", help="a name in assets/reference")
+    parser.add_argument("--check-curve", action="store_true", help="is RUN within the band?")
+    parser.add_argument("--reference", default="", help="whose band; else its script's")
     parser.add_argument("--make-reference", default="", metavar="NAME")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/compare"), help="folder for pictures"
@@ -475,10 +481,11 @@ def main(argv=None):
     args = arguments(argv)
     if args.make_reference:
         return make_reference(read_side(args.runs), args.make_reference)
-    if args.reference:
+    if args.check_curve or args.reference:
         if len(args.runs) != 1 or args.against:
-            raise common.UserError("--reference takes one run")
-        sys.exit(int(check_curve(read_side(args.runs)[0], args.reference, args.out)))
+            raise common.UserError("--check-curve takes one run folder")
+        made = read_run(args.runs[0])
+        sys.exit(int(check_curve(made, args.reference or made.facts["method"], args.out)))
     if not args.against and len(args.runs) != 2:
         raise common.UserError("two runs, or --against between the sides")
     sides = (args.runs, args.against) if args.against else (args.runs[:1], args.runs[1:])

@@ -26,7 +26,7 @@ import common  # noqa: E402
 import dualvla  # noqa: E402
 import twinbrain  # noqa: E402
 import vita_vla  # noqa: E402
-from bench import compare  # noqa: E402
+from bench import compare, memory  # noqa: E402
 
 SCRIPTS = {"twinbrain": twinbrain, "vita_vla": vita_vla, "dualvla": dualvla}
 FILES = ("README.md", "docs/results.md", "docs/claims.md", "docs/guide.md", "docs/ablation.md")
@@ -276,12 +276,66 @@ def claims_table(paper):
 
 
 def choices_table(paper):
+    script = SCRIPTS[BASES[paper]]
     body = [
-        [c["what"], c["says"], c["elsewhere"], c["here"], c["flag"] and f"`{c['flag']}`"]
+        [c["what"], c["says"], c["elsewhere"], c["here"], flag_cell(script, c["flag"])]
         for c in claims_file()["choices"]
         if c["paper"] == paper
     ]
-    return rows(["what", "the paper", "its tables, code or base", "here", "flag"], body)
+    return rows(["what", "the paper", "its tables, code or base", "here", "flag (default)"], body)
+
+
+def flag_cell(script, flag):
+    """A flag, and what a run has that is started without it."""
+    name = flag.partition(" ")[0].removeprefix("--").removeprefix("no-").replace("-", "_")
+    if not flag or name == "ablation":
+        return flag and f"`{flag}`"
+    return f"`{flag}` ({shown(getattr(script.Config, name))})"
+
+
+def shown(value):
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return " ".join(value) or "all" if isinstance(value, tuple) else str(value) or "none"
+
+
+def preset_table(method):
+    """Every flag that the paper's preset sets, beside the laptop's default."""
+    script = SCRIPTS[method]
+    names = dict.fromkeys(n for preset in script.PRESETS.values() for n in preset)
+    body = []
+    for name in names:
+        laptop, flag = getattr(script.Config, name), f"`--{name.replace('_', '-')}`"
+        values = [shown(preset.get(name, laptop)) for preset in script.PRESETS.values()]
+        body.append([flag, shown(laptop), *values])
+    return rows(["flag", "default", *(f"`--preset {p}`" for p in script.PRESETS)], body)
+
+
+# --- backbones ------------------------------------------------------------------------------------
+
+
+def backbone_table():
+    """Parameters and memory as bench/memory.py computed them, speed where it was measured."""
+    found = {x["backbone"]: x for x in measured("memory")}
+    body = []
+    for name, x in found.items():
+        sizes = [x["bytes"].get(kind) for kind in memory.KINDS]
+        gigabytes = [n and f"{n / 1e9:.{1 if n > 1e9 else 2}f}" for n in sizes]
+        body.append([f"`{name}`", common.human(x["parameters"]), *gigabytes, speed(name)])
+    return rows(["`--backbone`", "parameters", *memory.KINDS, "samples/s, twin"], body)
+
+
+def measured(name):
+    return compare.read_lines(ROOT / "bench" / "results" / f"{name}.jsonl")
+
+
+def speed(backbone):
+    """The last measurement of each kind of machine."""
+    found = {}
+    for x in measured("step"):
+        if (x["backbone"], x["brain"]) == (backbone, "twin"):
+            found[x["machine"]] = f"{1000 * x['batch'] / x['ms']:.0f} ({x['machine']})"
+    return "; ".join(found.values()) or "not run"
 
 
 def tally_table():
@@ -305,6 +359,8 @@ TABLES = {
     "dualvla-arms": lambda: arms_table("dualvla"),
     "sources": sources_table,
     "tally": tally_table,
+    "backbones": backbone_table,
+    **{f"preset-{m}": lambda m=m: preset_table(m) for m in BASES.values()},
     **{f"claims-{m}": lambda p=p: claims_table(p) for p, m in BASES.items()},
     **{f"choices-{m}": lambda p=p: choices_table(p) for p, m in BASES.items()},
 }

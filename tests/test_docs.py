@@ -23,22 +23,28 @@ from PIL import Image
 from transformers import AttentionInterface
 
 import common
+import data
 import dualvla
 import twinbrain
 import vita_vla
-from bench import compare
+from bench import compare, memory
+from worlds import serve
 
 ROOT, SCRIPTS = tables.ROOT, tables.SCRIPTS
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 TEXT = {page.name: page.read_text() for page in PAGES}
 GUIDES = ("guide.md", "ablation.md")
+NAMES = set("AMD AVX CPU CUDA EGL EPYC GB GPT GPUs JSON MB MIT PyTorch README SIGTERM TSV VITA VL "
+            "nanoGPT starVLA".split())  # fmt: skip
 CLAIMS = tables.claims_file()
 SMALL = {  # what makes a command of the guide a matter of seconds
-    "twinbrain": "--steps 2 --batch 4 --demos 20 --episodes 2 --questions 2 --width 32 --depth 2 "
-    "--heads 2",
-    "vita_vla": "--steps 2 --batch 4 --demos 20 --episodes 2 --width 32 --depth 1 --heads 2",
-    "dualvla": "--steps 2 --batch 4 --demos 20 --episodes 2 --questions 2 --width 32 --depth 2 "
-    "--heads 2 --queries 2 --rank 2 --talk 2 --events phase --score-episodes 1 --execute 8",
+    "twinbrain": "--steps 2 --batch 4 --demos 20 --episodes 1 --questions 2 --width 32 --depth 2 "
+    "--heads 2 --domains in --execute 8 --gifs 1 --optimizer adamw",
+    "vita_vla": "--steps 2 --batch 4 --demos 20 --episodes 1 --width 32 --depth 1 --heads 2 "
+    "--optimizer adamw",
+    "dualvla": "--steps 2 --batch 4 --demos 20 --episodes 1 --questions 2 --width 32 --depth 2 "
+    "--heads 2 --queries 2 --rank 2 --talk 2 --events phase --score-episodes 1 --execute 8 "
+    "--optimizer adamw",
 }
 
 
@@ -169,7 +175,23 @@ def test_claims_name_arms_and_measures_that_exist():
 def test_every_choice_has_its_flag(choice):
     script = SCRIPTS[tables.BASES[choice["paper"]]]
     common.parse(script.Config, script.PRESETS, script.ABLATIONS, shlex.split(choice["flag"]))
-    assert choice["flag"] or "not run" in choice["here"] or choice["elsewhere"]
+    assert choice["flag"] or choice["here"]
+
+
+def test_flags_of_choices_show_their_defaults():
+    for flag, want in (("--visibility index", "`--visibility index` (all)"), ("", ""),
+                       ("--no-deepstack", "`--no-deepstack` (on)"),
+                       ("--ablation t1-vanilla", "`--ablation t1-vanilla`")):  # fmt: skip
+        assert tables.flag_cell(twinbrain, flag) == want
+    assert "| `--lr` | 0.002 | 1e-05 | 1e-05 |" in tables.preset_table("twinbrain")
+
+
+def test_computed_memory_is_still_true():
+    """One row anew; the others come from the same function."""
+    row = {x["backbone"]: x for x in tables.measured("memory")}["Qwen3-VL-4B"]
+    for kind in ("TwinBrainVLA", f"twin, `{memory.SPARING}`"):
+        assert row["bytes"][kind] == memory.needs(*memory.KINDS[kind], "Qwen3-VL-4B")
+    assert set(common.BACKBONES) == {x["backbone"] for x in tables.measured("memory")}
 
 
 # --- commands, paths, flags -----------------------------------------------------------------------
@@ -182,7 +204,8 @@ def blocks(name, kind):
 def commands():
     """Every line of the pages' bash blocks, and every command in backticks or in the claims."""
     found = [line for n in TEXT for block in blocks(n, "bash") for line in block.splitlines()]
-    found += [c for text in TEXT.values() for c in re.findall(r"`(python [^`]+)`", text)]
+    starts = r"`((?:python|torchrun) [^`]+)`"
+    found += [c for text in TEXT.values() for c in re.findall(starts, text)]
     return sorted({*found, *(claim["command"] for claim in CLAIMS["claims"])} - {""})
 
 
@@ -191,9 +214,10 @@ def check_command(line):
     line = line.replace("$seed", "0").replace("{seed}", "0").replace("mine.py", "twinbrain.py")
     for part in re.split(r";|\||&&|\bdo\b", line):
         words = shlex.split(part, comments=True)
-        if not words or words[0] != "python":
+        if not words or words[0] not in ("python", "torchrun"):
             continue
-        path, words = words[1], words[2:]
+        start = next(i for i, word in enumerate(words) if word.endswith(".py"))
+        path, words = words[start], words[start + 1 :]
         name = path.removesuffix(".py")
         assert (ROOT / path).exists(), path
         if name in SCRIPTS and words != ["-h"]:
@@ -201,6 +225,8 @@ def check_command(line):
             common.parse(script.Config, script.PRESETS, script.ABLATIONS, words)
         elif name == "bench/compare":
             compare.arguments(words)
+        elif name == "worlds/serve":
+            common.parse(serve.Config, {}, {}, words)
         elif name == "bench/study":
             flags = words[words.index("--") + 1 :] if "--" in words else []
             words = words[: words.index("--")] if "--" in words else words
@@ -224,25 +250,41 @@ def test_a_wrong_command_would_be_noticed(line):
 @pytest.mark.parametrize("name", TEXT)
 def test_paths_links_and_flags_exist(name):
     left_by_runs = {"metrics.jsonl", "result.json", "first_batch.png", "mine.py", "pruning.png",
-                    "rollout-in-0.gif", "loss-action.png", "rates.png"}  # fmt: skip
+                    "rollout-in-0.gif", "loss-action.png", "rates.png",
+                    "reasoning.jsonl"}  # fmt: skip
     for path in re.findall(r"`([\w./-]+\.(?:py|md|json|jsonl|png|gif|ipynb))`", TEXT[name]):
         assert path in left_by_runs or path.startswith("dual/") or (ROOT / path).exists(), path
     for link in re.findall(r"\]\(([\w./-]+)\)", TEXT[name]):
         assert (ROOT / "docs" / link).exists(), link
-    known = {f.replace("_", "-") for s in SCRIPTS.values() for f in s.Config.__dataclass_fields__}
-    known |= {"against", "reference", "make-reference", "seeds", "write", "no-cache"}
+    scripts = (*SCRIPTS.values(), serve)
+    known = {f.replace("_", "-") for s in scripts for f in s.Config.__dataclass_fields__}
+    known |= {"against", "check-curve", "make-reference", "seeds", "write", "no-cache"}
     known |= {"no-state", "no-deepstack"}
+    known |= {"nproc-per-node", "nnodes", "rdzv-backend", "rdzv-endpoint", "max-restarts"}
+    known |= {"requeue", "signal"}  # Slurm's; those above are torchrun's
     for flag in re.findall(r"(?<![\w-])--([a-z][a-z-]+)", re.sub(r"<!--.*?-->", "", TEXT[name])):
         assert flag in known, flag
 
 
 def test_functions_named_in_the_guide_exist():
-    evenings = re.split(r"^## Evening", TEXT["guide.md"], flags=re.MULTILINE)[1:4]
-    for script, text in zip(SCRIPTS.values(), evenings):
-        source = (ROOT / f"{script.__name__}.py").read_text()
-        source += "".join((ROOT / "worlds" / f).read_text() for f in ("events.py", "score.py"))
+    start, *evenings = re.split(r"^## Evening", TEXT["guide.md"], flags=re.MULTILINE)
+    shared = [ROOT / "worlds" / f for f in ("events.py", "score.py")]
+    files = {name: [ROOT / f"{name}.py"] for name in SCRIPTS}
+    files["all"] = [*(ROOT / f"{name}.py" for name in SCRIPTS), ROOT / "data.py"]
+    assert len(evenings) == 4
+    for names, text in zip([*files.values(), files["all"]], [*evenings, start]):
+        source = "".join(file.read_text() for file in [*names, *shared])
         for name in re.findall(r"`(?:\w+\.)*(\w+)\(\)`", text):
             assert f"def {name}(" in source, name
+
+
+def test_abbreviations_are_in_the_glossary():
+    """Words in capitals that a first-year student may not know, of the README and the guides."""
+    text = (ROOT / "README.md").read_text() + "".join(TEXT[n] for n in (*GUIDES, "use.md"))
+    text = re.sub(r"```.*?```|`[^`]*`|<!--.*?-->|\]\(.*?\)", "", text, flags=re.DOTALL)
+    used = set(re.findall(r"\b[A-Za-z]*[A-Z][a-z]*[A-Z][A-Za-z]*\b", text))
+    explained = set(re.findall(r"[A-Za-z]+", TEXT["glossary.md"].partition("# Every number")[0]))
+    assert used - explained <= NAMES, used - explained - NAMES
 
 
 # --- the glossary ---------------------------------------------------------------------------------
@@ -373,6 +415,40 @@ def test_a_velocity_turned_around_still_arrives(forked):
     assert torch.allclose(reached, a_1, atol=1e-6)
 
 
+def test_sums_done_by_hand():
+    """The guide's ten ideas, with the code's own functions."""
+    text = " ".join(re.search(r"## In five minutes(.*?)\n## ", TEXT["guide.md"], re.S)[1].split())
+
+    def says(*words):
+        assert all(word in text for word in words), words
+
+    assert data.squeeze(np.array([5.0]), np.array([2.0]), np.array([6.0])) == 0.5
+    says("= 0.5* (`data.normalise()`)", f"0.99^40 = {0.99**40:.0%}", "36 / 4 = 9 plans")
+    assert (twinbrain.Config.horizon, twinbrain.Config.execute) == (8, 4)
+    scores, values = torch.tensor([0.0, 0.0, math.log(2)]), torch.tensor([4.0, 8.0, 2.0])
+    k, one = scores[None, None, :, None], torch.ones(1, 1, 1, 1)
+    seen = torch.ones(1, 1, 1, 3, dtype=torch.bool)
+    assert float(common.attend(one, k, values[None, None, :, None], seen, 1.0)) == pytest.approx(4)
+    a_0, a_1, t, way = torch.tensor([[[-1.0]]]), torch.tensor([[[0.5]]]), torch.tensor([[0.25]]), []
+
+    def velocity(x, t, keys=None):
+        way.append(float(x))
+        return torch.full_like(x, 1.5)
+
+    inside = torch.ones(1, 1, dtype=torch.bool)
+    assert twinbrain.flow_loss(velocity, None, a_1, inside, a_0[:, None], t) == 0
+    assert way.pop() == -0.625 and twinbrain.integrate(velocity, a_0, 4) == 0.5
+    assert way == [-1, -0.625, -0.25, 0.125]
+    says("= -0.625, velocity 1.5.", "-0.625, -0.25, 0.125, 0.5*", "(3, 4) apart is 25")
+    p, q = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.75, 0.25]]).log()
+    kl = common.linear_kl(q, torch.eye(2), p, torch.eye(2), 1.0)
+    says(f"0.5 ln 2 = {float(kl):.3f}*")
+    lora = common.LoRA(torch.nn.Linear(128, 128, bias=False).requires_grad_(False), 4)
+    says(f"{common.param_counts(lora)['trainable']:,} numbers", f"of {128 * 128:,}")
+    says("{:.1%} to {:.1%}".format(*common.ci95(18, 20)))
+    says("{:.1%} to {:.1%}".format(*common.ci95_mean([0.80, 0.83, 0.89])), "84 ± 4.303 * 4.58")
+
+
 def test_counts_of_the_masks():
     left, right = torch.ones(1, 3, dtype=torch.bool), torch.ones(1, 4, dtype=torch.bool)
     counts = [int(twinbrain.joint_mask(left, right, v).sum()) for v in ("all", "index")]
@@ -422,6 +498,31 @@ def test_a_temperature_quietens_the_teacher(forked):
     assert norms[fork, 1.0] / norms[fork, 4.0] == pytest.approx(16, rel=0.3)
 
 
+def test_twins_agree_on_answers_at_first(forked):
+    """Evening 4's diff: no loss where the brains are one model; then one, for the right alone."""
+    fork = forked(diff_with("self.left.lm_head.weight"))
+    vlm, processor = common.load_backbone("tiny")
+    cfg = twinbrain.Config(cotrain=0.1, width=32, depth=2, heads=2, dtype="fp32", state=False)
+    torch.manual_seed(0)
+    model = fork.TwinBrain(cfg, vlm, processor, 8, 7)
+    image, rng = np.zeros((64, 64, 3), np.uint8), np.random.default_rng(0)
+    sample = {"images": [image], "instruction": "wait", "robot": "tabletop"}
+    sample |= {"state": np.zeros(8, np.float32), "mask": np.ones(8, bool)}
+    sample["action"] = rng.random((8, 7), np.float32)
+    asked = {"images": [image], "question": "is there a red block?", "answer": "no"}
+    batch = fork.collate([sample, asked], cfg, processor)
+    noise = torch.randn(1, 4, 8, 7), torch.rand(1, 4)
+    assert model(batch, noise)["reason"].item() == pytest.approx(0, abs=1e-6)
+    with torch.no_grad():
+        model.right.model.language_model.norm.weight *= torch.linspace(0.5, 1.5, 128)
+    losses = model(batch, noise)
+    assert losses["reason"].item() > 1e-3
+    fork.total_loss(losses, cfg).backward()
+    assert all(p.grad is None for p in model.left.parameters())
+    weight = model.right.model.language_model.layers[-1].mlp.down_proj.weight
+    assert weight.grad.abs().sum() > 0
+
+
 def test_the_forks_right_brain_sees_pictures_alone(forked):
     """The worked fork changes what is learned; and with no left brain, nothing."""
     fork = forked(diff_with("+++ mine.py"))
@@ -455,7 +556,8 @@ def curve(seed, effect=0.03, noise=0.08, steps=1500, late=None, rate=200.0):
 def made_run(folder, seed=0, line=None, success=0.5, **settings):
     folder.mkdir(parents=True)
     config = {"config": {"seed": seed, "lr": 0.001, "out": str(folder)} | settings}
-    (folder / "config.json").write_text(json.dumps(config | {"command": "python x.py"}))
+    config |= {"command": "python x.py", "method": "made-up"}
+    (folder / "config.json").write_text(json.dumps(config))
     rows = [{"step": s, "time": 1.0, "action": v, "lr": 1e-3, "norm": 1.0}
             for s, v in line or curve(seed)]  # fmt: skip
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -497,28 +599,35 @@ def test_losses_may_begin_at_zero():
 
 
 def test_a_reference_is_made_and_asked(tmp_path, monkeypatch, capsys):
+    """Three runs of one kind, one that stays with them, and one whose loss is threefold from step
+    600 on."""
     monkeypatch.setattr(compare, "ROOT", tmp_path)
     runs = [made_run(tmp_path / f"run-{s}", s) for s in range(3)]
+    with pytest.raises(common.UserError, match="no reference made-up yet .* --make-reference made"):
+        compare.main(["--check-curve", runs[0]])
     compare.main([*runs, "--make-reference", "made-up"])
     row = json.loads((tmp_path / "assets/reference/made-up.jsonl").read_text().splitlines()[0])
     assert row["machine"] and row["command"] and row["seed"] == 0
     assert (tmp_path / "assets/reference/made-up-action.png").exists()
-    for run, code, words in (
-        (made_run(tmp_path / "good", 5), 0, "action: within the band"),
-        (made_run(tmp_path / "bad", 9, curve(9, late=600), lr=0.1), 1, "left the band at step"),
-    ):
+    broken = [(step, loss * (3 if step >= 600 else 1)) for step, loss in curve(9)]
+    for run, code in ((made_run(tmp_path / "good", 5), 0),
+                      (made_run(tmp_path / "bad", 9, broken, lr=0.1), 1)):  # fmt: skip
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
-            compare.main([run, "--reference", "made-up", "--out", str(tmp_path / "out")])
+            compare.main(["--check-curve", run, "--out", str(tmp_path / "out")])
         said = capsys.readouterr().out
-        assert end.value.code == code and words in said
+        assert end.value.code == code and ("action: within the band" in said) == (code == 0)
         assert ("--lr is 0.1 here, 0.001 in the reference" in said) == bool(code)
+    left = re.search(r"left the band at step (\d+), above it: ([\d.]+), ([\d.]+) to ([\d.]+)", said)
+    assert 600 <= int(left[1]) <= 660 and float(left[2]) > float(left[4]) > float(left[3])
+    assert left[0] in TEXT["ablation.md"]
     assert (tmp_path / "out" / "band-action.png").exists()
 
 
 @pytest.mark.parametrize("words, names", [
     (["nowhere", "nowhere"], "nowhere: no run here"),
-    (["a", "--reference", "nothing"], "there is none yet"),
+    (["a", "--reference", "nothing"], "no reference nothing yet .*holds none"),
+    (["a", "b", "--check-curve"], "one run folder"),
     (["a"], "two runs"), (["a", "a", "a", "--make-reference", "x"], "each its own seed"),
     (["a", "b", "c", "--make-reference", "x"], "differs from a in lr"),
     (["a", "b", "torn"], "two runs"), (["a", "torn"], "no JSON"),

@@ -51,6 +51,32 @@ def test_every_file_named_exists():
         assert (ROOT / name).exists(), name
 
 
+def test_messages_quoted_in_troubleshooting_exist():
+    table = README.partition("## Troubleshooting")[2].partition("## ")[0]
+    rows = re.findall(r"^\| (.*?) \|", table, re.MULTILINE)[2:]
+    source = "".join(path.read_text() for path in [*ROOT.glob("*.py"), *ROOT.glob("worlds/*.py")])
+    quoted = [part for row in rows for words in re.findall(r"`([^`]+)`", row) if " " in words
+              for part in words.split(" ... ")]  # fmt: skip
+    assert len(rows) >= 10 and len(quoted) >= 5
+    for part in quoted:
+        assert part in source, part
+
+
+def test_functions_named_exist():
+    source = "".join(path.read_text() for path in [*ROOT.glob("*.py"), *ROOT.glob("worlds/*.py")])
+    names = re.findall(r"`(?:\w+\.)*(\w+)\(\)`", README)
+    assert len(names) > 20
+    for name in names:
+        assert f"def {name}(" in source, name
+
+
+def test_every_paper_is_cited():
+    cited = README.partition("## Citation")[2]
+    for script in SCRIPTS.values():
+        number = re.search(r"arXiv (\d+\.\d+)", script.__doc__)[1]
+        assert f"arXiv:{number}" in cited and f"arXiv {number}" in README
+
+
 def test_the_two_commands_stand_alone():
     lines = README.splitlines()
     assert lines.count("pip install -e . && python twinbrain.py") == 1
@@ -61,9 +87,8 @@ def test_every_flag_named_exists():
     scripts = (*SCRIPTS.values(), serve)
     fields = {f for script in scripts for f in script.Config.__dataclass_fields__}
     known = {"--" + name.replace("_", "-") for name in fields}
-    known |= {"--no-state", "--no-deepstack", "--nproc-per-node", "--seeds", "--go-on", "--help"}
-    known |= {"--minutes", "--peak", "--local-dir", "--keep", "--rdzv-backend", "--rdzv-endpoint"}
-    known |= {"--nnodes", "--max-restarts", "--requeue", "--signal", "--dist"}
+    known |= {"--no-state", "--no-deepstack", "--nproc-per-node", "--seeds", "--dist"}
+    known |= {"--check-curve"}
     for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", TEXT)):
         assert flag in known, flag
 
