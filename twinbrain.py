@@ -79,7 +79,7 @@ class Config:
     skip_bad: bool = False  # leave out recordings that cannot be read, and list them
     robot: str = ""  # whose recordings to act like; empty: the first of --data
     out: str = ""  # run folder; empty: runs/<method>-<world>-<seed>-<time>
-    steps: int = 1500  # optimizer steps (paper: 40000)
+    steps: int = 2000  # optimizer steps (paper: 40000)
     seed: int = 0  # everything random follows from it
     resume: str = ""  # run folder to go on from, exactly; auto: --out's, or start it
     eval_only: str = ""  # run folder to evaluate, without training
@@ -106,11 +106,11 @@ class Config:
     repeats: int = 4  # R, noise draws a sample (framework: 4)
     euler: int = 4  # integration steps when acting
     # training
-    batch: int = 64  # samples per process and step (paper: 16 on each of 16 GPUs)
+    batch: int = 32  # samples per process and step (paper: 16 on each of 16 GPUs)
     lr: float = 2e-3  # backbone (paper: 1e-5)
     lr_head: float = 2e-3  # DiT and state encoder (framework: 1e-4)
     min_lr: float = 0.0  # where the cosine ends, as a share of the peak
-    warmup: int = 50  # steps of linear warm-up (framework: 5000)
+    warmup: int = 100  # steps of linear warm-up (framework: 5000)
     weight_decay: float = 1e-8  # of AdamW
     clip: float = 1.0  # gradient norm
     optimizer: str = "muon"  # adamw | adamw8bit | muon: matrices alone (paper: adamw)
@@ -134,7 +134,7 @@ class Config:
     noise: float = 0.3  # disturbances while the expert demonstrates, for recovery
     size: int = 64  # static camera, pixels
     wrist_size: int = 32  # wrist camera, pixels
-    augment: int = 2  # random shift of the pictures, in 64ths of their side
+    augment: int = 0  # random shift of the pictures, in 64ths of their side
     normalise: str = "auto"  # auto | q99 | minmax: bounds of actions, state; auto: see SOURCES
     # evaluation and logging
     domains: tuple[str, ...] = ()  # what differs from training; empty: all that the suite knows

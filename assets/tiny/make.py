@@ -404,6 +404,7 @@ def train(rank, workers, args):
     distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=workers)
     tokenizer, worlds = Tokenizer.from_file(str(args.out / "tokenizer.json")), make_worlds()
     model, step, losses = load(args.out), 0, []
+    before = [p.detach().clone() for p in model.parameters()]
     if args.compile:
         for block in [*model.model.visual.blocks, *model.model.language_model.layers]:
             block.forward = torch.compile(block.forward, dynamic=True)
@@ -435,6 +436,9 @@ def train(rank, workers, args):
             print(measure(model, tokenizer, batches=2), flush=True)
             save(model, tokenizer, args.out)
             saved = time.time()
+    if args.mean:
+        for p, old in zip(model.parameters(), before):
+            p.data.lerp_(old, 0.5)
     if rank == 0:
         save(model, tokenizer, args.out)
         report(args, tokenizer, step, round((time.time() - began) / 60, 1))
@@ -462,7 +466,8 @@ def report(args, tokenizer, steps, minutes):
     path, stages = args.out / "accuracy.json", []
     if args.go_on and path.exists():
         stages = json.loads(path.read_text())["stages"]
-    stages.append(dict(minutes=minutes, seed=args.seed, steps=steps, batch=BATCH))
+    stage = dict(minutes=minutes, seed=args.seed, steps=steps, batch=BATCH)
+    stages.append(stage | ({"mean": True} if args.mean else {}))
     write(path, parameters=model.num_parameters(), stages=stages, accuracy=accuracy)
 
 
@@ -472,6 +477,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--peak", type=float, default=1.0, help="scales both learning rates")
     parser.add_argument("--workers", type=int, default=2, help="processes, best one for each core")
+    parser.add_argument("--mean", action="store_true", help="of the weights before and after")
     parser.add_argument("--compile", action="store_true", help="a third faster; needs a C compiler")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent)
     parser.add_argument("--go-on", action="store_true", help="start from the weights in --out")
