@@ -730,7 +730,10 @@ def device_memory(device):
 def enclose(block, cfg, gates=None):
     """Compiles a block (--compile), and keeps its input alone for the backward pass, which computes
     the rest anew (--grad-checkpoint) with what `gates.now` was at the time."""
-    forward = torch.compile(block.forward) if cfg.compile else block.forward
+    # all blocks have one code, of which torch keeps eight versions: a block's number makes another
+    known = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+    apart = {"isolate_recompiles": True} if known else {}
+    forward = torch.compile(block.forward, **apart) if cfg.compile else block.forward
 
     def recomputed(*args, **words):
         if not torch.is_grad_enabled():

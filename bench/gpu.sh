@@ -4,9 +4,10 @@
 #
 #   bash bench/gpu.sh [--cpu]
 #
-# A part that fails or takes too long is named with its last words, and the next one begins.
-# PYTHON names the interpreter, LEROBOT_PYTHON one that has lerobot, RUN a run folder of
-# vita_vla.py (the chain's) for the latency of a control step.
+# A part that fails or takes too long is named with its last words, and the next one begins; none
+# may run beyond the ten minutes (LIMIT seconds), the last ones come when there is time left.
+# PYTHON names the interpreter, LEROBOT_PYTHON one that has lerobot, RUNS run folders whose control
+# step is timed besides that of untrained models, NOTE is said beside the numbers.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
@@ -17,10 +18,16 @@ have=$("$python" -c 'import torch; print(int(torch.cuda.is_available()))') || ex
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 ended=()
+note=(--note "${NOTE:-}")
 
 part() { # name, seconds at most, command
-    local name=$1 limit=$2 began=$SECONDS code
+    local name=$1 limit=$2 began=$SECONDS left=$((${LIMIT:-580} - SECONDS)) code
     shift 2
+    if [ "$left" -lt 10 ]; then
+        skip "$name" "no time is left"
+        return
+    fi
+    limit=$((limit < left ? limit : left))
     echo "=== $name"
     timeout -k 5 "$limit" "$@" 2>&1 | tee "$log"
     code=${PIPESTATUS[0]}
@@ -36,28 +43,41 @@ skip() { # name, reason
 }
 
 if [ "$have" = 1 ]; then
-    part "tests on the GPU" 100 "$python" -m pytest -q -m gpu
-    part "fused losses" 80 "$python" bench/losses.py
-    part "joint attention" 80 "$python" bench/attention.py
-    part "a step, tiny" 50 "$python" bench/step.py
-    part "a step, Qwen3-VL-4B" 110 "$python" bench/step.py --backbone Qwen3-VL-4B --random \
-        --side 224 --batch 8 --steps 5
+    part "a step, Qwen3-VL-4B" 90 "$python" bench/step.py --random --steps 5 "${note[@]}" \
+        --preset paper --frozen bf16
+    part "latency" 110 "$python" bench/latency.py --random --repeats 3 --seconds 3 "${note[@]}"
+    part "a step, VITA-1.5, stage 2" 60 "$python" bench/step.py --method vita_vla \
+        --stage finetune --random --steps 3 "${note[@]}" --preset calvin --batch 4 --frozen bf16 \
+        --grad-checkpoint
+    part "a step, VITA-1.5, stage 1" 60 "$python" bench/step.py --method vita_vla --stage align \
+        --random --steps 3 "${note[@]}" --preset calvin --batch 8 --frozen bf16 --grad-checkpoint
+    part "a step, Eagle2" 60 "$python" bench/step.py --method dualvla --random --steps 3 \
+        "${note[@]}" --preset paper --frozen bf16
+    part "tests on the GPU" 90 "$python" -m pytest -q -m gpu
+    part "fused losses" 60 "$python" bench/losses.py "${note[@]}"
+    part "joint attention" 60 "$python" bench/attention.py "${note[@]}"
+    part "a step, tiny" 40 "$python" bench/step.py "${note[@]}"
 else
     echo "there is no GPU here: CPU parts only"
-    for name in "tests on the GPU" "a step, Qwen3-VL-4B"; do
+    for name in "tests on the GPU" "a step of each real backbone" "latency at real sizes"; do
         skip "$name" "there is no GPU"
     done
-    part "fused losses" 80 "$python" bench/losses.py
+    part "fused losses" 80 "$python" bench/losses.py "${note[@]}"
     part "joint attention" 60 "$python" bench/attention.py --left 256 --right 256 --batch 1 \
-        --repeats 3
-    part "a step, tiny" 80 "$python" bench/step.py --steps 3 --batch 16
+        --repeats 3 "${note[@]}"
+    part "a step, tiny" 80 "$python" bench/step.py --steps 3 --batch 16 "${note[@]}"
+    part "latency, tiny" 80 "$python" bench/latency.py --repeats 3 --seconds 2 "${note[@]}"
 fi
-if [ -n "${RUN:-}" ]; then
-    part "latency" 50 "$python" bench/latency.py "$RUN/teacher" "$RUN/finetune"
+if [ -n "${RUNS:-}" ]; then # names without spaces
+    part "latency of trained runs" 50 "$python" bench/latency.py $RUNS "${note[@]}"
 else
-    skip "latency" "RUN names no run folder of vita_vla.py"
+    skip "latency of trained runs" "RUNS names no run folders"
 fi
-part "loader" 80 "$python" bench/loader.py --episodes 20 --side 128 --workers 0,2 --rounds 2 \
-    --seconds 1.5 ${LEROBOT_PYTHON:+--lerobot-python "$LEROBOT_PYTHON"}
+part "loader" 60 "$python" bench/loader.py --episodes 20 --side 128 --workers 0,1,2 --rounds 1 \
+    --seconds 1 "${note[@]}" ${LEROBOT_PYTHON:+--lerobot-python "$LEROBOT_PYTHON"}
+if [ "$have" = 1 ]; then
+    part "a compiled step, Qwen3-VL-4B" 300 "$python" bench/step.py --random --steps 5 \
+        --variants twin "${note[@]}" --preset paper --frozen bf16 --compile
+fi
 echo "=== all"
 printf '%s\n' "${ended[@]}" "$SECONDS s; lines in bench/results/"

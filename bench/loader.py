@@ -8,7 +8,10 @@ of 16 actions) in random order from each, the readers taking turns. `--lerobot-p
 interpreter with `pip install lerobot==0.4.4`; without it that row is left out. "pictures float":
 converted to what lerobot hands out, (B, 3, H, W) float32 in 0..1; "uint8": as scripts read them.
 "copying alone": only the bytes of random pictures of the store, in one process: no loader that
-copies them is faster. Memory: what workers and parent hold for themselves, early and late.
+copies them is faster; "memcpy": the same arrays from one end to the other. Scaling: what a reader
+gains over itself without workers. Memory: what workers and parent hold for themselves, early and
+late; and at the start, in the middle and at the end of a whole epoch from the store, with all that
+they map (RSS) besides.
 """
 
 import argparse
@@ -37,6 +40,7 @@ import data  # noqa: E402
 
 BATCH, H, FPS = 32, 16, 10
 CAMERAS = ("static", "wrist")
+LIMITS = ("copying alone", "memcpy")  # physical ones
 
 
 # --- the dataset ----------------------------------------------------------------------------------
@@ -102,7 +106,7 @@ def write_meta(root, episodes, side):
 def make(root, count, side):
     """Demonstrations -> a LeRobot v3.0 dataset, pictures enlarged to side x side."""
     pa, pq = data.need("pyarrow"), data.need("pyarrow.parquet")
-    episodes = [data.record("bridge", seed, 64, 32, 0.3) for seed in range(count)]
+    episodes = [data.record("tabletop:bridge", seed, 64, 32, 0.3) for seed in range(count)]
     words = write_meta(root, episodes, side)
     column, lengths = {}, [len(e.action) for e in episodes]
     for name, kind in (("observation.state", "state"), ("action", "action")):
@@ -189,13 +193,13 @@ def plain(root, workers):
     return DataLoader(Plain(root), BATCH, shuffle=True, num_workers=workers)
 
 
-def private(pid):
-    """Bytes that a process and its children hold for themselves, without mapped files."""
+def held(pid, field="RssAnon"):
+    """Bytes that a process and its children hold, by default without mapped files."""
     found, proc = 0, Path("/proc")
     for process in (pid, *children(pid)):
         status = proc / str(process) / "status"
         lines = status.read_text().splitlines() if status.exists() else []
-        found += sum(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+        found += sum(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
     return found
 
 
@@ -206,17 +210,28 @@ def children(pid):
 
 def timed(loader, seconds, watch=None):
     """-> samples a second over about `seconds`, after three batches; (memory early, late)."""
-    batches, held, count = iter(loader), [], 0
+    batches, memory, count = iter(loader), [], 0
     for _ in range(3):
         next(batches, None)
     began = time.perf_counter()
     for batch in batches:
         count += len(batch["state"] if "state" in batch else batch["observation.state"])
         if watch and count % (8 * BATCH) == 0:
-            held.append(private(watch))
+            memory.append(held(watch))
         if time.perf_counter() - began > seconds:
             break
-    return count / (time.perf_counter() - began), held
+    return count / (time.perf_counter() - began), memory
+
+
+def epoch(store, workers):
+    """Every sample of the store once -> [(bytes held, RSS)] at its start, middle and end."""
+    steps = len(ours(store, False, 0, 1).dataset.mixtures[0].parts[0]) // BATCH
+    batches, found = iter(ours(store, False, workers, steps)), []
+    for i in range(steps):
+        next(batches)
+        if i in (min(3, steps // 4), steps // 2, steps - 1):  # the first fill buffers
+            found.append((held(os.getpid()), held(os.getpid(), "VmRSS")))
+    return found
 
 
 def copying(store, seconds):
@@ -230,6 +245,20 @@ def copying(store, seconds):
                 out[b, c] = array[i]
         count += BATCH
     return count / (time.perf_counter() - began)
+
+
+def memcpy(store, seconds):
+    """-> bytes a second of copying the pictures from one end to the other, bytes of a sample."""
+    arrays = [np.asarray(store.arrays[camera]) for camera in CAMERAS]
+    out, count = [np.empty_like(array) for array in arrays], 0
+    for a, b in zip(out, arrays):  # both are in memory from here on
+        np.copyto(a, b)
+    began = time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        for a, b in zip(out, arrays):
+            np.copyto(a, b)
+            count += b.nbytes
+    return count / (time.perf_counter() - began), sum(array[0].nbytes for array in arrays)
 
 
 class Lerobot:
@@ -269,7 +298,7 @@ def same_pictures(root, lerobot):
     return max(found)
 
 
-def main():
+def arguments(words):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--episodes", type=int, default=100)
     parser.add_argument("--side", type=int, default=256)
@@ -279,7 +308,11 @@ def main():
     parser.add_argument("--lerobot-python", default="", help="an interpreter that has lerobot")
     parser.add_argument("--folder", default="", help="keep the dataset here, and use it again")
     parser.add_argument("--note", default="", help="said beside the numbers")
-    args = parser.parse_args()
+    return parser.parse_args(words)
+
+
+def main():
+    args = arguments(sys.argv[1:])
     with tempfile.TemporaryDirectory() as scratch:
         run(args, Path(args.folder or scratch))
 
@@ -296,7 +329,7 @@ def run(args, folder):
         print(f"{lerobot.about}; its numbers are ours, its pictures {distance:.2f} of 255 away")
         lerobot.process.kill()
     epochs, me = 1000 * 1000, os.getpid()
-    found, held = {}, {}
+    found, memory = {}, {}
     for workers in map(int, args.workers.split(",")):
         readers = {
             "store, uint8": lambda w=workers: ours(store, False, w, epochs),
@@ -308,38 +341,57 @@ def run(args, folder):
             lerobot = Lerobot(args.lerobot_python, root)
         for _ in range(args.rounds):
             for name, reader in readers.items():
-                rate, memory = timed(reader(), args.seconds, me)
+                rate, seen = timed(reader(), args.seconds, me)
                 found.setdefault((name, workers), []).append(rate)
-                held.setdefault((name, workers), []).extend(memory)
+                memory.setdefault((name, workers), []).extend(seen)
             if lerobot:
                 rate = lerobot.ask("time", workers, args.seconds)
                 found.setdefault(("lerobot", workers), []).append(rate)
             if workers == 0:
                 rate = copying(data.Store(store), args.seconds)
                 found.setdefault(("copying alone", 0), []).append(rate)
+                rate, size = memcpy(data.Store(store), args.seconds)
+                found.setdefault(("memcpy", 0), []).append(rate / size)
         if lerobot:
             lerobot.process.kill()
-    report(args, found, held, lerobot)
+    report(args, found, memory, lerobot)
+    for workers in map(int, args.workers.split(",")):
+        marks = epoch(store, workers)
+        own, whole = ([round(x / 1e6) for x in column] for column in zip(*marks))
+        grows = own[-1] / own[0] - 1
+        words = "at the start, in the middle, at the end"
+        print(f"an epoch from the store, {workers} workers: {own} MB held {words} ({grows:+.1%}), "
+              f"RSS {whole} MB")  # fmt: skip
+        row = {"reader": "store, uint8, an epoch", "workers": workers, "held_mb": own}
+        row |= {"rss_mb": whole, "grows": round(grows, 3), "note": args.note}
+        append("loader", row | {"episodes": args.episodes, "side": args.side, "batch": BATCH})
+    print(f"{args.episodes} episodes, {args.side} px; {machine()}; {args.note}")
 
 
-def report(args, found, held, lerobot):
-    print(f"{'reader':24} {'workers':>7} {'samples/s':>10} {'of lerobot':>11}   private MB")
+def report(args, found, memory, lerobot):
+    print(f"{'reader':24} {'workers':>7} {'samples/s':>10} {'of lerobot':>11} {'scaling':>8}   "
+          "private MB")  # fmt: skip
+    pictures = len(CAMERAS) * args.side**2 * 3
     for (name, workers), rates in found.items():
         row = {"reader": name, "workers": workers, "samples_s": round(statistics.median(rates), 1)}
-        ratio = ""
-        if lerobot and (name, workers) != ("copying alone", 0):
+        ratio, gain = "", row["samples_s"] * pictures / 1e9
+        row["gb_s"] = round(gain, 3)
+        gain = f"{gain:.2f} GB/s" if name in LIMITS else ""
+        if workers and (name, 0) in found:
+            row["scaling"] = round(row["samples_s"] / statistics.median(found[name, 0]), 2)
+            gain = f"{row['scaling']:.2f} x"
+        if lerobot and name not in LIMITS:
             pairs = zip(rates, found["lerobot", workers])
             row["of_lerobot"] = round(statistics.median(a / b for a, b in pairs), 2)
             ratio = f"{row['of_lerobot']:.1f} x"
-        memory = ""
-        if mine := held.get((name, workers)):
+        words = ""
+        if mine := memory.get((name, workers)):
             row["private_mb"] = [round(mine[0] / 1e6), round(mine[-1] / 1e6)]
-            memory = "{} to {}".format(*row["private_mb"])
-        print(f"{name:24} {workers:7} {row['samples_s']:10.1f} {ratio:>11}   {memory}")
+            words = "{} to {}".format(*row["private_mb"])
+        print(f"{name:24} {workers:7} {row['samples_s']:10.1f} {ratio:>11} {gain:>10}   {words}")
         about = {"lerobot": lerobot.about if lerobot else None, "note": args.note}
         about |= {"episodes": args.episodes, "side": args.side, "batch": BATCH}
         append("loader", row | about)
-    print(f"{args.episodes} episodes, {args.side} px; {machine()}; {args.note}")
 
 
 if __name__ == "__main__":

@@ -1,107 +1,287 @@
-"""Time of one training step, TwinBrainVLA beside the vanilla VLA, alternating in one process.
+"""Where the time of a training step goes, and what the step costs beside what one would use else.
 
-  python bench/step.py [--steps 20 --batch 64 --backbone tiny --random]
+  python bench/step.py [--steps 20] [--random] [the script's own flags: --batch 64 --backbone ...]
+  python bench/step.py --method vita_vla --stage align      # or finetune, teacher
+  python bench/step.py --method dualvla --stage dual        # or expert, generalist
 
-Prints the median of each and of the ratio of neighbours; forward, backward and optimizer, the batch
-ready in memory. With a frozen left brain the arithmetic alone gives about 4/3 for the brains.
-`--random`: a backbone of that size with random weights, of which only the configuration is needed.
+A step is what the loop does: losses, backward, clipping, optimizer; the batch lies in memory ready,
+and what a loader's worker spends on one is said below the table. Medians of `--steps` steps, after
+two for warming up; the variants take turns on the same weights and batch, and ratios are medians of
+neighbours. `--random`: a backbone of its published size with random weights, of which nothing is
+needed; where the GPU is too small, methods.SMALLER says what is tried.
+
+TwinBrainVLA's variants: the vanilla VLA (the right brain alone; with a frozen left brain the
+arithmetic alone makes it 4/3), and the public lockstep form: both brains walked layer by layer
+together, eager attention with one dense mask over left and right, DeepStack dropped, vocabulary
+logits made and thrown away, the head's conditions repeated for each noise draw. Its vision tower,
+mask's rule, head and optimizer are ours, so the ratio is that of the form alone.
 """
 
 import argparse
 import statistics
 import sys
-import time
+import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np  # noqa: E402
+import methods  # noqa: E402
 import torch  # noqa: E402
 from study import append, machine  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb  # noqa: E402
 
 import common  # noqa: E402
+import dualvla  # noqa: E402
 import twinbrain  # noqa: E402
-from worlds import tabletop  # noqa: E402
+import vita_vla  # noqa: E402
+
+CUDA = methods.DEVICE.type == "cuda"
+PEAKS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}  # TFLOP/s, dense bfloat16, as published
 
 
-def random_model(cfg, device):
-    """The model at the backbone's true size, all weights drawn; the embedded words are enough."""
-    with torch.device("meta"):
-        vlm, processor = common.load_backbone(cfg.backbone)
-        vision = vlm.config.vision_config
-        processor.patch, processor.merge = vision.patch_size, vision.spatial_merge_size
-        processor.temporal = vision.temporal_patch_size
-        vlm.config.image_token_id = processor.image_token_id
-        model = twinbrain.TwinBrain(cfg, vlm, processor, 8, 7)
-    model = model.float().to_empty(device=device)  # as load_backbone gives it
+# --- the public form ------------------------------------------------------------------------------
+
+
+def eager(q, k, v, mask):
+    """softmax(q k^T / sqrt(d) + mask) v with grouped heads, the softmax in float32."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + mask
+    return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+
+
+def dense(sees):
+    """(B, 1, T, T') True where a query looks -> 0 there, the lowest number elsewhere."""
+    return torch.zeros(sees.shape, device=sees.device).masked_fill(
+        ~sees, torch.finfo(torch.bfloat16).min
+    )
+
+
+def enter(vlm, prompt, batch, *state):
+    """-> the embedded prompt with the last layer's picture features alone, its cos and sin."""
+    x = twinbrain.embed(vlm, prompt, *state)
+    pixels, grids = batch["pixel_values"], batch["image_grid_thw"]
+    seen = vlm.model.get_image_features(pixels, image_grid_thw=grids).pooler_output
+    places = prompt["input_ids"] == vlm.config.image_token_id
+    x = vita_vla.put(x, places, torch.cat(tuple(seen)))
+    return x, vlm.model.language_model.rotary_emb(x, prompt["position_ids"])
+
+
+def project(layer, x, turn):
+    """-> q, k, v (B, heads, T, d) of a layer, q and k turned by their positions."""
+    x, a = layer.input_layernorm(x), layer.self_attn
+    q, k, v = (f(x).unflatten(-1, (-1, a.head_dim)) for f in (a.q_proj, a.k_proj, a.v_proj))
+    q, k, v = (z.transpose(1, 2) for z in (a.q_norm(q), a.k_norm(k), v))
+    return *apply_rotary_pos_emb(q, k, *turn), v
+
+
+def leave(layer, x, y):
+    """Attention's y and the MLP added to x."""
+    x = x + layer.self_attn.o_proj(y.transpose(1, 2).flatten(2))
+    return x + layer.mlp(layer.post_attention_layernorm(x))
+
+
+def walk(model, batch):
+    """Both brains, layer by layer together -> H_R (B, T, D)."""
+    left, right = batch["left"], batch["right"]
     with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.dim() > 1:
-                p.normal_(std=0.02)
-            else:
-                p.fill_(float(not name.endswith("bias")))
-        for buffer in model.buffers():  # rotary frequencies
-            if buffer.is_floating_point():
-                buffer.uniform_()
-    return model, processor
+        x_L, turn_L = enter(model.left, left, batch)
+    state = model.phi(batch["state"]) if model.cfg.state else None
+    x_R, turn_R = enter(model.right, right, batch, state, model.processor.pad_token_id)
+    mask_L = dense(common.causal_mask(left["real"]))
+    mask_R = dense(twinbrain.joint_mask(left["real"], right["real"], "all"))
+    texts = (vlm.model.language_model for vlm in (model.left, model.right))
+    for layer_L, layer_R in zip(*(text.layers for text in texts)):
+        with torch.no_grad():
+            q, k_L, v_L = project(layer_L, x_L, turn_L)
+            x_L = leave(layer_L, x_L, eager(q, k_L, v_L, mask_L))
+        q, k_R, v_R = project(layer_R, x_R, turn_R)
+        k, v = torch.cat([k_L, k_R], dim=2), torch.cat([v_L, v_R], dim=2)
+        x_R = leave(layer_R, x_R, eager(q, k, v, mask_R))
+    return model.right.model.language_model.norm(x_R)
 
 
-def make_stepper(cfg, dist, samples, drawn):
-    """-> a function that trains one step and returns its seconds."""
-    if drawn:
-        model, processor = random_model(cfg, dist.device)
-    else:
-        vlm, processor = common.load_backbone(cfg.backbone)
-        model = twinbrain.TwinBrain(cfg, vlm, processor, 8, 7).to(dist.device)
-    opts = twinbrain.make_optimizers(model, cfg)
-    batch = common.to_device(twinbrain.collate(samples, cfg, processor), dist.device)
+def lockstep(model, batch, noise):
+    """TwinBrainVLA's losses in the public form."""
+    h_R, R, (a_0, t) = walk(model, batch), model.cfg.repeats, noise
+    model.right.lm_head(h_R)  # (B, T, V), which nobody reads
+    given = h_R, batch["right"]["real"], batch["action"], batch["mask"]
+    h_R, real, a_1, mask = (z.repeat_interleave(R, dim=0) for z in given)
+    keys = model.expert.keys([h_R] * ((model.cfg.depth + 1) // 2), real)
+    a_0, t = a_0.flatten(0, 1)[:, None], t.flatten(0, 1)[:, None]  # each draw a sample
+    return {"action": twinbrain.flow_loss(model.expert, keys, a_1, mask, a_0, t)}
 
-    def step(i):
-        began = time.perf_counter()
-        noise = [x.to(dist.device) for x in twinbrain.draw_noise(cfg, i, 7, dist)]
-        with common.autocast(dist.device, cfg.dtype):
-            loss = twinbrain.total_loss(model(batch, noise), cfg)
+
+# --- a step ---------------------------------------------------------------------------------------
+
+
+class Stepper:
+    """One method's model, optimizer and batch; `variants` name what may be asked of `step`."""
+
+    def __init__(self, method, cfg, random, busy=False):
+        self.method, self.script, self.cfg = method, methods.SCRIPTS[method], cfg
+        self.dist, self.clock, self.turn = common.setup(cfg), methods.Clock(busy), 0
+        model, processor, self.teachers = methods.build_all(method, cfg, random)
+        self.model = common.place(model, cfg, self.dist, print).train()
+        self.opts = self.script.make_optimizers(self.model, cfg)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.batches = methods.batches(method, cfg, processor)
+        self.batch = common.to_device(self.batches[0], self.dist.device)
+        methods.watch(method, self.model, self.clock)
+        self.variants, self.left = [getattr(cfg, "stage", "")], None
+        if method == "twinbrain":
+            self.variants, self.left = ["vanilla", "twin"], self.model.left
+            if self.left.config.model_type == "qwen3_vl":
+                self.variants.append("lockstep")
+                self.clock.watch(sys.modules[__name__], "walk", "both languages")
+                self.clock.watch(self.model.right.lm_head, "forward", "vocabulary logits")
+        if method == "dualvla" and self.teachers:
+            self.clock.watch(self.teachers[0], "see", "vision")  # the tower is everybody's
+
+    def losses(self, variant):
+        batch, cfg = common.to_device(self.batch, self.dist.device), self.cfg  # a fresh dict
+        if self.method == "vita_vla":
+            with self.clock.part("teacher"), torch.no_grad():
+                h = self.teachers[0].hidden(batch)[0] if self.teachers else None
+            return self.model(batch, h)
+        noise = self.script.draw_noise(cfg, self.turn, 7, self.dist)
+        noise = [x.to(self.dist.device) for x in noise]
+        if self.method == "dualvla":
+            with self.clock.part("teachers"):
+                soft = dualvla.teach(self.teachers, batch, noise, self.model)
+            return self.model(batch, noise, soft)
+        self.model.left = None if variant == "vanilla" else self.left
+        if variant == "lockstep":
+            return lockstep(self.model, batch, noise)
+        return self.model(batch, noise)
+
+    def backward(self, variant):
+        with common.autocast(self.dist.device, self.cfg.dtype):
+            loss = self.script.total_loss(self.losses(variant), self.cfg)
+        self.clock.mark("head, backward")
         loss.backward()
-        for opt in opts:
-            opt.step()
-            opt.zero_grad()
-        if dist.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - began
 
-    return step
+    def step(self, variant):
+        """-> {part: seconds} of one step; together they are the whole of it."""
+        self.turn += 1
+        self.clock.mark("rest")
+        self.backward(variant)
+        self.clock.mark("clip, optimizer")
+        if self.method == "dualvla":
+            self.model.forget_words()
+        common.clip(self.parameters, self.cfg.clip)
+        for opt in self.opts:
+            opt.step()
+            opt.zero_grad(set_to_none=True)
+        return self.clock.read()
+
+    def warm(self, variant):
+        """Two steps for warming up -> TFLOP of one, its host synchronisations, its peak memory."""
+        facts = {}
+        if not self.cfg.compile:  # compiled blocks hide what they do
+            with FlopCounterMode(display=False) as counter:
+                self.backward(variant)
+            facts["tflop"] = round(counter.get_total_flops() / 1e12, 6)
+        self.step(variant)
+        if CUDA:
+            torch.cuda.reset_peak_memory_stats()
+            with warnings.catch_warnings(record=True) as waits:
+                warnings.simplefilter("always")
+                torch.cuda.set_sync_debug_mode("warn")
+                self.backward(variant)
+                torch.cuda.set_sync_debug_mode("default")
+            facts["waits"] = sum("synchroniz" in str(w.message) for w in waits)
+            self.step(variant)
+            facts["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)
+        return facts
+
+
+def measure(stepper, steps, wanted):
+    """-> {variant: facts}, {variant: [{part: seconds}]}, the variants taking turns."""
+    facts = {}
+    for variant in [v for v in stepper.variants if v in (wanted or stepper.variants)]:
+        try:
+            facts[variant] = stepper.warm(variant)
+        except torch.OutOfMemoryError:
+            print(f"{variant}: out of the GPU's memory")
+        for opt in stepper.opts:
+            opt.zero_grad(set_to_none=True)
+    times = {variant: [] for variant in facts}
+    for _ in range(steps):
+        for variant, mine in times.items():
+            mine.append(stepper.step(variant))
+    return facts, times
+
+
+def loading(stepper, count=3):
+    """Seconds that one process spends on a batch."""
+    times = []
+    for i in range(count):
+        began = stepper.clock.now()
+        stepper.batches[i + 1]
+        times.append(stepper.clock.now() - began)
+    return statistics.median(times)
+
+
+def report(args, stepper, facts, times):
+    cfg, rows = stepper.cfg, {}
+    whole = {v: [sum(spent.values()) for spent in mine] for v, mine in times.items()}
+    for variant, mine in times.items():
+        parts = dict.fromkeys(part for spent in mine for part in spent)
+        middle = statistics.median(whole[variant])
+        rows[variant] = {
+            "method": args.method, "variant": variant, "ms": round(1000 * middle, 1),
+            "samples_s": round(cfg.batch / middle, 2),
+            "parts_ms": {p: round(1000 * statistics.median(s.get(p, 0.0) for s in mine), 2)
+                         for p in parts}, **facts[variant],
+        }  # fmt: skip
+        if work := facts[variant].get("tflop"):
+            rows[variant]["tflops"] = round(work / middle, 4)
+            for name, peak in PEAKS.items():
+                if CUDA and name in torch.cuda.get_device_name():
+                    rows[variant]["of_peak"] = round(work / middle / peak, 3)
+    loader = loading(stepper)
+    print(f"{'ms of a step':28}" + "".join(f"{v:>12}" for v in rows))
+    for part in dict.fromkeys(p for row in rows.values() for p in row["parts_ms"]):
+        cells = (row["parts_ms"].get(part) for row in rows.values())
+        print(f"  {part:26}" + "".join(f"{'' if c is None else f'{c:.1f}':>12}" for c in cells))
+    for name in ("ms", "samples_s", "tflop", "tflops", "of_peak", "waits", "peak_gb"):
+        if any(name in row for row in rows.values()):
+            print(f"{name:28}" + "".join(f"{row.get(name, ''):>12}" for row in rows.values()))
+    pairs = [("twin", "vanilla"), ("lockstep", "twin")]
+    for a, b in [pair for pair in pairs if rows.keys() >= set(pair)]:
+        ratio = statistics.median(x / y for x, y in zip(whole[a], whole[b]))
+        rows[a][f"over_{b}"] = round(ratio, 3)
+        print(f"{a} / {b} {ratio:.2f}")
+    print(f"a batch takes the loader {1000 * loader:.0f} ms in one process")
+    about = {"backbone": cfg.backbone, "batch": cfg.batch, "random": args.random}
+    about |= {"optimizer": cfg.optimizer, "lora": getattr(cfg, "lora", 0), "compile": cfg.compile}
+    about |= {"busy": args.busy, "note": args.note}
+    for row in rows.values():
+        append("step", row | {"loader_ms": round(1000 * loader, 1)} | about)
+    print(f"{cfg.backbone}, batch {cfg.batch}, {cfg.optimizer}; {machine()}; {args.note}")
+
+
+def arguments(words):
+    """-> this script's own, the Config of the method."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--method", choices=methods.SCRIPTS, default="twinbrain")
+    parser.add_argument("--stage", default="", help="of vita_vla (finetune) or dualvla (dual)")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--variants", nargs="+", help="some of vanilla, twin, lockstep")
+    parser.add_argument("--random", action="store_true", help="random weights of its size")
+    parser.add_argument("--busy", action="store_true", help="the processor's seconds, not wall's")
+    parser.add_argument("--note", default="", help="said beside the numbers")
+    args, flags = parser.parse_known_args(words)
+    usual = {"vita_vla": "finetune", "dualvla": "dual"}
+    return args, methods.config(args.method, flags, args.stage or usual.get(args.method, ""))
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--backbone", default="tiny")
-    parser.add_argument("--random", action="store_true", help="random weights of its size")
-    parser.add_argument("--side", type=int, default=64, help="pixels of the pictures")
-    parser.add_argument("--note", default="", help="said beside the numbers")
-    args = parser.parse_args()
-    cfgs = [
-        twinbrain.Config(brain=b, batch=args.batch, backbone=args.backbone)
-        for b in ("vanilla", "twin")
-    ]
-    dist, rng = common.setup(cfgs[0]), np.random.default_rng(0)
-    world, samples = tabletop.Tabletop("bridge", args.side), []
-    for i in range(args.batch):
-        seen = world.reset(i)
-        action = rng.uniform(-1, 1, (cfgs[0].horizon, 7)).astype(np.float32)
-        sample = {"images": list(seen["images"].values()), "state": seen["state"]}
-        sample |= {"instruction": world.instruction, "robot": "tabletop", "action": action}
-        samples.append(sample | {"mask": np.ones(cfgs[0].horizon, bool)})
-    vanilla, twin = (make_stepper(cfg, dist, samples, args.random) for cfg in cfgs)
-    times = [(vanilla(i), twin(i)) for i in range(args.steps + 3)][3:]
-    ratio = statistics.median(b / a for a, b in times)
-    for name, column in zip(("vanilla", "twin"), zip(*times)):
-        middle = statistics.median(column)
-        row = {"brain": name, "ms": round(1000 * middle, 1), "backbone": args.backbone}
-        append("step", row | {"batch": args.batch, "random": args.random, "note": args.note})
-        print(f"{name:8} {1000 * middle:7.1f} ms a step, {args.batch / middle:6.0f} samples/s")
-    print(f"twin / vanilla {ratio:.2f}; {args.backbone}, batch {args.batch}, {machine()}")
+    args, cfg = arguments(sys.argv[1:])
+    stepper = Stepper(args.method, methods.fitting(args.method, cfg), args.random, args.busy)
+    report(args, stepper, *measure(stepper, args.steps, args.variants))
 
 
 if __name__ == "__main__":

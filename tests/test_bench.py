@@ -1,0 +1,208 @@
+"""What the scripts in bench/ rest on: the peer computes what ours does, parts add up, models of the
+published sizes can be made from random weights, bench/gpu.sh's commands start."""
+
+import re
+import shlex
+import sys
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "bench"))
+
+import latency  # noqa: E402
+import loader  # noqa: E402
+import methods  # noqa: E402
+import step  # noqa: E402
+
+import common  # noqa: E402
+import twinbrain  # noqa: E402
+
+PAPERS = {"twinbrain": "Qwen3-VL-4B", "vita_vla": "VITA-1.5", "dualvla": "Eagle2-2B"}
+TINY = ["--batch", "2", "--dtype", "fp32", "--threads", "1"]
+
+
+def test_the_lockstep_peer_computes_the_same():
+    cfg = twinbrain.Config(batch=2, deepstack=False, dtype="fp32")
+    model, processor = methods.build("twinbrain", cfg, False)
+    batch, found = methods.batches("twinbrain", cfg, processor)[0], []
+    noise = twinbrain.draw_noise(cfg, 0, 7, common.setup(cfg))
+    for losses in (model(batch, noise), step.lockstep(model, batch, noise)):
+        losses["action"].backward()
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        found.append((losses["action"].item(), grads))
+    (ours, wanted), (theirs, grads) = found
+    assert theirs == pytest.approx(ours, rel=1e-5) and grads.keys() == wanted.keys()
+    for name, grad in grads.items():
+        assert (grad - wanted[name]).norm() <= 1e-3 * wanted[name].norm() + 1e-7, name
+
+
+def test_a_part_counts_without_the_parts_inside_it(monkeypatch):
+    clock, ticks = methods.Clock(), iter(range(100))
+    clock.now = lambda: next(ticks)
+    clock.mark("rest")  # 0
+    with clock.part("outer"):  # 1
+        with clock.part("inner"):  # 2
+            pass  # 3
+        with clock.part("inner"):  # 4
+            pass  # 5
+    spent = clock.read()  # 6: outer ends, 7: the end
+    assert spent == {"rest": 2, "outer": 3, "inner": 2} and clock.marks == []
+
+
+def test_the_backward_pass_belongs_to_the_part_whose_gradient_has_come():
+    clock, net = methods.Clock(), torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 1))
+    for module, name in zip(net, ("first", "second")):
+        clock.watch(module, "forward", name)
+    clock.mark("rest")
+    loss = net(torch.randn(2, 4)).sum()
+    clock.mark("loss, backward")
+    loss.backward()
+    named = [part for part, _ in clock.marks]
+    assert named[-3:] == ["loss, backward", "second, backward", "first, backward"]
+
+
+@pytest.mark.parametrize("method, stage, parts", [
+    ("twinbrain", "", {"left vision", "left language", "right vision", "right language", "head"}),
+    ("vita_vla", "align", {"teacher", "vision", "language", "head"}),
+    ("vita_vla", "finetune", {"vision", "language", "head", "language, backward"}),
+    ("dualvla", "dual", {"teachers", "vision", "language", "head", "words' losses"}),
+])  # fmt: skip
+def test_a_step_has_its_parts(method, stage, parts):
+    flags = [*TINY, "--optimizer", "adamw"]
+    stepper = step.Stepper(method, methods.config(method, flags, stage), False)
+    spent = stepper.step(stepper.variants[-2 if method == "twinbrain" else 0])
+    assert parts | {"clip, optimizer", "head, backward"} <= spent.keys()
+    assert all(spent[part] > 0 for part in parts)
+
+
+def test_the_vanilla_variant_leaves_the_left_brain_out():
+    stepper = step.Stepper("twinbrain", methods.config("twinbrain", TINY), False)
+    seen = {variant: stepper.step(variant).keys() for variant in ("vanilla", "twin", "lockstep")}
+    assert "left language" in seen["twin"] and "left language" not in seen["vanilla"]
+    assert {"both languages", "vocabulary logits"} <= seen["lockstep"]
+
+
+def small(settings):
+    """A published config.json with its form, and a laptop's widths."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "depth": 3,
+             "num_key_value_heads": 1, "num_hidden_layers": 2, "num_heads": 2, "head_dim": 32,
+             "out_hidden_size": 64, "deepstack_visual_indexes": [0, 1]}  # fmt: skip
+    out = {k: small(v) if isinstance(v, dict) else sizes.get(k, v) for k, v in settings.items()}
+    if "mrope_section" in settings:
+        out["mrope_section"] = [8, 4, 4]
+    return out
+
+
+@pytest.fixture
+def shrunken(monkeypatch):
+    monkeypatch.setattr(common, "settings_of", lambda name, real=common.settings_of: small(
+        real(name)))  # fmt: skip
+
+
+SMALL = [*TINY, "--frozen", "bf16", "--width", "64", "--depth", "2", "--heads", "2"]
+
+
+@pytest.mark.parametrize("method", [
+    "twinbrain", *(pytest.param(name, marks=pytest.mark.slow) for name in ("vita_vla", "dualvla"))
+])  # fmt: skip
+def test_the_papers_configurations_train_and_act_with_random_weights(method, shrunken):
+    flags = ["--preset", latency.PRESETS[method], *SMALL]
+    cfg = methods.config(method, flags, latency.STAGES[method][-1])
+    assert cfg.backbone == PAPERS[method]
+    short = {"vita_vla": {"history": 2}, "dualvla": {"talk": 2, "euler": 2}}
+    cfg = replace(cfg, **short.get(method, {}))
+    spent = step.Stepper(method, cfg, True).step("twin")
+    assert spent["head, backward"] > 0
+    policy = methods.policy(method, cfg, True)
+    world = latency.place(cfg)
+    out = policy.act([world.reset(0) | {"memory": {}}], [world.instruction],
+                     np.random.default_rng(0))  # fmt: skip
+    assert out.shape[-1] == 7 and np.isfinite(out).all()
+
+
+@pytest.mark.parametrize("method, gigabytes", [("twinbrain", (75, 85)), ("dualvla", (10, 20)),
+                                               ("vita_vla", (110, 125))])  # fmt: skip
+def test_memory_of_the_papers_configurations(method, gigabytes, monkeypatch):
+    monkeypatch.setattr(common, "multiplies_bf16", lambda device: True)
+    flags = ["--preset", latency.PRESETS[method], "--frozen", "bf16"]
+    cfg = methods.config(method, flags, latency.STAGES[method][-1])
+    model, _, teachers = methods.build_all(method, cfg, True, "meta")
+    rows = [r for m in (model, *teachers) for r in common.memory_rows(m, cfg).values()]
+    assert gigabytes[0] < sum(map(sum, rows)) / 1e9 < gigabytes[1]
+
+
+@pytest.mark.parametrize("method, head, prepare", [("twinbrain", "expert", "keys"),
+                                                   ("dualvla", "flow", "prefix")])  # fmt: skip
+def test_keys_made_anew_lead_to_the_same_actions(method, head, prepare, monkeypatch):
+    cfg = methods.config(method, TINY, latency.STAGES[method][0])
+    policy = methods.policy(method, cfg, False)
+    policy.form = "plain"
+    head, calls, plans = getattr(policy.model, head), [], []
+    make = getattr(head, prepare)
+    monkeypatch.setattr(head, prepare, lambda *a: calls.append(1) or make(*a))
+    world = latency.place(cfg)
+    observation = world.reset(0)
+    for way in (nullcontext(), latency.keys_anew(head, prepare)):
+        with way:
+            plans.append(policy.act([observation], [""], np.random.default_rng(0)))
+    assert len(calls) == 1 + cfg.euler
+    assert np.allclose(*plans, atol=1e-5)
+
+
+def test_a_rate_counts_the_plans_of_all_worlds():
+    class Policy:
+        cfg, now = replace(twinbrain.Config(), execute=4), 0.0
+
+        def act(self, observations, instructions, rng):
+            Policy.now += 1.0
+            return np.zeros((len(observations), 8, 7))
+
+    policy = Policy()
+    policy.cfg.ensemble = False
+    args = latency.arguments(["--seconds", "10", "--busy"])[0]
+    clock = methods.Clock
+    try:
+        methods.Clock = lambda busy: type("Clock", (), {"now": staticmethod(lambda: Policy.now)})
+        rates = [latency.episodes_a_minute(policy, n, args) for n in (1, 3)]
+    finally:
+        methods.Clock = clock
+    world = latency.place(policy.cfg)
+    world.reset(*latency.loop.starts_of(policy.cfg.world, "in", 1, 0)[0])
+    assert rates[0] == pytest.approx(60 * 4 / world.max_steps, rel=0.11)
+    assert rates[1] == pytest.approx(3 * rates[0], rel=0.01)
+
+
+def commands():
+    """Every command of bench/gpu.sh that starts a script of bench/, as its name and arguments."""
+    text = (ROOT / "bench" / "gpu.sh").read_text().replace("\\\n", " ")
+    found = re.findall(r'"\$python" bench/(\w+)\.py([^\n]*)', text)
+    variable = r'"?\$\{?\w+.*?(\}"?|(?=\s)|$)'
+    return [(name, re.sub(variable, "", line).strip()) for name, line in found]
+
+
+@pytest.mark.parametrize("name, line", commands())
+def test_commands_of_gpu_sh_parse(name, line):
+    words = shlex.split(line)
+    if name == "step":
+        args, cfg = step.arguments(words)
+        assert args.random == (cfg.backbone != "tiny")
+    elif name == "latency":
+        args, flags = latency.arguments(words)
+        for method in args.method or methods.SCRIPTS:
+            methods.config(method, flags, latency.STAGES[method][0])
+    elif name == "loader":
+        assert loader.arguments(words).rounds
+
+
+def test_gpu_sh_names_the_real_configurations():
+    text = " ".join(line for name, line in commands() if name == "step")
+    for words in ("--preset paper", "--stage align", "--stage finetune", "--method dualvla"):
+        assert words in text
+    assert "--random" in " ".join(line for name, line in commands() if name == "latency")
