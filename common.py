@@ -812,9 +812,10 @@ def synchronise(ddp, last):
 
 
 def clip(parameters, limit):
-    """Scales the gradients to a norm of at most `limit` -> their norm before, over all shards."""
+    """Scales the gradients to a norm of at most `limit` -> their norm before, over all shards, a
+    tensor on its device."""
     norm = nn.utils.clip_grad_norm_(parameters, limit)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def same_samples(cfg, resumed, dist):
@@ -858,12 +859,36 @@ def feed(batches, todo, workers):
         raise UserError(f"cannot read the training data: {lines[-1] if lines else error}") from None
 
 
-def halt_at_nan(run, step, batches):
-    """The loss or its gradient is not finite: names the step, keeps what it was computed from."""
-    file = run.folder / f"nan_step_{step}_rank{run.dist.rank}.pt"
-    write_state(file, to_device(batches, torch.device("cpu")))
-    raise UserError(f"the loss or its gradient is not finite at step {step}; its batch is in {file}"
-                    ", checkpoints before it are intact: lower --lr")  # fmt: skip
+class Watch:
+    """Stops a run whose loss or gradient is not finite: names the step, keeps its batches.
+
+    A GPU is not waited for: a step's norm is copied beside its work and read in the next step, or
+    by `norm()`, which comes before a line is logged and before a checkpoint is written.
+    """
+
+    def __init__(self, run):
+        self.run, self.last = run, (0, torch.zeros(()), None, [])
+
+    def step(self, step, norm, batches):
+        """After a step's backward pass: its gradient's norm, what it was computed from."""
+        self.norm()
+        copied, norm = None, norm.detach().to("cpu", non_blocking=True)
+        if torch.cuda.is_available():
+            copied = torch.cuda.Event()
+            copied.record()
+        self.last = step, norm, copied, batches
+
+    def norm(self) -> float:
+        """The norm of the last step, or the end of the run."""
+        step, norm, copied, batches = self.last
+        if copied:
+            copied.synchronize()
+        if math.isfinite(norm):
+            return float(norm)
+        file = self.run.folder / f"nan_step_{step}_rank{self.run.dist.rank}.pt"
+        write_state(file, to_device(batches, torch.device("cpu")))
+        raise UserError(f"the loss or its gradient is not finite at step {step}; its batch is in "
+                        f"{file}, checkpoints before it are intact: lower --lr")  # fmt: skip
 
 
 # --- run folder -----------------------------------------------------------------------------------
@@ -1067,6 +1092,7 @@ def load_backbone(name, dtype=torch.float32):
             config = eagle_config(settings) if eagle else AutoConfig.for_model(**settings)
             tiny = BACKBONES["tiny"]
             vlm = AutoModelForImageTextToText.from_config(config)
+            vlm.config.words = settings.get("words")
             return vlm.eval(), Processor(tiny, AutoConfig.from_pretrained(tiny))
         if eagle:
             return load_eagle(path, eagle_config(settings), dtype)
@@ -1672,12 +1698,15 @@ class Fast:
 
     @staticmethod
     def extend(vlm, tokenizer, count=2048):
-        """Gives a backbone without action tokens `count` of them."""
-        if "<robot_action_0>" not in tokenizer.get_vocab():
+        """Gives a backbone without action tokens `count` of them; --describe, which has no
+        tokenizer of a published backbone, knows how many words that one has."""
+        known, size = getattr(vlm.config, "words", None), vlm.get_input_embeddings().num_embeddings
+        if known:
+            vlm.resize_token_embeddings(max(known + count, size), mean_resizing=False)
+        elif "<robot_action_0>" not in tokenizer.get_vocab():
             tokenizer.add_tokens([f"<robot_action_{i}>" for i in range(count)])
-            size = max(len(tokenizer), vlm.get_input_embeddings().num_embeddings)
             with quiet():  # the library explains how it draws new words
-                vlm.resize_token_embeddings(size)
+                vlm.resize_token_embeddings(max(len(tokenizer), size))
 
     @classmethod
     def fit(cls, chunks, tokenizer):

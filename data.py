@@ -948,8 +948,9 @@ def load(spec, skip_bad=False, demonstrate=demonstrations):
 
 def recordings(cfg, dist, resumed=None):
     """What --data names, or else the world's own demonstrations -> parts to act like, parts to
-    answer like. Their stats are the checkpoint's if there is one, say how to normalise ("how"), and
-    are as wide as the widest robot's. Rank 0 reads first; its error is everybody's."""
+    answer like. Their stats are the checkpoint's if there is one, say how to normalise ("how"), are
+    as wide as the widest robot's, and name the "cameras" in their order and the steps in a second
+    ("fps"). Rank 0 reads first; its error is everybody's."""
 
     def demonstrate(world):
         return demonstrations(world, cfg.demos, cfg.seed, cfg.size, cfg.wrist_size, cfg.noise)
@@ -965,6 +966,8 @@ def recordings(cfg, dist, resumed=None):
             | {"how": part.normalise if cfg.normalise == "auto" else cfg.normalise}
             for kind, s in part.stats.items()
         }
+        first = part.episodes[0]
+        stats |= {"cameras": list(first.images), "fps": first.fps}
         known = resumed.meta["robots"] if resumed else {}
         acts[i] = part._replace(stats=known.get(part.name, stats))
     return acts, asks
@@ -1075,7 +1078,7 @@ class Windows:
     def __init__(self, episodes, stats, horizon, augment=0, sides=(0, 0), robot="tabletop"):
         """sides: of the first camera's pictures and the others' (0: as recorded)."""
         self.episodes, self.horizon = episodes, horizon
-        self.bounds = {kind: bounds(s) for kind, s in stats.items()}
+        self.bounds = {kind: bounds(stats[kind]) for kind in ("state", "action")}
         self.augment, self.sides, self.robot = augment, sides, robot
         self.starts = np.cumsum([0, *lengths(episodes)])
 

@@ -92,9 +92,23 @@ def test_describe_shows_what_each_stage_of_dualvla_trains(capsys):
     assert "published: 2B" in out
     told, layer = table(out), 2 * (2 * 1536) + 2 * (1536 + 256) + 3 * (1536 + 8960)
     expert, dual = told["DualVLA --stage expert"], told["DualVLA --stage dual"]
-    assert expert["vlm.language_model"][1] == 28 * 128 * layer + 151_674 * 1536
+    assert expert["vlm.language_model"][1] == 28 * 128 * layer + (151_674 + 256) * 1536
     assert dual["vlm.language_model"][1] == 2 * 28 * 128 * layer
     assert expert["flow"][1] > 0 == dual["flow"][1] == dual["vlm.vision_tower"][1]
+
+
+def test_describe_counts_the_rows_of_new_words(capsys):
+    """Qwen3-VL has 151,936 rows for 151,669 words: FAST's 2048 need more, DualVLA's 256 do not."""
+    twinbrain.main(["--describe", "--preset", "paper", "--ablation", "c-fast"])
+    rows = table(capsys.readouterr().out)["TwinBrainVLA --brain vanilla"]
+    whole, new = SIZES["Qwen3-VL-4B"]["published"], 151_669 + 2048 - 151_936
+    assert rows["all"] == (whole + new * 2560, whole + new * 2560, 0)
+    dualvla.main(["--describe", "--backbone", "Qwen3-VL-2B", "--stage", "expert"])
+    told = table(capsys.readouterr().out)
+    words = [v[0] for part, v in told["DualVLA --stage expert"].items() if "language" in part]
+    layers = told["backbone Qwen3-VL-2B"]["language_model"][0]
+    rank = dualvla.Config().rank
+    assert 0 < words[0] - layers and (words[0] - layers) % (28 * rank) == 0
 
 
 def test_describe_takes_a_folder(capsys):

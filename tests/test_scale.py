@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import test_dualvla
@@ -173,6 +174,80 @@ def test_sharded_models_are_whole_for_questions_and_at_the_end(tmp_path):
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     found = [json.loads(line).get("abilities") for line in lines]
     assert found[0]["right"].keys() == found[2]["left"].keys() and found[1] is None
+
+
+@pytest.fixture
+def group():
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0,
+                                         world_size=1)  # fmt: skip
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("flags", [{}, {"lora": 4}], ids=str)
+def test_frozen_weights_of_16_bits_are_sharded_beside_what_trains(episodes, group, flags):
+    flags = flags | dict(frozen="bf16", dtype="bf16", optimizer="adamw", shard="full")
+    got = []
+    for sharded in (False, True):
+        case = test_twinbrain.Case(episodes, **flags)
+        common.store_frozen(case.model, case.cfg, ALONE.device)
+        if sharded:
+            common.shard(case.model, case.cfg, ALONE, set())
+        with common.autocast(ALONE.device, "bf16"):
+            losses, grads = case.step([])
+        got.append((losses["action"], {n: g for n, g in grads.items() if g is not None}))
+    (loss, want), (shared, grads) = got
+    assert shared == pytest.approx(loss, rel=0.02) and want.keys() == grads.keys()
+    for name, grad in grads.items():
+        near = torch.cosine_similarity(grad.full_tensor().flatten(), want[name].flatten(), dim=0)
+        assert near > 0.9 or want[name].norm() < 1e-3, name
+    kinds = {p.dtype for p in case.model.parameters()}
+    assert kinds == {torch.float32, torch.bfloat16}
+
+
+def save_shards(folder, step):
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    whole = {"a": torch.arange(6.0).view(3, 2), "b": torch.ones(1, dtype=torch.bfloat16)}
+    tensors = {n: torch.distributed.tensor.distribute_tensor(t, mesh) for n, t in whole.items()}
+    tensors |= {"tied": tensors["a"], "plain": torch.zeros(2)}
+    state = {"optimizers": [{"state": {0: {"exp_avg": 2 * tensors["a"], "none": None}}}]}
+    meta = {"method": "m", "config": {}}
+    common.save_checkpoint(folder / "checkpoints", step, tensors, state, {}, meta, ALONE)
+    return whole
+
+
+def test_shares_of_a_checkpoint_are_read_whole_or_refused(group, tmp_path):
+    whole = save_shards(tmp_path, 1)
+    got = common.load_checkpoint(tmp_path, "m", ALONE)
+    assert torch.equal(got.tensors["a"], whole["a"]) and torch.equal(got.tensors["b"], whole["b"])
+    assert torch.equal(got.tensors["tied"], whole["a"]) and got.tensors["plain"].tolist() == [0, 0]
+    state = got.train_state["optimizers"][0]["state"][0]
+    assert torch.equal(state["exp_avg"], 2 * whole["a"]) and state["none"] is None
+    (share,) = got.path.glob("shards/*")
+    assert not [file for file in got.path.rglob("*") if file.name == ".metadata"]
+    content = share.read_bytes()
+    share.write_bytes(content[:-3])
+    with pytest.raises(common.UserError, match=f"{share.name} is damaged or cut short"):
+        common.load_checkpoint(tmp_path, "m")
+    share.unlink()
+    with pytest.raises(common.UserError, match=f"the checkpoint lacks .*{share.name}"):
+        common.load_checkpoint(tmp_path, "m")
+
+
+def test_a_share_that_cannot_be_written_leaves_the_checkpoint_before(group, tmp_path, monkeypatch):
+    save_shards(tmp_path, 1)
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(common.UserError) as error:
+            save_shards(tmp_path, 2)
+    assert "No space left on device; checkpoints before it are intact" in str(error.value)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
+    assert common.load_checkpoint(tmp_path, "m").step == 1
 
 
 def test_muon_is_refused_under_shards():
@@ -453,6 +528,31 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_batch(tmp_path):
     (batch,) = torch.load(file, weights_only=True)
     assert batch["action"].shape == (2, 8, 7)
     assert common.load_checkpoint(folder, "twinbrain", dist=ALONE).step == 1
+
+
+def test_the_watch_names_the_step_and_keeps_its_batch_one_step_later(tmp_path):
+    watch = common.Watch(SimpleNamespace(folder=tmp_path, dist=ALONE))
+    watch.step(1, torch.tensor(0.5), [{"x": torch.ones(1)}])
+    assert watch.norm() == 0.5
+    watch.step(2, torch.tensor(float("inf")), [{"x": torch.full((1,), 2.0)}])
+    with pytest.raises(common.UserError, match="not finite at step 2"):
+        watch.step(3, torch.tensor(1.0), [{"x": torch.zeros(1)}])
+    (batch,) = torch.load(tmp_path / "nan_step_2_rank0.pt", weights_only=True)
+    assert batch["x"] == 2
+
+
+@pytest.mark.gpu
+def test_the_watch_does_not_wait_for_a_gpu(tmp_path):
+    watch = common.Watch(SimpleNamespace(folder=tmp_path, dist=ALONE))
+    weight = torch.nn.Parameter(torch.ones(4, device="cuda"))
+    weight.grad = torch.ones_like(weight)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(3):
+            watch.step(step, common.clip([weight], 1e9), [])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert watch.norm() == 2
 
 
 class Broken:

@@ -66,6 +66,7 @@ class Fake:
             name: [sign] * 8 for name, sign in zip(("q01", "q99", "min", "max"), (-1.0, 1.0) * 2)
         }
         self.stats = {"state": bounds, "action": {k: v[:7] for k, v in bounds.items()}}
+        self.stats |= {"cameras": ["static", "wrist"], "fps": 5.0}
         self.processor = SimpleNamespace(
             tokenizer=SimpleNamespace(get_added_vocab=lambda: {"<|image_pad|>": 7})
         )
@@ -318,19 +319,18 @@ def test_the_names_of_other_clients(sent, flags):
     assert np.allclose(seen["state"], [0.5] * 7 + [0.25])
 
 
-def test_a_policy_trained_on_recordings_tells_its_cameras():
-    policy = Fake()
-    for spec, images, want in (
-        ("libero=2,qa.json", (), ["image", "wrist_image"]), ("bridge", (), ["image_0"]),
-        ("my/folder", ("front", "a/b", "c"), ["front", "a/b", "c"]), ("tabletop:goal", (), None),
-    ):  # fmt: skip
-        policy.cfg.data = spec
-        assert list(reader(policy, images=images).sides) == (want or ["static", "wrist"])
-    policy.cfg.data = "my/folder"
-    with pytest.raises(common.UserError, match="my/folder does not tell its cameras: --images"):
+def test_a_checkpoint_tells_its_cameras_and_its_rate():
+    policy, about = Fake(), serve.Config(images=("a", "b"))
+    policy.stats |= {"cameras": ["image", "wrist_image"], "fps": 10.0}
+    seen = reader(policy, images=("a", "b"))
+    assert list(seen.sides) == ["image", "wrist_image"] and seen.keys.images == ("a", "b")
+    assert serve.describe(policy, "twinbrain", about, seen)["control_hz"] == 10
+    with pytest.raises(common.UserError, match="2 cameras .image, wrist_image.: --images names 2"):
+        reader(policy, images=("a",))
+    del policy.stats["cameras"], policy.stats["fps"]  # a checkpoint of before
+    assert list(reader(policy, images=("front", "a/b", "c")).sides) == ["front", "a/b", "c"]
+    with pytest.raises(common.UserError, match="does not tell its cameras: --images"):
         reader(policy)
-    assert serve.describe(policy, "twinbrain", serve.Config(images=("a",)), reader(
-        policy, images=("a",)))["control_hz"] is None  # fmt: skip
 
 
 def test_the_gripper_speaks_the_clients_way():
@@ -383,7 +383,7 @@ def runs(tmp_path_factory, episodes):
         meta = {
             "method": method,
             "config": asdict(cfg),
-            "robots": {"tabletop:bridge": stats},
+            "robots": {"tabletop:bridge": stats | {"cameras": ["static", "wrist"], "fps": 5.0}},
             "fast": None,
         }
         hidden = ("left.",) if method == "twinbrain" else ("vlm.", "eyes.")

@@ -250,14 +250,12 @@ def source(cfg):
     return name.partition(":")[0], data.SOURCES.get(name)
 
 
-def cameras(cfg, images):
+def cameras(policy, images):
     """What a policy sees, in the order of its training -> {camera: side of its pictures}."""
-    name, row = source(cfg)
-    names = ("static", "wrist") if name == "tabletop" else row.cameras if row else ()
-    names = names or images
+    cfg, names = policy.cfg, policy.stats.get("cameras") or images
     if not names:
-        raise UserError(f"{name} does not tell its cameras: --images names a key for each, in the "
-                        "order of the recordings")  # fmt: skip
+        raise UserError("the checkpoint does not tell its cameras: --images names a key for each, "
+                        "in the order of the recordings")  # fmt: skip
     return {camera: cfg.wrist_size if i else cfg.size for i, camera in enumerate(names)}
 
 
@@ -278,7 +276,7 @@ class Reader:
     """Messages -> observations as the worlds give them, for one policy."""
 
     def __init__(self, policy, method, cfg):
-        self.sides = cameras(policy.cfg, cfg.images)
+        self.sides = cameras(policy, cfg.images)
         low, high = (np.array(policy.stats["state"][name]) for name in ("min", "max"))
         self.width, used = len(low), np.flatnonzero((low != 0) | (high != 0))
         self.least = int(used[-1]) + 1 if len(used) else 1  # zeros fill up to another robot's width
@@ -675,7 +673,7 @@ def describe(policy, method, cfg, reader):
         "normalise": policy.stats["action"].get("how", "q99"), "gripper": cfg.gripper or "trained",
         "cameras": {name: {"key": key, "side": side} for (name, side), key in seen},
         "state_dim": 0 if reader.blind else reader.width, "state_keys": list(keys.state),
-        "prompt_key": keys.prompt, "control_hz": None if theirs.data else data.Episode.fps,
+        "prompt_key": keys.prompt, "control_hz": policy.stats.get("fps"),
         "available_unnorm_keys": [source(theirs)[0]], "default_unnorm_key": source(theirs)[0],
     }  # fmt: skip
 
