@@ -27,7 +27,7 @@ import data
 import dualvla
 import twinbrain
 import vita_vla
-from bench import compare, memory
+from bench import compare, diagram, memory
 from worlds import serve
 
 ROOT, SCRIPTS = tables.ROOT, tables.SCRIPTS
@@ -193,6 +193,16 @@ def test_computed_memory_is_still_true():
     for kind in ("TwinBrainVLA", f"twin, `{memory.SPARING}`"):
         assert row["bytes"][kind] == memory.needs(*memory.KINDS[kind], "Qwen3-VL-4B")
     assert set(common.BACKBONES) == {x["backbone"] for x in tables.measured("memory")}
+
+
+def test_the_diagram_is_what_its_script_draws(tmp_path, monkeypatch):
+    monkeypatch.setattr(diagram, "ROOT", tmp_path)
+    diagram.main()
+    name = "assets/figures/methods.png"
+    drawn, kept = (Image.open(root / name).convert("L") for root in (tmp_path, ROOT))
+    assert drawn.size == kept.size
+    apart = np.abs(np.asarray(drawn, int) - np.asarray(kept, int))
+    assert (apart > 60).mean() < 0.002  # letters differ a little between versions
 
 
 # --- commands, paths, flags -----------------------------------------------------------------------
