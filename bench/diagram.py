@@ -196,6 +196,7 @@ def main():
     pen.arrow((716, y), (752, y), colour=INK, dashed=True)
     pen.words(762, y, "no gradient comes back", INK, 12.5, "lm")
     out = ROOT / "assets" / "figures" / "methods.png"
+    out.parent.mkdir(parents=True, exist_ok=True)
     size = WIDTH * OUT, height * OUT
     pen.sheet.resize(size, Image.Resampling.LANCZOS).quantize(128).save(out, optimize=True)
     print(f"wrote {out.relative_to(ROOT)}")

@@ -178,7 +178,9 @@ def stages_table():
     for words, stage in (("E, specialist", "expert"), ("G, generalist", "generalist"),
                          ("DualVLA", "dual")):  # fmt: skip
         silent = stage == "expert"  # it is never asked to reason
-        cells = (cell(some, f"{stage}: {n}") for n in names if not (silent and "reason" in n))
+        cells = [cell(some, f"{stage}: {n}") for n in names if not (silent and "reason" in n)]
+        if silent and cells[-1] != "not run":
+            cells[-1] += " (A I B)"  # Eq. 8 without reasoning: of another scale
         row = [words, *cells]
         body.append([*row[:2], "", *row[2:], "", ""] if silent else row)
     head = ["", "success %", "success, reasoning first %", "questions %", "VLA Score",

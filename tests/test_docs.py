@@ -27,7 +27,7 @@ import data
 import dualvla
 import twinbrain
 import vita_vla
-from bench import compare, memory
+from bench import compare, diagram, memory
 from worlds import serve
 
 ROOT, SCRIPTS = tables.ROOT, tables.SCRIPTS
@@ -98,11 +98,12 @@ def test_chains_and_stages_have_their_tables(monkeypatch):
     want = compare.text("chain 2", 0.4, *common.ci95(40, 100))
     assert f"| {want} |" in tables.chain_table() and "| 1.40 |" in tables.chain_table()
     forms = {"plain": {"domains": {"in": {"success": 0.5, "episodes": 4}}, "ms": 7.0, "words": 3}}
-    stages = {"expert": {"forms": forms, "answers": 0.25}}
+    stages = {"expert": {"forms": forms, "answers": 0.25, "vla_score": {"score": 0.4}}}
     monkeypatch.setattr(tables, "lines", lambda method: [
         {"arm": "ours", "flags": "", "stages": stages} | facts])  # fmt: skip
     row = next(x for x in tables.stages_table().splitlines() if "specialist" in x).split(" | ")
     assert row[1].startswith("50.0 (") and row[2:4] == ["", "25.0"] and len(row) == 7
+    assert row[4] == "0.40 (A I B)"
 
 
 def test_every_result_line_says_where_it_comes_from():
@@ -192,6 +193,16 @@ def test_computed_memory_is_still_true():
     for kind in ("TwinBrainVLA", f"twin, `{memory.SPARING}`"):
         assert row["bytes"][kind] == memory.needs(*memory.KINDS[kind], "Qwen3-VL-4B")
     assert set(common.BACKBONES) == {x["backbone"] for x in tables.measured("memory")}
+
+
+def test_the_diagram_is_what_its_script_draws(tmp_path, monkeypatch):
+    monkeypatch.setattr(diagram, "ROOT", tmp_path)
+    diagram.main()
+    name = "assets/figures/methods.png"
+    drawn, kept = (Image.open(root / name).convert("L") for root in (tmp_path, ROOT))
+    assert drawn.size == kept.size
+    apart = np.abs(np.asarray(drawn, int) - np.asarray(kept, int))
+    assert (apart > 60).mean() < 0.002  # letters differ a little between versions
 
 
 # --- commands, paths, flags -----------------------------------------------------------------------
