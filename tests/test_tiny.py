@@ -112,16 +112,16 @@ def test_it_answers_held_out_questions(model, tokenizer):
         right.append(logits.argmax(-1).tolist() == want)
         if len(right) == 105:
             break
-    assert np.mean(right) >= 0.85
+    assert np.mean(right) >= 0.9
 
 
 def test_recorded_accuracy_does_not_fall():
-    """What the shipped weights reached; 0.97 for the second row is the aim, not reached yet."""
+    """What the shipped weights reached; the aim for colour, 0.97, is not reached yet."""
     accuracy = json.loads((TINY / "accuracy.json").read_text())["accuracy"]
-    for kind in ("exist", "relation", "point", "position"):
+    for kind in ("exist", "relation", "count", "point", "position", "lean"):
         assert accuracy[kind] >= 0.95, kind
-    for kind in ("colour", "shape", "caption", "count"):
-        assert accuracy[kind] >= 0.90, kind
+    for kind, least in (("shape", 0.97), ("caption", 0.97), ("colour", 0.96)):
+        assert accuracy[kind] >= least, kind
 
 
 def truth(world, text):
