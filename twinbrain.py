@@ -171,7 +171,7 @@ ABLATIONS = {
     "t6-k1": row(64.1, "Table 6, k = 1", interval=1),
     "t6-k2": row(66.7, "Table 6, k = 2", interval=2),
     "t6-k4": row(62.5, "Table 6, k = 4", interval=4),
-    "t6-k8": row(61.9, "Table 6, k = 8", interval=8),
+    "t6-k8": row(61.9, "Table 6, k = 8 (tiny has 4 layers: as k = 4)", interval=8),
     "t9-student": row(58.4, "Table 9, Twin-to-One student (--distill RUN)", brain="vanilla"),
     "f2-vla": row(None, "Figure 2, VLA training", brain="vanilla", qa_every=100),
     "f2-cotrain": row(None, "Figure 2, co-training", brain="vanilla", qa_every=100, cotrain=0.1),

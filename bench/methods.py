@@ -50,7 +50,7 @@ def drawn(device):
         if vlm.config.model_type == "internvl":
             processor = eagle_processor(vision)
         else:
-            common.register_block_attention(vlm)
+            common.quick_vision(vlm)
             processor.patch, processor.merge = vision.patch_size, vision.spatial_merge_size
             processor.temporal = vision.temporal_patch_size
             if name != "tiny":  # as their preprocessor_config.json says
