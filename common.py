@@ -836,7 +836,8 @@ def adamw(groups, cfg):
     """AdamW, or torchao's with its state in 8 bits."""
     settings = dict(betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
     if cfg.optimizer != "adamw8bit":
-        return torch.optim.AdamW(groups, **settings)
+        on_gpu = all(p.is_cuda for group in groups for p in group["params"])
+        return torch.optim.AdamW(groups, **settings, fused=on_gpu or None)  # no copies of weights
 
     class AdamW8bit(torchao().AdamW8bit):
         def step(self):  # its own takes learning rates as tensors alone

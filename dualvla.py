@@ -140,7 +140,7 @@ class Config:
     accumulate: int = 1  # batches of a process in one step
     frozen: str = "fp32"  # fp32 | bf16: what stands still is stored so, where products are bf16
     grad_checkpoint: bool = False  # keep a block's input alone, compute the rest again
-    compile: bool = False  # torch.compile each block
+    compile: bool = False  # torch.compile each block; on a CPU no gain was seen
     shard: str = "none"  # none | full: a copy on each process (DDP), or a share each (FSDP2)
     # demonstrations of the embedded world
     demos: int = 2000  # episodes

@@ -125,7 +125,7 @@ class Config:
     accumulate: int = 1  # batches of a process in one step
     frozen: str = "fp32"  # fp32 | bf16: what stands still is stored so, where products are bf16
     grad_checkpoint: bool = False  # keep a block's input alone, compute the rest again
-    compile: bool = False  # torch.compile each block
+    compile: bool = False  # torch.compile each block; on a CPU no gain was seen
     shard: str = "none"  # none | full: a copy on each process (DDP), or a share each (FSDP2)
     replicate_left: bool = False  # --shard full leaves the frozen left brain whole everywhere
     lora: int = 0  # rank R: LoRA on the right brain's language model; 0: all of its weights train

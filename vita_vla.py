@@ -143,7 +143,7 @@ class Config:
     accumulate: int = 1  # batches of a process in one step
     frozen: str = "fp32"  # fp32 | bf16: what stands still is stored so, where products are bf16
     grad_checkpoint: bool = False  # keep a block's input alone, compute the rest again
-    compile: bool = False  # torch.compile each block
+    compile: bool = False  # torch.compile each block; on a CPU no gain was seen
     shard: str = "none"  # none | full: a copy on each process (DDP), or a share each (FSDP2)
     lora: int = 0  # rank R: stage 2 trains a LoRA on the VLM's language model; 0: its weights
     # demonstrations of the embedded world

@@ -46,7 +46,8 @@ def append(name, row):
     file.parent.mkdir(exist_ok=True)
     own = [Path(sys.argv[0]).name, *sys.argv[1:]]
     facts = {"command": shlex.join(["python", "bench/" + own[0], *own[1:]]), "machine": machine()}
-    facts |= {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
+    facts |= {"torch": torch.__version__, "transformers": transformers.__version__}
+    facts |= {"date": time.strftime("%Y-%m-%d")}
     with open(file, "a") as opened:
         opened.write(json.dumps({**row, **facts}) + "\n")
 

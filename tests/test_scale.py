@@ -1,6 +1,7 @@
 """Training at any size: on one process, two and four the same; stopped anywhere, nothing lost."""
 
 import errno
+import inspect
 import json
 import multiprocessing
 import os
@@ -20,6 +21,7 @@ import test_dualvla
 import test_twinbrain
 import test_vita_vla
 import torch
+from torch._dynamo.utils import counters
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 import common
@@ -309,6 +311,25 @@ def test_compiled_blocks_give_the_same_gradients(episodes, monkeypatch):
         common.enclose(block, replace(case.cfg, compile=True, grad_checkpoint=True))
     got = gradients(case)
     assert all(torch.allclose(want[n], got[n], atol=1e-6) for n in want if want[n] is not None)
+
+
+@pytest.mark.skipif("isolate_recompiles" not in inspect.signature(torch.compile).parameters,
+                    reason="an older torch keeps eight versions for all blocks")  # fmt: skip
+def test_every_layer_is_compiled_however_many_there_are(episodes, monkeypatch):
+    case, compiled = test_twinbrain.Case(episodes), torch.compile
+
+    def light(f, isolate_recompiles=False):
+        return compiled(f, backend="aot_eager", isolate_recompiles=isolate_recompiles)
+
+    monkeypatch.setattr(torch, "compile", light)
+    layers = case.model.right.model.language_model.layers
+    for block in layers:
+        common.enclose(block, replace(case.cfg, compile=True))
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(recompile_limit=2), torch.no_grad():
+        case.model(case.batch, case.noise)
+    assert counters["stats"]["unique_graphs"] == len(layers)
 
 
 def test_lora_starts_as_the_backbone_and_shares_it_with_the_left_brain(episodes):
