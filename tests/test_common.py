@@ -160,11 +160,16 @@ def test_a_foreign_checkpoint_is_refused(tmp_path):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
 @pytest.mark.parametrize("name", ["train.pt", "rank0.pt", "meta.json.tmp"])
-def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, name):
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, name):
     save(tmp_path, 1)
-    draft = tmp_path / "checkpoints" / "tmp_00000002"
-    draft.mkdir()
-    (draft / name).symlink_to("/dev/full")
+    draft, mkdir = tmp_path / "checkpoints" / "tmp_00000002", Path.mkdir
+
+    def full(path, *args, **words):
+        mkdir(path, *args, **words)
+        if path == draft:
+            (path / name).symlink_to("/dev/full")
+
+    monkeypatch.setattr(Path, "mkdir", full)
     with pytest.raises(common.UserError, match="could not save .*00002: .*No space") as error:
         save(tmp_path, 2)
     assert "\n" not in str(error.value) and not draft.exists()
