@@ -6,6 +6,7 @@ import os
 import random
 import signal
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
