@@ -45,7 +45,7 @@ skip() { # name, reason
 if [ "$have" = 1 ]; then
     part "a step, Qwen3-VL-4B" 90 "$python" bench/step.py --random --steps 5 "${note[@]}" \
         --preset paper --frozen bf16
-    part "latency" 110 "$python" bench/latency.py --random --repeats 3 --seconds 3 "${note[@]}"
+    part "latency" 150 "$python" bench/latency.py --random --repeats 3 --seconds 2 "${note[@]}"
     part "a step, VITA-1.5, stage 2" 60 "$python" bench/step.py --method vita_vla \
         --stage finetune --random --steps 3 "${note[@]}" --preset calvin --batch 4 --frozen bf16 \
         --grad-checkpoint

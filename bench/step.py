@@ -52,10 +52,12 @@ def eager(q, k, v, mask):
 
 
 def dense(sees):
-    """(B, 1, T, T') True where a query looks -> 0 there, the lowest number elsewhere."""
-    return torch.zeros(sees.shape, device=sees.device).masked_fill(
-        ~sees, torch.finfo(torch.bfloat16).min
-    )
+    """(B, 1, T, T') True where a query looks -> 0 there, the lowest number elsewhere; in the dtype
+    of products."""
+    kind, dtype = sees.device.type, torch.float32
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
+    mask = torch.zeros(sees.shape, device=sees.device, dtype=dtype)
+    return mask.masked_fill(~sees, torch.finfo(dtype).min)
 
 
 def enter(vlm, prompt, batch, *state):
