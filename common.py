@@ -426,7 +426,11 @@ def write_json(path: Path, content) -> None:
 
 def write_state(path: Path, state: dict) -> None:
     with open(path, "wb") as file:  # through Python's file: torch's own hides why it failed
-        torch.save(state, file)
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # of closing the archive, after the disk's own fault
+            fault = error.__context__
+            raise fault if isinstance(fault, OSError) else error from None
     sync(path)
 
 

@@ -52,6 +52,7 @@ def test_training_on_recordings_and_acting_like_one_of_them(script, both, capsys
     meta = common.load_checkpoint(stage, script.__name__).meta
     wide, narrow = meta["robots"].values()
     assert len(wide["state"]["q01"]) == len(narrow["state"]["q01"]) == 8
+    assert len(wide["cameras"]) == 2 and wide["fps"] == narrow["fps"] > 0
     assert narrow["state"]["max"][7] == 0 and wide["state"]["max"][7] != 0
     acting = ["--eval-only", str(stage), "--world", "tabletop:bridge", "--domains", "in"]
     script.main([*acting, "--robot", str(folder / "narrow"), "--episodes", "1"])

@@ -150,6 +150,21 @@ def test_two_processes_with_copies_or_shards_are_one(alone, tmp_path, name):
 
 
 @SLOW
+def test_four_processes_with_copies_are_one(alone, tmp_path):
+    run("twinbrain", tmp_path / "run", "--batch", "2", processes=4)
+    assert_close(tmp_path / "run", alone / "twinbrain")
+
+
+@SLOW
+def test_frozen_weights_of_16_bits_train_alike_in_shards(tmp_path):
+    words = ["--frozen", "bf16", "--dtype", "bf16"]
+    run("twinbrain", tmp_path / "one", *words)
+    run("twinbrain", tmp_path / "two", *words, "--batch", "4", "--shard", "full", processes=2)
+    one, two = (torch.tensor(metrics(tmp_path / name)) for name in ("one", "two"))
+    assert torch.allclose(one, two, rtol=0.05)
+
+
+@SLOW
 def test_a_run_goes_on_with_other_processes_and_shards(alone, tmp_path):
     folder = tmp_path / "run"
     run("twinbrain", folder, "--steps", "1", "--batch", "4", "--shard", "full", processes=2)
@@ -250,6 +265,13 @@ def test_a_share_that_cannot_be_written_leaves_the_checkpoint_before(group, tmp_
     assert "No space left on device; checkpoints before it are intact" in str(error.value)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
     assert common.load_checkpoint(tmp_path, "m").step == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_is_called_so_however_large_the_state():
+    for count in (1, 1_000_000):
+        with pytest.raises(OSError, match="No space left on device"):
+            common.write_state("/dev/full", {"x": torch.zeros(count), "y": torch.ones(count)})
 
 
 def test_muon_is_refused_under_shards():
