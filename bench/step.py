@@ -271,7 +271,8 @@ def arguments(words):
     parser.add_argument("--method", choices=methods.SCRIPTS, default="twinbrain")
     parser.add_argument("--stage", default="", help="of vita_vla (finetune) or dualvla (dual)")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--variants", nargs="+", help="some of vanilla, twin, lockstep")
+    variants = ["vanilla", "twin", "lockstep"]
+    parser.add_argument("--variants", nargs="+", choices=variants, help="some of them alone")
     parser.add_argument("--random", action="store_true", help="random weights of its size")
     parser.add_argument("--busy", action="store_true", help="the processor's seconds, not wall's")
     parser.add_argument("--note", default="", help="said beside the numbers")

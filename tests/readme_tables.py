@@ -335,8 +335,8 @@ def speed(backbone):
     """The last measurement of each kind of machine."""
     found = {}
     for x in measured("step"):
-        if (x["backbone"], x["brain"]) == (backbone, "twin"):
-            found[x["machine"]] = f"{1000 * x['batch'] / x['ms']:.0f} ({x['machine']})"
+        if (x["backbone"], x["variant"]) == (backbone, "twin") and not x["busy"]:
+            found[x["machine"]] = f"{x['samples_s']:.0f} ({x['machine']})"
     return "; ".join(found.values()) or "not run"
 
 
