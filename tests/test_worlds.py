@@ -470,6 +470,8 @@ class Driven:
         self.before, self.theirs = termios.tcgetattr(theirs), theirs
         env = os.environ | {"COLUMNS": "90", "LINES": "24"}
         how = dict(stdin=theirs, stdout=theirs, stderr=theirs, env=env, start_new_session=True)
+        # where the tests run in the background Ctrl-C is ignored, and a child inherits that
+        how["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
         command = [sys.executable, "worlds/tabletop.py", *words]
         self.process = subprocess.Popen(command, cwd=ROOT, **how)
 
