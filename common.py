@@ -816,10 +816,20 @@ def synchronise(ddp, last):
 
 
 def clip(parameters, limit):
-    """Scales the gradients to a norm of at most `limit` -> their norm before, over all shards, a
-    tensor on its device."""
+    """Scales the gradients to a norm of at most `limit` -> a function that gives their norm before,
+    over all shards. It waits for the backward pass alone: a GPU has the optimizer's step to do."""
     norm = nn.utils.clip_grad_norm_(parameters, limit)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    copy, copied = norm.to("cpu", non_blocking=True), norm.is_cuda and torch.cuda.Event()
+    if copied:
+        copied.record()
+
+    def norm_before():
+        if copied:
+            copied.synchronize()
+        return float(copy)
+
+    return norm_before
 
 
 def same_samples(cfg, resumed, dist):
@@ -864,36 +874,12 @@ def feed(batches, todo, workers):
         raise UserError(f"cannot read the training data: {lines[-1] if lines else error}") from None
 
 
-class Watch:
-    """Stops a run whose loss or gradient is not finite: names the step, keeps its batches.
-
-    A GPU is not waited for: a step's norm is copied beside its work and read in the next step, or
-    by `norm()`, which comes before a line is logged and before a checkpoint is written.
-    """
-
-    def __init__(self, run):
-        self.run, self.last = run, (0, torch.zeros(()), None, [])
-
-    def step(self, step, norm, batches):
-        """After a step's backward pass: its gradient's norm, what it was computed from."""
-        self.norm()
-        copied, norm = None, norm.detach().to("cpu", non_blocking=True)
-        if torch.cuda.is_available():
-            copied = torch.cuda.Event()
-            copied.record()
-        self.last = step, norm, copied, batches
-
-    def norm(self) -> float:
-        """The norm of the last step, or the end of the run."""
-        step, norm, copied, batches = self.last
-        if copied:
-            copied.synchronize()
-        if math.isfinite(norm):
-            return float(norm)
-        file = self.run.folder / f"nan_step_{step}_rank{self.run.dist.rank}.pt"
-        write_state(file, to_device(batches, torch.device("cpu")))
-        raise UserError(f"the loss or its gradient is not finite at step {step}; its batch is in "
-                        f"{file}, checkpoints before it are intact: lower --lr")  # fmt: skip
+def halt_at_nan(run, step, batches):
+    """The loss or its gradient is not finite: names the step, keeps what it was computed from."""
+    file = run.folder / f"nan_step_{step}_rank{run.dist.rank}.pt"
+    write_state(file, to_device(batches, torch.device("cpu")))
+    raise UserError(f"the loss or its gradient is not finite at step {step}; its batch is in {file}"
+                    ", checkpoints before it are intact: lower --lr")  # fmt: skip
 
 
 # --- run folder -----------------------------------------------------------------------------------

@@ -1049,13 +1049,12 @@ def train(cfg, dist, run, model, batches, meta, resumed, measure, teacher=None):
     feed = common.feed(batches, todo, cfg.workers)
     parameters = [p for p in model.parameters() if p.requires_grad]
     action_dim = data.dims(meta["robots"])[1]  # [method]
-    stop, watch = common.Stop(), common.Watch(run)
+    stop = common.Stop()
 
     def seconds():
         return before + time.perf_counter() - began
 
     def save(step):
-        watch.norm()
         tensors = {n: t for n, t in model.state_dict().items() if n not in model.untouched}
         state = {"optimizers": [opt.state_dict() for opt in opts], "seconds": seconds()}
         local = {"rng": common.rng_state()}
@@ -1086,13 +1085,15 @@ def train(cfg, dist, run, model, batches, meta, resumed, measure, teacher=None):
             for name, value in losses.items():
                 mean[name] = mean.get(name, 0.0) + value.detach() / cfg.accumulate
         model.forget_words()  # [method]
-        watch.step(step + 1, common.clip(parameters, cfg.clip), seen)
+        norm_before = common.clip(parameters, cfg.clip)
         for opt in opts:
             opt.step()
             opt.zero_grad(set_to_none=True)
+        norm = norm_before()
+        if not math.isfinite(norm):
+            common.halt_at_nan(run, step + 1, seen)
         run.progress(step + 1)
         if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.steps:
-            norm = watch.norm()
             values = dist.mean({name: float(value) for name, value in mean.items()})
             rate = (step + 1) * cfg.batch * cfg.accumulate * dist.processes / seconds()
             lr = opts[0].param_groups[0]["lr"]

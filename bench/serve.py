@@ -39,7 +39,8 @@ def untrained(folder):
     model, _ = twinbrain.build(cfg, 8, 7)
     tensors = {n: t for n, t in model.state_dict().items() if not n.startswith("left.")}
     meta = {"method": "twinbrain", "config": dataclasses.asdict(cfg), "fast": None}
-    meta["robots"] = {"tabletop:bridge": data.statistics(episodes)}
+    about = {"cameras": list(episodes[0].images), "fps": episodes[0].fps}
+    meta["robots"] = {"tabletop:bridge": data.statistics(episodes) | about}
     alone = common.Dist(0, 1, torch.device("cpu"))
     common.save_checkpoint(Path(folder) / "checkpoints", 0, tensors, {}, {}, meta, alone)
     return folder
