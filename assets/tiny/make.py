@@ -3,6 +3,7 @@
     python assets/tiny/make.py --minutes 65                       # from nothing, on two cores
     python assets/tiny/make.py --go-on --minutes 25 --peak 0.45   # one more stage for what is there
     python assets/tiny/make.py --go-on --minutes 13 --peak 0.2 --mean    # and the mean of both
+    python assets/tiny/make.py --measure                                 # what is there, again
 
 accuracy.json records the stages that made the shipped weights (the first was stopped on the way,
 its learning rate still high) and the accuracy on scenes that no training draws.
@@ -442,7 +443,9 @@ def train(rank, workers, args):
             p.data.lerp_(old, 0.5)
     if rank == 0:
         save(model, tokenizer, args.out)
-        report(args, tokenizer, step, round((time.time() - began) / 60, 1))
+        minutes = round((time.time() - began) / 60, 1)
+        stage = dict(minutes=minutes, seed=args.seed, steps=step, batch=BATCH)
+        report(args, stage | ({"mean": True} if args.mean else {}))
     distributed.destroy_process_group()
 
 
@@ -459,16 +462,15 @@ def load(folder):
     return quick_vision(model)
 
 
-def report(args, tokenizer, steps, minutes):
+def report(args, stage=None):
     """Measures what was saved, and writes it down with how it was made."""
-    model = load(args.out)
+    tokenizer = Tokenizer.from_file(str(args.out / "tokenizer.json"))
+    model, path, stages = load(args.out), args.out / "accuracy.json", []
     accuracy = measure(model, tokenizer, batches=30)
     print(json.dumps(accuracy, indent=2))
-    path, stages = args.out / "accuracy.json", []
-    if args.go_on and path.exists():
+    if (args.go_on or args.measure) and path.exists():
         stages = json.loads(path.read_text())["stages"]
-    stage = dict(minutes=minutes, seed=args.seed, steps=steps, batch=BATCH)
-    stages.append(stage | ({"mean": True} if args.mean else {}))
+    stages += [stage] if stage else []
     write(path, parameters=model.num_parameters(), stages=stages, accuracy=accuracy)
 
 
@@ -478,11 +480,16 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--peak", type=float, default=1.0, help="scales both learning rates")
     parser.add_argument("--workers", type=int, default=2, help="processes, best one for each core")
+    parser.add_argument("--measure", action="store_true", help="only the accuracy of --out")
     parser.add_argument("--mean", action="store_true", help="of the weights before and after")
     parser.add_argument("--compile", action="store_true", help="a third faster; needs a C compiler")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent)
     parser.add_argument("--go-on", action="store_true", help="start from the weights in --out")
     args = parser.parse_args()
+    if args.measure:
+        return report(args)
+    if args.minutes <= 0:
+        parser.error("--minutes: more than 0")
     torch.manual_seed(args.seed)
     if not args.go_on:
         tokenizer = build_tokenizer(sentences())
