@@ -152,7 +152,7 @@ class Config:
     # evaluation and logging
     domains: tuple[str, ...] = ("in",)  # what differs from training; empty: all the suite knows
     talk: int = 40  # words of reasoning at most, when acting (InstructVLA: 50)
-    execute: int = 4  # actions executed of each chunk
+    execute: int = 2  # actions executed of each chunk
     ensemble: bool = False  # plan every step, blend the last 7 chunks (SimplerEnv)
     parallel: int = 100  # episodes acted side by side
     gifs: int = 2  # rollouts drawn in each domain

@@ -138,7 +138,7 @@ class Config:
     normalise: str = "auto"  # auto | q99 | minmax: bounds of actions, state; auto: see SOURCES
     # evaluation and logging
     domains: tuple[str, ...] = ()  # what differs from training; empty: all that the suite knows
-    execute: int = 4  # actions executed of each chunk (paper: LIBERO all 8, GR1 12 of 16)
+    execute: int = 2  # actions executed of each chunk (paper: LIBERO all 8, GR1 12 of 16)
     ensemble: bool = False  # plan every step, blend the last 7 chunks (SimplerEnv)
     parallel: int = 50  # episodes acted side by side
     gifs: int = 2  # rollouts drawn in each domain

@@ -3,12 +3,15 @@
   python bench/study.py twinbrain t1-twin t1-vanilla --seeds 3
   python bench/study.py twinbrain t1-vanilla --seeds 3 -- --steps 1845
   python bench/study.py twinbrain t9-student --seeds 3 -- --distill runs/t1-twin-{seed}
+  python bench/study.py dualvla ours --seeds 3 --keep runs/dual
+  python bench/study.py dualvla base-ft no-pruning --seeds 3 --keep runs/dual --after ours
 
 Each run appends one line to assets/results/<method>.jsonl (the arm, its flags, seed, success with
 interval, abilities, seconds, machine kind, versions); a line that is already there is not run
 again. `--ablation list` and the README's tables read that file. Flags behind `--` go to every run,
 {seed} in them replaced. As many runs go side by side as the machine has cores, one thread each:
-on small models that is almost twice as fast as one run after another with all threads.
+on small models that is almost twice as fast as one run after another with all threads. `--after
+ARM` lets arms begin where that one's first stages ended: VITA-VLA's teacher, DualVLA's E and G.
 """
 
 import argparse
@@ -31,6 +34,11 @@ import transformers  # noqa: E402
 
 import common  # noqa: E402
 
+SHARED = {  # method: flags that take a stage of another run, and that stage's folder
+    "vita_vla": {"--teacher": "teacher"},
+    "dualvla": {"--expert": "expert", "--generalist": "generalist"},
+}
+
 
 def machine():
     """Kind of machine, without its name: processor, cores, accelerator."""
@@ -52,13 +60,16 @@ def append(name, row):
         opened.write(json.dumps({**row, **facts}) + "\n")
 
 
-def run(method, arm, seed, flags, keep, parallel):
-    """One run -> its line for the result file; its folder is kept in `keep` if given."""
+def run(method, arm, seed, flags, args):
+    """One run -> its line for the result file; its folder is kept in --keep if given."""
     with tempfile.TemporaryDirectory() as scratch:
-        out = str(Path(keep) / f"{arm}-{seed}") if keep else str(Path(scratch) / "run")
+        out = str(Path(args.keep) / f"{arm}-{seed}") if args.keep else str(Path(scratch) / "run")
         own = ["--ablation", arm, "--seed", str(seed), *(f.format(seed=seed) for f in flags)]
+        if args.after:
+            base = Path(args.keep) / f"{args.after}-{seed}"
+            own += [word for f, at in SHARED[method].items() for word in (f, str(base / at))]
         command = [sys.executable, str(ROOT / f"{method}.py"), *own, "--out", out]
-        if parallel > 1:
+        if args.parallel > 1:
             command += ["--threads", "1"]
         calm = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
         done = subprocess.run(command, env=calm, stdout=subprocess.PIPE, text=True)
@@ -72,7 +83,7 @@ def run(method, arm, seed, flags, keep, parallel):
             result["curve"] = curve  # Figure 2
     facts = {"command": shlex.join(["python", f"{method}.py", *own]), "machine": machine()}
     facts |= {"torch": torch.__version__, "transformers": transformers.__version__}
-    return {"arm": arm, "flags": " ".join(flags), "parallel": parallel, **result, **facts}
+    return {"arm": arm, "flags": " ".join(flags), "parallel": args.parallel, **result, **facts}
 
 
 def table(lines):
@@ -98,11 +109,14 @@ def main():
     parser.add_argument("arms", nargs="+", help="names of `--ablation list`")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--keep", default="", help="keep the run folders here")
+    parser.add_argument("--after", default="", help="arm in --keep whose first stages serve others")
     parser.add_argument("--parallel", type=int, default=os.cpu_count(), help="runs side by side")
     own, flags = sys.argv[1:], []
     if "--" in own:
         own, flags = own[: own.index("--")], own[own.index("--") + 1 :]
     args = parser.parse_args(own)
+    if args.after and not (args.keep and args.method in SHARED):
+        parser.error("--after ARM needs --keep DIR, and a method of several stages")
     file = ROOT / "assets" / "results" / f"{args.method}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
@@ -111,7 +125,7 @@ def main():
     jobs = [(arm, seed) for seed in range(args.seeds) for arm in args.arms]
 
     def work(job):
-        line = run(args.method, *job, flags, args.keep, args.parallel)
+        line = run(args.method, *job, flags, args)
         with open(file, "a") as opened:
             opened.write(json.dumps(line) + "\n")
         return line

@@ -1,8 +1,10 @@
 """What the scripts in bench/ rest on: the peer computes what ours does, parts add up, models of the
 published sizes can be made from random weights, bench/gpu.sh's commands start."""
 
+import argparse
 import re
 import shlex
+import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -19,6 +21,7 @@ import latency  # noqa: E402
 import loader  # noqa: E402
 import methods  # noqa: E402
 import step  # noqa: E402
+import study  # noqa: E402
 
 import common  # noqa: E402
 import twinbrain  # noqa: E402
@@ -206,3 +209,26 @@ def test_gpu_sh_names_the_real_configurations():
     for words in ("--preset paper", "--stage align", "--stage finetune", "--method dualvla"):
         assert words in text
     assert "--random" in " ".join(line for name, line in commands() if name == "latency")
+
+
+def test_arms_begin_where_the_stages_of_another_ended(tmp_path, monkeypatch):
+    asked = []
+
+    def pretend(command, **_):
+        out = Path(command[command.index("--out") + 1])
+        out.mkdir(parents=True)
+        (out / "result.json").write_text('{"success": 0.5}')
+        (out / "metrics.jsonl").write_text("")
+        asked.append(command)
+        return subprocess.CompletedProcess(command, 0, "")
+
+    monkeypatch.setattr(study.subprocess, "run", pretend)
+    args = argparse.Namespace(keep=str(tmp_path), after="ours", parallel=1)
+    line = study.run("dualvla", "no-pruning", 2, [], args)
+    given = dict(zip(asked[0], asked[0][1:]))
+    assert given["--expert"] == str(tmp_path / "ours-2" / "expert")
+    assert given["--generalist"] == str(tmp_path / "ours-2" / "generalist")
+    assert line["arm"] == "no-pruning" and line["flags"] == ""
+    args.after = ""
+    study.run("dualvla", "no-distillation", 2, [], args)
+    assert "--expert" not in asked[1]

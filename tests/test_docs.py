@@ -434,8 +434,8 @@ def test_sums_done_by_hand():
         assert all(word in text for word in words), words
 
     assert data.squeeze(np.array([5.0]), np.array([2.0]), np.array([6.0])) == 0.5
-    says("= 0.5* (`data.normalise()`)", f"0.99^40 = {0.99**40:.0%}", "36 / 4 = 9 plans")
-    assert (twinbrain.Config.horizon, twinbrain.Config.execute) == (8, 4)
+    says("= 0.5* (`data.normalise()`)", f"0.99^40 = {0.99**40:.0%}", "36 / 2 = 18 plans")
+    assert (twinbrain.Config.horizon, twinbrain.Config.execute) == (8, 2)
     scores, values = torch.tensor([0.0, 0.0, math.log(2)]), torch.tensor([4.0, 8.0, 2.0])
     k, one = scores[None, None, :, None], torch.ones(1, 1, 1, 1)
     seen = torch.ones(1, 1, 1, 3, dtype=torch.bool)
