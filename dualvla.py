@@ -46,6 +46,8 @@ Assumptions, where the paper is silent
       as E; the vision tower is frozen; E's flow expert is trained with E and frozen then.
   A7  The flow expert's eye is a small convolutional net in the place of DINOv2, with FiLM.
   A8  A specialist is not asked for reasoning: its RA is 1 and R leaves Eq. 8.
+  A9  A real VLM has read the words in which a robot explains itself, `tiny` has not (its questions
+      are about scenes), so G and the student learn their embeddings (`--no-new-words`).
 
   python dualvla.py                                          # laptop: E, G, DualVLA, evaluation
   torchrun dualvla.py --backbone Eagle2-2B                   # one GPU, the embedded world
@@ -60,6 +62,7 @@ import time
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -112,6 +115,7 @@ class Config:
     rank: int = 32  # of LoRA (InstructVLA: 128)
     alpha: float = 2.0  # LoRA's scale, alpha / r (InstructVLA: 256 / 128)
     actions: str = "flow"  # flow | tokens: flow expert, or 256 bins a dimension as words
+    new_words: bool = True  # G, dual: train the embeddings of what is said on robot data (A9)
     queries: int = 8  # N, latent action queries (InstructVLA: 64)
     horizon: int = 8  # H, actions in a chunk (InstructVLA: 16)
     width: int = 128  # flow expert's width (InstructVLA: 768)
@@ -180,7 +184,7 @@ PAPER = dict(
     backbone="Eagle2-2B", rank=128, queries=64, horizon=16, width=768, depth=12, heads=12,
     euler=10, batch=16, mix=7, reason=0.4, motion=0.2, optimizer="adamw", lr=2e-5, lr_head=5e-5,
     min_lr=1.0, warmup=0, steps=20_000, size=224, wrist_size=224, augment=0, state=False,
-    execute=1, ensemble=True, repeats=1, workers=4, talk=50,
+    execute=1, ensemble=True, repeats=1, workers=4, talk=50, new_words=False,
 )  # fmt: skip
 PRESETS = {"paper": PAPER}
 
@@ -314,7 +318,8 @@ def collate(samples, cfg, processor):
 
 
 class Mixture(nn.Module):
-    """A frozen matrix and low-rank experts: W_0 x + sum_i lambda_i (alpha / r) B_i A_i x."""
+    """A frozen matrix and low-rank experts: W_0 x + sum_i lambda_i (alpha / r) B_i A_i x, where all
+    of a model read the lambdas of each token from the same gates.now; None: W_0 alone."""
 
     def __init__(self, base, experts, rank, alpha, gates):
         super().__init__()
@@ -335,12 +340,6 @@ class Mixture(nn.Module):
         return y
 
 
-class Gates:
-    """What every Mixture of a model reads: lambda of each token and expert, or None: W_0 alone."""
-
-    now = None
-
-
 class DualVLA(nn.Module):
     """E, G or the student: a Qwen-VL with LoRA experts and gates, queries, and a flow expert."""
 
@@ -351,7 +350,8 @@ class DualVLA(nn.Module):
         self.end = processor.tokenizer.eos_token_id
         vlm.model.language_model.config._attn_implementation = "short"
         D, alone = vlm.config.get_text_config().hidden_size, cfg.stage == "expert"
-        self.gates, self.gate = Gates(), None
+        self.gates, self.gate = SimpleNamespace(now=None), None
+        self.words = []  # those whose embeddings train; none where all or no weights do
         self.untouched = set()  # weights that stay the backbone's own: no checkpoint holds them
         if cfg.tune == "lora":
             vlm.requires_grad_(False)
@@ -359,7 +359,7 @@ class DualVLA(nn.Module):
             new = (".down.", ".up.", "embed_tokens.", "lm_head.")
             self.untouched = {n for n in self.state_dict() if not any(x in n for x in new)}
             if alone:
-                self.learn_words()
+                self.learn_words(range(self.first, self.first + BINS))
             else:
                 widths = [(D, 128), (128, 128), (128, 128), (128, 2)]  # four layers
                 layers = [m for i, o in widths for m in (nn.Linear(i, o), nn.ReLU())]
@@ -390,18 +390,19 @@ class DualVLA(nn.Module):
                 parent, _, leaf = name.rpartition(".")
                 setattr(self.get_submodule(parent), leaf, m.base)
 
-    def learn_words(self):
-        """E also learns the embeddings of the action words; `forget_words` spares the others."""
+    def learn_words(self, ids):
+        """The embeddings of these words train: E's are those of actions, G's of what is said."""
+        self.words = [*ids]
         self.vlm.get_input_embeddings().requires_grad_(True)
         self.vlm.lm_head.requires_grad_(True)
 
     def forget_words(self):
-        """After E's backward pass: no gradient for words that are no actions."""
-        if self.cfg.tune == "lora":
+        """After the backward pass: no gradient for the embeddings of other words."""
+        if self.words:
             for weight in {self.vlm.get_input_embeddings().weight, self.vlm.lm_head.weight}:
                 if weight.grad is not None:
                     rows = torch.zeros(len(weight), 1)
-                    rows[self.first : self.first + BINS] = 1.0
+                    rows[self.words] = 1.0
                     weight.grad.mul_(common.spread(rows, weight.grad))
 
     def blocks(self):
@@ -836,6 +837,12 @@ def scene_labels(episodes, cfg, say=print):
     return [events.dilate(f, len(e.action), cfg.reach) for f, e in zip(found, episodes)]
 
 
+def said_words(episodes, tokenizer):
+    """-> ids of all words in which these recordings explain a step or name a move."""
+    said = {text for e in episodes for text in e.reasoning or ()} | set(events.every_move())
+    return sorted({i for text in said for i in tokenizer.encode(text, add_special_tokens=False)})
+
+
 def keep_labels(episodes, cfg, say=print):
     """-> for each episode (T,) bool, after `--prune`."""
     rng = np.random.default_rng(cfg.seed)
@@ -1117,9 +1124,8 @@ def train(cfg, dist, run, model, batches, meta, resumed, measure, teacher=None):
 FREE = (  # what a resumed or evaluated run may change
     "steps", "episodes", "domains", "execute", "ensemble", "parallel", "gifs", "render",
     "questions", "log_every", "save_every", "workers", "threads", "device", "euler", "eval_only",
-    "out", "talk",
-    "score_episodes", "bracket", "judge", "judge_model", "judge_price", "judge_examples",
-    "benchmark", "robot", "compile", "grad_checkpoint", "shard",
+    "out", "talk", "score_episodes", "bracket", "judge", "judge_model", "judge_price",
+    "judge_examples", "benchmark", "robot", "compile", "grad_checkpoint", "shard",
 )  # fmt: skip
 
 
@@ -1164,11 +1170,13 @@ def prepare(cfg, dist, run, resumed):
     acts, asks = data.recordings(cfg, dist, start)
     robots = {part.name: part.stats for part in acts}
     model, processor = build(cfg, *data.dims(robots), start)
+    episodes = [e for part in acts for e in part.episodes]
     bits = resumed.meta["kept"] if resumed else None
     if not resumed:
-        episodes = [e for part in acts for e in part.episodes] if dist.main else []
         kept = keep_labels(episodes, cfg, run.say) if dist.main else []
         bits = dist.share(["".join(str(int(k)) for k in row) for row in kept])
+    if cfg.new_words and cfg.tune == "lora" and cfg.stage != "expert":  # ASSUMPTION A9
+        model.learn_words(said_words(episodes, processor.tokenizer))
     kept = [np.array(list(row)) == "1" for row in bits]
     ends = np.cumsum([len(p.episodes) for p in acts])
     samples = [

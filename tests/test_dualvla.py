@@ -7,6 +7,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -492,7 +493,7 @@ def test_fused_kl_never_holds_the_vocabulary_for_all_positions(monkeypatch):
 
 def test_mixture_of_lora_experts_written_out():
     common.seed_all(0)
-    gates = dualvla.Gates()
+    gates = SimpleNamespace(now=None)
     m = dualvla.Mixture(torch.nn.Linear(5, 3), 2, 2, 0.5, gates)
     for up in m.up:
         torch.nn.init.normal_(up)
@@ -683,3 +684,17 @@ def replace_explicit(**flags):
     cfg = replace(Config(), **flags)
     cfg.explicit = tuple(flags)
     return cfg
+
+
+def test_g_learns_the_words_in_which_a_robot_explains_itself(episodes):
+    case = Case(episodes, "generalist")
+    tokenizer, weight = case.processor.tokenizer, case.model.vlm.get_input_embeddings().weight
+    ids = dualvla.said_words(episodes, tokenizer)
+    for text in (episodes[0].reasoning[5], "move left and close the fingers", "stop"):
+        assert set(tokenizer.encode(text, add_special_tokens=False)) <= set(ids)
+    assert tokenizer.encode("plate?")[-1] not in ids
+    assert not weight.requires_grad, "as InstructVLA has it, until it is asked"
+    case.model.learn_words(ids)
+    _, grads = case.step()
+    moved = grads["vlm.model.language_model.embed_tokens.weight"].abs().sum(1) > 0
+    assert moved.any() and set(moved.nonzero()[:, 0].tolist()) <= set(ids)

@@ -275,6 +275,12 @@ MOVES = (("right", "left"), ("forward", "back"), ("up", "down"), (), ("tilt up",
          ("turn left", "turn right"))  # fmt: skip
 
 
+def every_move():
+    """-> all that `move_name` puts a name together from."""
+    names = [name for pair in MOVES for name in pair]
+    return [f"move {n} and {n}" for n in names] + ["stop", "open the fingers", "close the fingers"]
+
+
 def move_name(state, t, window=3, threshold=0.02):
     """States (T, S) that begin with x y z and end with how open the hand is -> what the hand does
     next: "move left up and close the fingers", or "stop"."""
