@@ -176,7 +176,7 @@ class Config:
 ORDER = ("expert", "generalist", "dual")
 ALONE = dict(prune="none", teachers="none")
 STAGES = {  # what differs between the stages; --steps and --lr hold for all of them
-    "expert": dict(steps=2000, lr=2e-3, mix=0, reason=0.0, motion=0.0, qa_every=0) | ALONE,
+    "expert": dict(steps=1500, lr=2e-3, mix=0, reason=0.0, motion=0.0, qa_every=0) | ALONE,
     "generalist": dict(steps=400, lr=1e-3) | ALONE,
     "dual": dict(steps=400, lr=1e-3),
 }
