@@ -48,6 +48,8 @@ Assumptions, where the paper is silent
   A8  A specialist is not asked for reasoning: its RA is 1 and R leaves Eq. 8.
   A9  A real VLM has read the words in which a robot explains itself, `tiny` has not (its questions
       are about scenes), so G and the student learn their embeddings (`--no-new-words`).
+  A10 When to reason is not said. Of the steps that a student learned from, five in six are silent,
+      and a greedy one hardly ever speaks: it does where words are likelier than `--speak`.
 
   python dualvla.py                                          # laptop: E, G, DualVLA, evaluation
   torchrun dualvla.py --backbone Eagle2-2B                   # one GPU, the embedded world
@@ -156,6 +158,7 @@ class Config:
     # evaluation and logging
     domains: tuple[str, ...] = ("in",)  # what differs from training; empty: all the suite knows
     talk: int = 40  # words of reasoning at most, when acting (InstructVLA: 50)
+    speak: float = 0.15  # says why where some word is likelier than this (A10; greedy: 0.5)
     execute: int = 2  # actions executed of each chunk
     ensemble: bool = False  # plan every step, blend the last 7 chunks (SimplerEnv)
     parallel: int = 100  # episodes acted side by side
@@ -178,13 +181,13 @@ ALONE = dict(prune="none", teachers="none")
 STAGES = {  # what differs between the stages; --steps and --lr hold for all of them
     "expert": dict(steps=1500, lr=2e-3, mix=0, reason=0.0, motion=0.0, qa_every=0) | ALONE,
     "generalist": dict(steps=400, lr=1e-3) | ALONE,
-    "dual": dict(steps=400, lr=1e-3),
+    "dual": dict(steps=600, lr=1e-3),
 }
 PAPER = dict(
     backbone="Eagle2-2B", rank=128, queries=64, horizon=16, width=768, depth=12, heads=12,
     euler=10, batch=16, mix=7, reason=0.4, motion=0.2, optimizer="adamw", lr=2e-5, lr_head=5e-5,
     min_lr=1.0, warmup=0, steps=20_000, size=224, wrist_size=224, augment=0, state=False,
-    execute=1, ensemble=True, repeats=1, workers=4, talk=50, new_words=False,
+    execute=1, ensemble=True, repeats=1, workers=4, talk=50, new_words=False, speak=0.5,
 )  # fmt: skip
 PRESETS = {"paper": PAPER}
 
@@ -491,13 +494,18 @@ class DualVLA(nn.Module):
         return wrong.sum(1) == 0
 
     @torch.no_grad()
-    def speak(self, batch, limit, stop):
+    def speak(self, batch, limit, stop, bar):
         """Greedy decoding behind a prompt; stop(ids) says which words end it -> lists of ids, and
-        the `Thread` to go on from."""
+        the `Thread` to go on from. It begins where some word is likelier than `bar`."""
         thread = Thread(self, batch)
         live, said = torch.ones_like(thread.real[:, 0]), [[] for _ in thread.h]
-        for _ in range(limit):
-            ids = self.vlm.lm_head(thread.h).argmax(-1)  # (B,)
+        for i in range(limit):
+            logits = self.vlm.lm_head(thread.h)  # (B, V)
+            if i == 0:
+                ends = stop(torch.arange(logits.shape[-1], device=logits.device))  # (V,)
+                live = logits.float().softmax(-1)[:, ~ends].sum(-1) > bar
+                logits = logits.masked_fill(ends, -math.inf)
+            ids = logits.argmax(-1)  # (B,)
             live = live & ~stop(ids)
             if not live.any():
                 break
@@ -514,7 +522,7 @@ class DualVLA(nn.Module):
             h = self.read(batch["prompt"], batch)  # nothing to say: one pass
         else:
             done = lambda ids: (ids >= self.first) | (ids == self.end)  # noqa: E731
-            said, thread = self.speak(batch, 0 if form == "plain" else limit, done)
+            said, thread = self.speak(batch, 0 if form == "plain" else limit, done, cfg.speak)
             if cfg.actions == "tokens":
                 return self.decode(thread), said
             queries = self.queries.to(thread.h.dtype).expand(len(x_0), -1, -1)
@@ -937,7 +945,7 @@ class Policy:
         with common.autocast(self.device, self.cfg.dtype), torch.no_grad():
             samples = [s | {"answer": ""} for s in samples]
             asked = common.to_device(ask(samples, self.processor), self.device)
-            ids, _ = self.model.eval().speak(asked, limit, lambda ids: ids == self.model.end)
+            ids, _ = self.model.eval().speak(asked, limit, lambda ids: ids == self.model.end, 0.0)
         return [self.processor.tokenizer.decode(row).strip() for row in ids]
 
 
@@ -1065,9 +1073,7 @@ def train(cfg, dist, run, model, batches, meta, resumed, measure, teacher=None):
         tensors = {n: t for n, t in model.state_dict().items() if n not in model.untouched}
         state = {"optimizers": [opt.state_dict() for opt in opts], "seconds": seconds()}
         local = {"rng": common.rng_state()}
-        common.save_checkpoint(
-            run.folder / "checkpoints", step, tensors, state, local, meta, dist
-        )
+        common.save_checkpoint(run.folder / "checkpoints", step, tensors, state, local, meta, dist)
 
     for step in range(start, cfg.steps):
         for group in (group for opt in opts for group in opt.param_groups):
@@ -1124,7 +1130,7 @@ def train(cfg, dist, run, model, batches, meta, resumed, measure, teacher=None):
 FREE = (  # what a resumed or evaluated run may change
     "steps", "episodes", "domains", "execute", "ensemble", "parallel", "gifs", "render",
     "questions", "log_every", "save_every", "workers", "threads", "device", "euler", "eval_only",
-    "out", "talk", "score_episodes", "bracket", "judge", "judge_model", "judge_price",
+    "out", "talk", "speak", "score_episodes", "bracket", "judge", "judge_model", "judge_price",
     "judge_examples", "benchmark", "robot", "compile", "grad_checkpoint", "shard",
 )  # fmt: skip
 
@@ -1217,6 +1223,8 @@ def check(cfg):
         raise common.UserError(f"--questions {cfg.questions}: an even number, MME asks in pairs")
     if not 1 <= cfg.execute <= cfg.horizon:
         raise common.UserError(f"--execute {cfg.execute}: from 1 to --horizon {cfg.horizon}")
+    if not 0 <= cfg.speak < 1:
+        raise common.UserError(f"--speak {cfg.speak}: a probability, from 0 to below 1")
     if cfg.temperature <= 0:
         raise common.UserError(f"--temperature {cfg.temperature}: above 0")
     if cfg.reason + cfg.motion > 1 or min(cfg.reason, cfg.motion, cfg.mix) < 0:

@@ -978,9 +978,7 @@ def train(cfg, dist, run, model, batches, meta, resumed, teacher=None):  # [meth
         tensors = {n: t for n, t in model.state_dict().items() if n not in model.untouched}
         state = {"optimizers": [opt.state_dict() for opt in opts], "seconds": seconds()}
         local = {"rng": common.rng_state()}
-        common.save_checkpoint(
-            run.folder / "checkpoints", step, tensors, state, local, meta, dist
-        )
+        common.save_checkpoint(run.folder / "checkpoints", step, tensors, state, local, meta, dist)
 
     for step in range(start, cfg.steps):
         for group in (group for opt in opts for group in opt.param_groups):

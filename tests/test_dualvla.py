@@ -568,15 +568,15 @@ def test_speaking_word_by_word_equals_one_pass(episodes, case, spelled, actions)
     form, model = "reason", case.model
     plain = [{k: s[k] for k in ("images", "instruction", "robot", "state")} for s in case.robot]
     batch = dualvla.sense(plain, case.cfg, case.processor, form, tail=False)
-    lengths = iter([2, 0, 5, 3])
-    stops = [next(lengths) for _ in plain]
-    said, count = [[] for _ in plain], [0]
+    stops, count = [2, 1, 5, 3], [0]
 
     def stop(ids):
+        if len(ids) > len(stops):  # which words of all may not come first
+            return torch.zeros_like(ids, dtype=torch.bool)
         count[0] += 1
         return torch.tensor([count[0] > n for n in stops])
 
-    said, thread = model.speak(batch, 9, stop)
+    said, thread = model.speak(batch, 9, stop, 0.0)
     assert [len(words) for words in said] == stops
     for b, (sample, words) in enumerate(zip(plain, said)):
         alone = dualvla.sense([sample], case.cfg, case.processor, form, tail=False)
@@ -588,6 +588,19 @@ def test_speaking_word_by_word_equals_one_pass(episodes, case, spelled, actions)
         assert torch.allclose(thread.h[b], h[-1], atol=1e-4)
         for i, word in enumerate(words):
             assert int(model.vlm.lm_head(h[len(row) - len(words) + i - 1]).argmax()) == word
+
+
+def test_it_speaks_where_words_are_likelier_than_the_bar(case):
+    plain = [{k: s[k] for k in ("images", "instruction", "robot", "state")} for s in case.robot]
+    batch = dualvla.sense(plain, case.cfg, case.processor, "reason", tail=False)
+    with torch.no_grad():
+        logits = case.model.vlm.lm_head(case.model.read(batch["prompt"], batch)[:, -1]).float()
+    ends = logits.argmax(-1).unique()  # if the likeliest words may not begin, all others decide
+    p = 1 - logits.softmax(-1)[:, ends].sum(-1)  # (B,)
+    bar = float(p.min() + p.max()) / 2
+    said, _ = case.model.speak(batch, 1, lambda ids: torch.isin(ids, ends), bar)
+    assert [len(words) for words in said] == (p > bar).int().tolist()
+    assert any(said) and not all(said) and not {i for row in said for i in row} & set(ends.tolist())
 
 
 @pytest.mark.parametrize("form", ["plain", "reason"])
