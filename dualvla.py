@@ -158,7 +158,7 @@ class Config:
     # evaluation and logging
     domains: tuple[str, ...] = ("in",)  # what differs from training; empty: all the suite knows
     talk: int = 40  # words of reasoning at most, when acting (InstructVLA: 50)
-    speak: float = 0.15  # says why where some word is likelier than this (A10; greedy: 0.5)
+    speak: float = 0.15  # says why where some word is likelier than this (A10; 0.5: about greedy)
     execute: int = 2  # actions executed of each chunk
     ensemble: bool = False  # plan every step, blend the last 7 chunks (SimplerEnv)
     parallel: int = 100  # episodes acted side by side

@@ -96,17 +96,22 @@ def rows(head, body):
     return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
 
 
+def spent(line, key):
+    """Samples or seconds of a run: of all stages, where it has several."""
+    return sum(stage[key] for stage in line.get("stages", {"": line}).values())
+
+
 def source(*groups):
     """What stands behind numbers, in a sentence: seeds, samples, episodes, machines, seconds."""
     some = [line for group in groups for line in group]
     if not some:
         return "No run is on file yet."
     seeds = sorted({x["seed"] for x in some})
-    facts = [f"Seeds {', '.join(map(str, seeds))}", listed(f"{x['samples']:,}" for x in some)]
-    facts[-1] += " samples each"
+    facts = [f"Seeds {', '.join(map(str, seeds))}"]
+    facts.append(listed(f"{spent(x, 'samples'):,}" for x in some) + " samples each")
     if any(x["episodes"] for x in some):
         facts.append(listed(str(x["episodes"]) for x in some) + " episodes a domain and seed")
-    seconds = [x["train_seconds"] for x in some]
+    seconds = [spent(x, "train_seconds") for x in some]
     facts.append(f"{min(seconds):.0f} to {max(seconds):.0f} s of training a run")
     facts.append(listed(x["machine"] for x in some))
     facts.append("torch " + listed(x["torch"] for x in some))
@@ -218,10 +223,11 @@ def sources_table():
     for method in SCRIPTS:
         for name, flags in dict.fromkeys((x["arm"], x["flags"]) for x in lines(method)):
             some = arm(method, name, flags)
-            command = f"python bench/study.py {method} {name} --seeds {len(some)}"
+            count = 1 + max(x["seed"] for x in some)  # --seeds 2 runs 0 and 1
+            command = f"python bench/study.py {method} {name} --seeds {count}"
             command = f"`{command}{' -- ' + flags if flags else ''}`"
             versions = listed(f"{x['torch']}, {x['transformers']}" for x in some)
-            seconds = statistics.fmean(x["train_seconds"] for x in some)
+            seconds = statistics.fmean(spent(x, "train_seconds") for x in some)
             seeds = ", ".join(str(x["seed"]) for x in some)
             machine = listed(f"{x['machine']}, {x['parallel']} at a time" for x in some)
             body.append([command, seeds, machine, versions, f"{seconds:.0f}"])

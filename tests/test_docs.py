@@ -98,12 +98,14 @@ def test_chains_and_stages_have_their_tables(monkeypatch):
     want = compare.text("chain 2", 0.4, *common.ci95(40, 100))
     assert f"| {want} |" in tables.chain_table() and "| 1.40 |" in tables.chain_table()
     forms = {"plain": {"domains": {"in": {"success": 0.5, "episodes": 4}}, "ms": 7.0, "words": 3}}
-    stages = {"expert": {"forms": forms, "answers": 0.25, "vla_score": {"score": 0.4}}}
+    expert = {"forms": forms, "answers": 0.25, "vla_score": {"score": 0.4}}
+    stages = {name: expert | {"samples": 6, "train_seconds": 3.0} for name in ("expert", "dual")}
     monkeypatch.setattr(tables, "lines", lambda method: [
         {"arm": "ours", "flags": "", "stages": stages} | facts])  # fmt: skip
     row = next(x for x in tables.stages_table().splitlines() if "specialist" in x).split(" | ")
     assert row[1].startswith("50.0 (") and row[2:4] == ["", "25.0"] and len(row) == 7
     assert row[4] == "0.40 (A I B)"
+    assert "12 samples each" in tables.stages_table() and "6 to 6 s of" in tables.stages_table()
 
 
 def test_every_result_line_says_where_it_comes_from():

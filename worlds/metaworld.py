@@ -29,21 +29,30 @@ TEN = ("push", "pick-place", "drawer-open", "drawer-close", "button-press", "but
 MT10 = ("reach", "push", "pick-place", "door-open", "drawer-open", "drawer-close",
         "button-press-topdown", "peg-insert-side", "window-open", "window-close")  # fmt: skip
 
-# name: what is handled | what is to be done | in other words | in words that only evaluation uses
-TASKS = """
+# name: what is handled | what is to be done | in other words | in words that only evaluation uses;
+# an indented line goes on with the one above
+WORDS = """
 assembly: ring | put the ring on the peg | fit the ring over the peg | thread the ring on the stick
 basketball: ball | put the ball in the hoop | drop the ball into the hoop | dunk the ball
-bin-picking: block | move the block to the other bin | put the block in the blue bin | change the bin of the block
+bin-picking: block | move the block to the other bin | put the block in the blue bin | change the
+    bin of the block
 box-close: lid | close the box | put the lid on the box | cover the box
 button-press: button | press the button | push the button in | hit the button
-button-press-topdown: button | press the button down | push the button from above | hit the button from the top
-button-press-topdown-wall: button | press the button down behind the wall | push the button behind the wall from above | hit the button beyond the wall from the top
-button-press-wall: button | press the button behind the wall | push the button in behind the wall | hit the button beyond the wall
-coffee-button: button | start the coffee machine | press the button of the coffee machine | make coffee
-coffee-pull: cup | pull the cup from the coffee machine | move the cup away from the coffee machine | take the cup off the coffee machine
-coffee-push: cup | push the cup under the coffee machine | move the cup to the coffee machine | place the cup below the coffee machine
+button-press-topdown: button | press the button down | push the button from above | hit the button
+    from the top
+button-press-topdown-wall: button | press the button down behind the wall | push the button behind
+    the wall from above | hit the button beyond the wall from the top
+button-press-wall: button | press the button behind the wall | push the button in behind the wall |
+    hit the button beyond the wall
+coffee-button: button | start the coffee machine | press the button of the coffee machine | make
+    coffee
+coffee-pull: cup | pull the cup from the coffee machine | move the cup away from the coffee machine
+    | take the cup off the coffee machine
+coffee-push: cup | push the cup under the coffee machine | move the cup to the coffee machine |
+    place the cup below the coffee machine
 dial-turn: dial | turn the dial | rotate the dial | twist the knob
-disassemble: ring | take the ring off the peg | lift the ring from the peg | remove the ring from the stick
+disassemble: ring | take the ring off the peg | lift the ring from the peg | remove the ring from
+    the stick
 door-close: door | close the door | push the door shut | shut the door
 door-lock: lock | lock the door | turn the lock down | bolt the door
 door-open: door | open the door | pull the door open | swing the door wide
@@ -53,36 +62,55 @@ drawer-open: drawer | open the drawer | pull the drawer open | pull out the draw
 faucet-close: faucet | close the faucet | turn the faucet off | shut the tap
 faucet-open: faucet | open the faucet | turn the faucet on | let the tap run
 hammer: hammer | hammer the nail in | hit the nail with the hammer | drive in the nail
-hand-insert: block | put the block in the hole | place the block into the hole | sink the block in the hole
+hand-insert: block | put the block in the hole | place the block into the hole | sink the block in
+    the hole
 handle-press: handle | press the handle down | push the handle down | lower the handle
-handle-press-side: handle | press the side handle down | push the side handle down | lower the side handle
+handle-press-side: handle | press the side handle down | push the side handle down | lower the side
+    handle
 handle-pull: handle | pull the handle up | lift the handle | raise the handle
 handle-pull-side: handle | pull the side handle up | lift the side handle | raise the side handle
 lever-pull: lever | pull the lever up | lift the lever | raise the lever
 peg-insert-side: peg | put the peg in the hole | insert the peg into the hole | slide the peg in
 peg-unplug-side: plug | pull the plug out | unplug the peg | draw the plug from its socket
-pick-out-of-hole: block | take the block out of the hole | lift the block from the hole | get the block out of the pit
-pick-place: puck | pick up the puck and bring it to the goal | lift the puck to the goal | carry the puck to the ball
-pick-place-wall: puck | bring the puck over the wall to the goal | lift the puck over the wall to the goal | carry the puck past the wall
-plate-slide: plate | slide the plate into the goal | push the plate into the goal | shove the plate into the net
-plate-slide-back: plate | slide the plate back | pull the plate back out | bring the plate back to the front
-plate-slide-back-side: plate | slide the plate back to the side | pull the plate out to the side | bring the plate back sideways
-plate-slide-side: plate | slide the plate to the side into the goal | push the plate sideways into the goal | shove the plate sideways into the net
-push: puck | push the puck to the goal | slide the puck to the goal | shove the puck until it is at the goal
-push-back: block | push the block back to the goal | pull the block back to the goal | bring the block back to the goal
-push-wall: puck | push the puck around the wall to the goal | slide the puck around the wall to the goal | shove the puck past the wall to the goal
+pick-out-of-hole: block | take the block out of the hole | lift the block from the hole | get the
+    block out of the pit
+pick-place: puck | pick up the puck and bring it to the goal | lift the puck to the goal | carry the
+    puck to the ball
+pick-place-wall: puck | bring the puck over the wall to the goal | lift the puck over the wall to
+    the goal | carry the puck past the wall
+plate-slide: plate | slide the plate into the goal | push the plate into the goal | shove the plate
+    into the net
+plate-slide-back: plate | slide the plate back | pull the plate back out | bring the plate back to
+    the front
+plate-slide-back-side: plate | slide the plate back to the side | pull the plate out to the side |
+    bring the plate back sideways
+plate-slide-side: plate | slide the plate to the side into the goal | push the plate sideways into
+    the goal | shove the plate sideways into the net
+push: puck | push the puck to the goal | slide the puck to the goal | shove the puck until it is at
+    the goal
+push-back: block | push the block back to the goal | pull the block back to the goal | bring the
+    block back to the goal
+push-wall: puck | push the puck around the wall to the goal | slide the puck around the wall to the
+    goal | shove the puck past the wall to the goal
 reach: hand | move the hand to the goal | reach for the goal | bring the fingers to the goal
-reach-wall: hand | move the hand over the wall to the goal | reach over the wall for the goal | bring the fingers past the wall to the goal
-shelf-place: block | put the block on the shelf | place the block on the shelf | set the block down on the shelf
-soccer: ball | push the ball into the goal | roll the ball into the goal | kick the ball into the net
-stick-pull: stick | pull the bottle with the stick | hook the bottle and pull it | draw the bottle near with the stick
-stick-push: stick | push the bottle with the stick | move the bottle away with the stick | shove the bottle using the stick
-sweep: block | sweep the block off the table | push the block off the table | wipe the block off the table
-sweep-into: block | sweep the block into the hole | push the block into the hole | wipe the block into the pit
+reach-wall: hand | move the hand over the wall to the goal | reach over the wall for the goal |
+    bring the fingers past the wall to the goal
+shelf-place: block | put the block on the shelf | place the block on the shelf | set the block down
+    on the shelf
+soccer: ball | push the ball into the goal | roll the ball into the goal | kick the ball into the
+    net
+stick-pull: stick | pull the bottle with the stick | hook the bottle and pull it | draw the bottle
+    near with the stick
+stick-push: stick | push the bottle with the stick | move the bottle away with the stick | shove the
+    bottle using the stick
+sweep: block | sweep the block off the table | push the block off the table | wipe the block off the
+    table
+sweep-into: block | sweep the block into the hole | push the block into the hole | wipe the block
+    into the pit
 window-close: window | close the window | push the window shut | slide the window closed
 window-open: window | open the window | push the window open | slide the window aside
-"""  # noqa: E501
-ROWS = (line.partition(": ") for line in TASKS.strip().splitlines())
+"""
+ROWS = (line.partition(": ") for line in WORDS.replace("\n    ", " ").strip().splitlines())
 TASKS = {f"{name}-v3": tuple(words.split(" | ")) for name, _, words in ROWS}
 GROUPS = {"": TEN, "mt10": MT10, "mt50": [name.removesuffix("-v3") for name in TASKS]}
 
