@@ -156,7 +156,8 @@ PAPER = dict(
     workers=4,
 )  # fmt: skip
 LIBERO = dict(steps=100_000, horizon=8, normalise="minmax", execute=8, ensemble=False, episodes=500)
-PRESETS = {"paper": PAPER, "libero": PAPER | LIBERO}  # Appendix B on SimplerEnv; Appendix F
+SHORT = dict(steps=1000, episodes=100, domains=("in", "colour", "shape", "pair", "wording"))
+PRESETS = {"paper": PAPER, "libero": PAPER | LIBERO, "short": SHORT}  # App. B, F; for ablations
 
 
 def row(paper, words, **overrides):
@@ -938,18 +939,20 @@ def check(cfg):
 
 
 def list_ablations():
-    """Each row with the paper's number and, where a result file holds it, ours."""
+    """Each row with the paper's number and, where a result file holds them, ours."""
     file = Path(__file__).parent / "assets" / "results" / "twinbrain.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     print(f"{'--ablation':18} {'row':45} {'paper %':>8}   ours %: in-domain, out-of-domain (seeds)")
     for name, about in ABLATIONS.items():
-        mine, ours = [r for r in lines if r["arm"] == name and not r.get("flags")], "not run"
-        if mine:
-            inside, outside = (
-                100 * np.mean([r[k] for r in mine]) for k in ("success", "success_out")
-            )
-            ours = f"{inside:.1f}, {outside:.1f} ({len(mine)})"
-        print(f"{name:18} {about['_row']:45} {about['_paper'] or '-':>8}   {ours}")
+        found = {}
+        for r in lines:
+            if r["arm"] == name and r["world"] == Config.world:
+                found.setdefault(r["steps"], []).append((r["success"], r["success_out"]))
+        ours = "; ".join(
+            "{:.1f}, {:.1f} ({}) at {} steps".format(*100 * np.mean(v, 0), len(v), steps)
+            for steps, v in found.items()
+        )
+        print(f"{name:18} {about['_row']:45} {about['_paper'] or '-':>8}   {ours or 'not run'}")
 
 
 def session(cfg, dist):

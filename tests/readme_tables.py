@@ -38,6 +38,7 @@ DOMAINS = {
     "pair": "unseen pair", "wording": "unseen wording", "out": "mean of these four, out of domain",
     "look": "unseen look",
 }  # fmt: skip
+SHORT = "--preset short"  # ablations over seeds, at half of the length
 
 
 # --- result files ---------------------------------------------------------------------------------
@@ -141,20 +142,22 @@ def twin_table():
 def forgetting_table():
     """What is left of the four abilities, seed by seed."""
     body = []
-    for words, name, side in (
-        ("the untouched backbone = the left brain afterwards", "t1-twin", "left"),
-        ("right brain of the twin", "t1-twin", "right"),
-        ("vanilla VLA", "t1-vanilla", "right"),
-        ("vanilla VLA, questions mixed in", "f2-cotrain", "right"),
+    used = []
+    for words, name, side, flags in (
+        ("the untouched backbone = the left brain afterwards", "t1-twin", "left", ""),
+        ("right brain of the twin", "t1-twin", "right", ""),
+        ("vanilla VLA", "t1-vanilla", "right", ""),
+        ("vanilla VLA, half the length", "t1-vanilla", "right", SHORT),
+        ("the same, questions mixed in", "f2-cotrain", "right", SHORT),
     ):
-        some = sorted(arm("twinbrain", name), key=lambda x: x["seed"])
+        some = sorted(arm("twinbrain", name, flags), key=lambda x: x["seed"])
+        used += some
         shares = [[x["vqa"][side][a] for x in some] for a in twinbrain.ABILITIES]
         cells = [", ".join(f"{100 * v:.0f}" for v in row) or "not run" for row in shares]
         body.append([words, *cells])
     body.append(["paper, Qwen3-VL-4B, VLA training", "88.87 to 0.04 (paper)", "", "", ""])
     head = ["% right, by seed", "existence (POPE)", "SEED-Bench", "ScienceQA", "MME pairs"]
-    some = [arm("twinbrain", name) for name in ("t1-twin", "t1-vanilla", "f2-cotrain")]
-    return rows(head, body) + "\n\n" + source(*some)
+    return rows(head, body) + "\n\n" + source(used)
 
 
 def chain_table():
@@ -193,6 +196,27 @@ def stages_table():
     return rows(head, body) + "\n\n" + source(some)
 
 
+def short_table():
+    """Ablations over seeds at half of the length: rows of the paper's tables, side by side."""
+    base, body = arm("twinbrain", "t1-twin", SHORT), []
+    some = [x for x in lines("twinbrain") if x["flags"].startswith(SHORT) and not elsewhere(x)]
+    kinds = sorted({(list(twinbrain.ABLATIONS).index(x["arm"]), x["flags"]) for x in some})
+    for place, flags in kinds:
+        name, about = list(twinbrain.ABLATIONS.items())[place]
+        mine = arm("twinbrain", name, flags)
+        cells = [cell(mine, "in"), cell(mine, "out")]
+        gaps = [apart(mine, base, n) if mine != base else "" for n in ("in", "out")]
+        more = flags.removeprefix(SHORT).partition(" --distill")[0]
+        body.append([f"`{name}{more}`", about["_row"], about["_paper"] or "", *cells, *gaps])
+    head = ["arm", "row", "paper", "in %", "out %", "in, less the twin's", "out, less the twin's"]
+    return rows(head, body) + "\n\n" + source(some)
+
+
+def elsewhere(line):
+    """Whether a run acted in another suite than the default one."""
+    return line["world"] != twinbrain.Config.world
+
+
 MEASURES = {  # what the ablations of a method are read by, and what they are compared with
     "twinbrain": ("t1-twin", ("in", "out")),
     "vita_vla": ("two-stage", ("chain", "length", "in", "look")),
@@ -201,20 +225,23 @@ MEASURES = {  # what the ablations of a method are read by, and what they are co
 
 
 def arms_table(method):
-    """Every row of `--ablation list`, and runs with further flags."""
+    """Every row of `--ablation list`, and runs with further flags, but for the short ones."""
     first, names = MEASURES[method]
     body, base = [], arm(method, first)
     other = names[1] if method == "twinbrain" else names[0]
     runs = dict.fromkeys((name, "") for name in SCRIPTS[method].ABLATIONS)
-    runs |= dict.fromkeys((x["arm"], x["flags"]) for x in lines(method))
+    full = [x for x in lines(method) if not x["flags"].startswith(SHORT)]
+    runs |= dict.fromkeys((x["arm"], x["flags"]) for x in full)
     for name, flags in runs:
         about, some = SCRIPTS[method].ABLATIONS[name], arm(method, name, flags)
+        if not some and any(x["arm"] == name for x in lines(method)):
+            continue
         flag = f"`--ablation {name}{' ' + flags if flags else ''}`"
         row = [flag, about["_row"], about["_paper"] or "", *(cell(some, n) for n in names)]
         row.append(apart(some, base, other) if some and (name, flags) != (first, "") else "")
         body.append(row + [len(some) or ""])
     head = ["flags", "row", "paper", *names, f"{other}, less {first}'s", "seeds"]
-    return rows(head, body) + "\n\n" + source(lines(method))
+    return rows(head, body) + "\n\n" + source(full)
 
 
 def sources_table():
@@ -308,15 +335,16 @@ def shown(value):
 
 
 def preset_table(method):
-    """Every flag that the paper's preset sets, beside the laptop's default."""
+    """Every flag that the paper's presets set, beside the laptop's default."""
     script = SCRIPTS[method]
-    names = dict.fromkeys(n for preset in script.PRESETS.values() for n in preset)
+    presets = {name: preset for name, preset in script.PRESETS.items() if name != "short"}
+    names = dict.fromkeys(n for preset in presets.values() for n in preset)
     body = []
     for name in names:
         laptop, flag = getattr(script.Config, name), f"`--{name.replace('_', '-')}`"
-        values = [shown(preset.get(name, laptop)) for preset in script.PRESETS.values()]
+        values = [shown(preset.get(name, laptop)) for preset in presets.values()]
         body.append([flag, shown(laptop), *values])
-    return rows(["flag", "default", *(f"`--preset {p}`" for p in script.PRESETS)], body)
+    return rows(["flag", "default", *(f"`--preset {p}`" for p in presets)], body)
 
 
 # --- backbones ------------------------------------------------------------------------------------
@@ -360,6 +388,7 @@ def tally_table():
 TABLES = {
     "twinbrain": twin_table,
     "forgetting": forgetting_table,
+    "twinbrain-short": short_table,
     "twinbrain-arms": lambda: arms_table("twinbrain"),
     "vita_vla": chain_table,
     "dualvla": stages_table,

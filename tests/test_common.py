@@ -233,7 +233,7 @@ def test_a_run_folder_is_not_overwritten(tmp_path):
     with pytest.raises(common.UserError, match="holds a run"):
         common.Run(cfg, "m", __file__, ALONE, 10)
     facts = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert facts["config"]["lr"] == 1e-3 and facts["torch"] == torch.__version__
+    assert facts["config"]["lr"] == 1e-3 and torch.__version__.startswith(facts["torch"])
 
 
 def both(rank, folder):
