@@ -1,14 +1,25 @@
-"""Draws the README's figure from a run's films: four moments of a rollout, a row for each domain.
+"""Draws the figures of README and docs from a run's films and from the result lines.
 
-  python bench/figure.py runs/NAME        # writes assets/figures/rollouts.png
+  python bench/figure.py runs/NAME        # assets/figures/rollouts.png: moments of three rollouts
+  python bench/figure.py --forgetting     # assets/figures/forgetting.png: abilities along training
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from PIL import Image, ImageSequence
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from bench import compare  # noqa: E402
+from worlds import pictures  # noqa: E402
+
+BRAINS = {  # arms of Figure 2, and whose answers are drawn
+    "VLA training": ("f2-vla", "right"), "co-training": ("f2-cotrain", "right"),
+    "twin, right brain": ("f2-twin", "right"), "twin, left brain": ("f2-twin", "left"),
+}  # fmt: skip
 
 
 def strip(film, moments=4):
@@ -21,11 +32,32 @@ def strip(film, moments=4):
     return sheet
 
 
+def forgetting(lines):
+    """Figure 2: whose answers -> the mean share that is right of four kinds of questions, by step;
+    of seed 0."""
+    series = {}
+    for line in (x for x in lines if x["seed"] == 0):
+        for name, (arm, side) in BRAINS.items():
+            if line["arm"] == arm:
+                shares = [(step, scores[side].values()) for step, scores in line["curve"]]
+                series[name] = [(step, 100 * sum(s) / len(s)) for step, s in shares]
+    return series
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path)
+    parser.add_argument("run", type=Path, nargs="?")
+    parser.add_argument("--forgetting", action="store_true", help="Figure 2 instead of rollouts")
     parser.add_argument("--domains", nargs="+", default=["in", "look", "colour"])
     args = parser.parse_args()
+    if args.forgetting:
+        series = forgetting(compare.read_lines(ROOT / "assets" / "results" / "twinbrain.jsonl"))
+        out = ROOT / "assets" / "figures" / "forgetting.png"
+        pictures.plot_curves(out, series, "what is left of the abilities", "step", "% right")
+        print(f"wrote {out.relative_to(ROOT)}: {', '.join(series) or 'nothing to draw yet'}")
+        return
+    if not args.run:
+        parser.error("a run folder, or --forgetting")
     rows = [strip(args.run / f"rollout-{domain}-0.gif") for domain in args.domains]
     sheet = Image.new("RGB", (max(r.width for r in rows), sum(r.height for r in rows)), "white")
     top = 0

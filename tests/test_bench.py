@@ -17,6 +17,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
 
+import figure  # noqa: E402
 import latency  # noqa: E402
 import loader  # noqa: E402
 import methods  # noqa: E402
@@ -232,3 +233,16 @@ def test_arms_begin_where_the_stages_of_another_ended(tmp_path, monkeypatch):
     args.after = ""
     study.run("dualvla", "no-distillation", 2, [], args)
     assert "--expert" not in asked[1]
+
+
+def test_the_forgetting_figure_takes_each_brain_by_its_arm():
+    def scores(share):
+        return {"pope": share, "seed": share, "scienceqa": share, "mme": 0.0}
+
+    twin = [[0, {"right": scores(1.0), "left": scores(1.0)}],
+            [100, {"right": scores(0.0), "left": scores(1.0)}]]  # fmt: skip
+    lines = [{"arm": "f2-twin", "seed": 0, "curve": twin}, {"arm": "t1-twin", "seed": 0},
+             {"arm": "f2-vla", "seed": 1, "curve": twin}]  # fmt: skip
+    series = figure.forgetting(lines)
+    assert series == {"twin, right brain": [(0, 75.0), (100, 0.0)],
+                      "twin, left brain": [(0, 75.0), (100, 75.0)]}  # fmt: skip

@@ -121,6 +121,25 @@ def test_every_result_line_says_where_it_comes_from():
             seen.add((line["arm"], line["seed"], line["flags"]))
 
 
+def test_the_short_table_has_a_row_for_each_arm_and_its_flags(monkeypatch):
+    def line(arm, flags, seed, success, world="tabletop:bridge"):
+        domains = {"in": {"success": success, "episodes": 100}}
+        facts = dict(samples=32000, episodes=100, train_seconds=500.0, machine="m", torch="t")
+        return facts | dict(arm=arm, flags=flags, seed=seed, domains=domains, world=world)
+
+    short = "--preset short"
+    made = [line("t1-vanilla", short, s, 0.5 + s / 10) for s in range(2)]
+    made += [line("t1-twin", short, s, 0.8) for s in range(2)]
+    made += [line("t1-vanilla", short + " --augment 2", 0, 0.6), line("t1-twin", "", 0, 0.9)]
+    made += [line("t9-student", short + " --distill runs/t1-twin-{seed}", 0, 0.7)]
+    made += [line("t1-twin", short + " --world tabletop:franka", 0, 0.4, "tabletop:franka")]
+    monkeypatch.setattr(tables, "lines", lambda method: made)
+    found = [row.split(" | ") for row in tables.short_table().splitlines() if row.startswith("| `")]
+    arms = ["| `t1-twin`", "| `t1-vanilla`", "| `t1-vanilla --augment 2`", "| `t9-student`"]
+    assert [row[0] for row in found] == arms and found[0][3].startswith("80.0")
+    assert "-25.0" in found[1][5] and found[2][5].startswith("-20.0")
+
+
 @pytest.mark.parametrize("name", ["results.md", "claims.md"])
 def test_no_result_is_typed_by_hand(name):
     typed = tables.BLOCK.sub("", TEXT[name])
