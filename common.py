@@ -462,26 +462,19 @@ def set_apart(tree, place, shards):
     return None if isinstance(tree, DTensor) else tree
 
 
-def put_back(tree, place, tensors):
-    """The nest with the tensors that were set apart, whole."""
-    if isinstance(tree, dict):
-        return {name: put_back(item, f"{place}.{name}", tensors) for name, item in tree.items()}
-    if isinstance(tree, list):
-        return [put_back(item, f"{place}.{i}", tensors) for i, item in enumerate(tree)]
-    return tensors.get(place) if tree is None else tree
+def shard_places(folder) -> dict:
+    """{place: size and dtype of the whole tensor} of what processes wrote by shares."""
+    if not Path(folder).exists():
+        return {}
+    return HuggingFaceStorageReader(folder).read_metadata().state_dict_metadata
 
 
-def read_shards(folder, places) -> dict[str, torch.Tensor]:
-    """What processes wrote by shares -> {place: whole tensor} where it begins with `places`."""
-    known = HuggingFaceStorageReader(folder).read_metadata().state_dict_metadata
-    tensors = {
-        place: torch.empty(about.size, dtype=about.properties.dtype)
-        for place, about in known.items() if place.startswith(places)
-    }  # fmt: skip
+def read_shards(folder, tensors: dict[str, torch.Tensor]) -> None:
+    """Fills {place: tensor}; of a sharded one each process reads its own share."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # each process reads for itself, as is meant
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(folder), no_dist=True)
-    return tensors
+        if tensors:
+            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(folder), no_dist=True)
 
 
 def spread(value, like):
@@ -492,14 +485,21 @@ def spread(value, like):
     return value
 
 
-def load_optimizers(opts, states) -> None:
-    """States as saved, whole, into optimizers whose weights may be sharded."""
-    for opt, saved in zip(opts, states):
+def load_optimizers(opts, resumed: Checkpoint) -> None:
+    """A checkpoint's states into optimizers whose weights may be sharded."""
+    folder, states, wanted = resumed.path / "shards", resumed.train_state["optimizers"], {}
+    by_shares = shard_places(folder)
+    for k, (opt, saved) in enumerate(zip(opts, states)):
         params = [p for group in opt.param_groups for p in group["params"]]
         for i, state in saved["state"].items():
             for name, value in state.items():
-                if value.shape == params[i].shape:
+                place = f"train.optimizers.{k}.state.{i}.{name}"
+                if place in by_shares:
+                    state[name] = wanted[place] = torch.zeros_like(params[i])
+                elif value.shape == params[i].shape:
                     state[name] = spread(value, params[i])
+    read_shards(folder, wanted)
+    for opt, saved in zip(opts, states):
         opt.load_state_dict(saved)
 
 
@@ -590,19 +590,20 @@ def load_checkpoint(path, method: str, dist: Dist | None = None) -> Checkpoint:
         if meta["config"].get("optimizer") == "adamw8bit":
             torchao()
         file = path / "model.safetensors"
-        tensors, shards = load_file(file), {}
-        names = meta.get("shards", ())
-        for name in names:  # a share that is absent would leave a hole, not an error
+        tensors = load_file(file)
+        for name in meta.get("shards", ()):  # an absent share would leave a hole, not an error
             file = path / "shards" / name
             safe_open(file, "pt")
-        if names:
-            shards = read_shards(path / "shards", ("model.", "train.") if dist else "model.")
-        tensors |= {n[6:]: t for n, t in shards.items() if n.startswith("model.")}
+        shards = {
+            place: torch.empty(about.size, dtype=about.properties.dtype)
+            for place, about in shard_places(path / "shards").items() if place.startswith("model.")
+        }  # fmt: skip
+        read_shards(path / "shards", shards)
+        tensors |= {n.removeprefix("model."): t for n, t in shards.items()}
         tensors |= {name: tensors[owner] for name, owner in meta["tied"].items()}
         if dist:
             file = path / "train.pt"
             train_state = torch.load(file, map_location="cpu", weights_only=True)
-            train_state = put_back(train_state, "train", shards)
             file = path / f"rank{dist.rank % meta['processes']}.pt"
             local_state = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:

@@ -777,7 +777,7 @@ def train(cfg, dist, run, model, batches, meta, resumed, measure, teacher=None):
     start, before, began = 0, 0.0, time.perf_counter()
     if resumed:
         start, before = resumed.step, resumed.train_state["seconds"]
-        common.load_optimizers(opts, resumed.train_state["optimizers"])
+        common.load_optimizers(opts, resumed)
         common.set_rng_state(resumed.local_state["rng"])
     # nofreeze: of the left's last layer only keys and values count  # [method]
     ddp = common.parallel(model, dist, cfg.brain == "nofreeze")  # [method]

@@ -963,7 +963,7 @@ def train(cfg, dist, run, model, batches, meta, resumed, teacher=None):  # [meth
     start, before, began = 0, 0.0, time.perf_counter()
     if resumed:
         start, before = resumed.step, resumed.train_state["seconds"]
-        common.load_optimizers(opts, resumed.train_state["optimizers"])
+        common.load_optimizers(opts, resumed)
         common.set_rng_state(resumed.local_state["rng"])
     ddp = common.parallel(model, dist, False)  # [method]
     todo = range(start * cfg.accumulate, cfg.steps * cfg.accumulate)
