@@ -1252,21 +1252,33 @@ def causal_mask(real):
     return ((causal & real[:, None, :] & real[:, :, None]) | own)[:, None]
 
 
+def image_rows(bounds):
+    """Where images begin and the last one ends -> their patches' rows, [(images, length)] by
+    length, and the order back. Kept at the tensor, which all layers of a tower are given: finding
+    the lengths makes a GPU wait."""
+    if not hasattr(bounds, "rows"):
+        starts, lengths = bounds[:-1], bounds.diff()
+        rows = [
+            starts[lengths == length, None] + torch.arange(length, device=bounds.device)
+            for length in lengths.unique().tolist()
+        ]
+        bounds.rows = rows, torch.cat([r.flatten() for r in rows]).argsort()
+    return bounds.rows
+
+
 def block_attention(module, q, k, v, attention_mask=None, scaling=None, cu_seq_lens_q=None, **_):
     """Attention inside each image: (1, heads, all patches, D) -> (1, all patches, heads, D).
 
     All images (or windows) of one length share one call, where the library calls once per image.
     """
-    starts, lengths = cu_seq_lens_q[:-1], cu_seq_lens_q.diff()
     packed = [x[0].transpose(0, 1) for x in (q, k, v)]  # (all patches, heads, D)
-    out, order = [], []
-    for length in lengths.unique().tolist():
-        rows = starts[lengths == length, None] + torch.arange(length, device=starts.device)
-        order.append(rows.flatten())
-        picked = (x.index_select(0, order[-1]).unflatten(0, rows.shape) for x in packed)
+    groups, back = image_rows(cu_seq_lens_q)
+    out = []
+    for rows in groups:
+        picked = (x.index_select(0, rows.flatten()).unflatten(0, rows.shape) for x in packed)
         q, k, v = (x.transpose(1, 2) for x in picked)  # (images, heads, length, D)
         out.append(attend(q, k, v, scale=scaling).transpose(1, 2).flatten(0, 1))
-    return torch.cat(out).index_select(0, torch.cat(order).argsort())[None], None
+    return torch.cat(out).index_select(0, back)[None], None
 
 
 class WholePatch(nn.Conv3d):

@@ -259,6 +259,17 @@ def test_pictures_attended_at_once_equal_one_after_the_other(case):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
 
 
+def test_the_lengths_of_pictures_are_found_once_for_all_layers(case, monkeypatch):
+    """A GPU waits there; a tower of the older family has windows as well as pictures."""
+    pixels, grids = case.processor.images(pictures((48, 64), (32, 32)))
+    found, tolist = [], torch.Tensor.tolist
+    unique = torch.Tensor.unique
+    monkeypatch.setattr(torch.Tensor, "unique", lambda x: found.append(tolist(x)) or unique(x))
+    case.vlm.model.visual(torch.from_numpy(pixels), grid_thw=torch.tensor(grids))
+    kinds = {"qwen2_5_vl": 2, "qwen3_vl": 1}[case.vlm.config.model_type]
+    assert len(found) == kinds and len(case.vlm.model.visual.blocks) == 3
+
+
 def test_attend_is_softmax_attention():
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 3, n, 8, requires_grad=True) for n in (4, 6, 6))
