@@ -173,7 +173,7 @@ ABLATIONS = {
     "t6-k2": row(66.7, "Table 6, k = 2", interval=2),
     "t6-k4": row(62.5, "Table 6, k = 4", interval=4),
     "t6-k8": row(61.9, "Table 6, k = 8 (tiny has 4 layers: as k = 4)", interval=8),
-    "t9-student": row(58.4, "Table 9, Twin-to-One student (--distill RUN)", brain="vanilla"),
+    "t9-student": row(58.4, "Table 9, Twin-to-One student (takes --distill)", brain="vanilla"),
     "f2-vla": row(None, "Figure 2, VLA training", brain="vanilla", qa_every=100),
     "f2-cotrain": row(None, "Figure 2, co-training", brain="vanilla", qa_every=100, cotrain=0.1),
     "f2-twin": row(None, "Figure 2, measured on TwinBrainVLA", qa_every=100),

@@ -182,6 +182,8 @@ def difference(ours, theirs):
         half = math.sqrt(sum(statistics.variance(side) / len(side) for side in sides))
         half *= student(min(map(len, sides)) - 1)
         return gap, gap - half, gap + half, "runs, seeds not paired"
+    if seeds:
+        ours, theirs = ({s: side[s] for s in seeds} for side in (ours, theirs))
     a, n = pooled(ours.values())
     b, m = pooled(theirs.values())
     if n and m:

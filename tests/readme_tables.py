@@ -196,20 +196,22 @@ def stages_table():
     return rows(head, body) + "\n\n" + source(some)
 
 
-def short_table():
-    """Ablations over seeds at half of the length: rows of the paper's tables, side by side."""
-    base, body = arm("twinbrain", "t1-twin", SHORT), []
+def short_table(seeds=1):
+    """Ablations at half of the length, of `seeds` seeds or more, beside the paper's numbers."""
+    base, body, used = arm("twinbrain", "t1-twin", SHORT), [], []
     some = [x for x in lines("twinbrain") if x["flags"].startswith(SHORT) and not elsewhere(x)]
     kinds = sorted({(list(twinbrain.ABLATIONS).index(x["arm"]), x["flags"]) for x in some})
     for place, flags in kinds:
         name, about = list(twinbrain.ABLATIONS.items())[place]
         mine = arm("twinbrain", name, flags)
-        cells = [cell(mine, "in"), cell(mine, "out")]
-        gaps = [apart(mine, base, n) if mine != base else "" for n in ("in", "out")]
-        more = flags.removeprefix(SHORT).partition(" --distill")[0]
-        body.append([f"`{name}{more}`", about["_row"], about["_paper"] or "", *cells, *gaps])
+        if len(mine) >= seeds:
+            cells = [cell(mine, "in"), cell(mine, "out")]
+            gaps = [apart(mine, base, n) if mine != base else "" for n in ("in", "out")]
+            more = flags.removeprefix(SHORT).partition(" --distill")[0]
+            body.append([f"`{name}{more}`", about["_row"], about["_paper"] or "", *cells, *gaps])
+            used += mine
     head = ["arm", "row", "paper", "in %", "out %", "in, less the twin's", "out, less the twin's"]
-    return rows(head, body) + "\n\n" + source(some)
+    return rows(head, body) + "\n\n" + source(used)
 
 
 def elsewhere(line):
@@ -274,7 +276,8 @@ def claims_file():
 
 
 def verdict(claim):
-    """-> outcome, numbers behind it. An interval that holds zero decides nothing."""
+    """-> outcome, numbers behind it. An interval that holds zero decides nothing, and neither does
+    one over episodes, which says nothing about another seed."""
     if "cannot" in claim:
         return "cannot be tested at this scale", claim["cannot"]
     test = claim.get("test")
@@ -289,7 +292,7 @@ def verdict(claim):
     value, low, high, how = found
     numbers = f"{cell(ours, a)} against {cell(theirs, b)}; difference "
     numbers += f"{compare.text(a, value, low, high, sign='+')}, {how}"
-    if low != low:  # no interval, no verdict
+    if low != low or how == "episodes":
         return "undecided", numbers
     if test["expect"] == "same":
         held, failed = -SAME <= low and high <= SAME, low > 0 or high < 0
@@ -389,6 +392,7 @@ TABLES = {
     "twinbrain": twin_table,
     "forgetting": forgetting_table,
     "twinbrain-short": short_table,
+    "twinbrain-seeds": lambda: short_table(seeds=3),
     "twinbrain-arms": lambda: arms_table("twinbrain"),
     "vita_vla": chain_table,
     "dualvla": stages_table,

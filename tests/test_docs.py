@@ -162,7 +162,7 @@ def test_readmes_count_of_tests_is_near(request):
     ("more", (0.05, 0.06, 0.07), "held"), ("less", (0.05, 0.06, 0.07), "did not hold"),
     ("more", (-0.05, 0.06, 0.07), "undecided"), ("same", (0.01, 0.0, -0.01), "held"),
     ("same", (0.2, 0.21, 0.22), "did not hold"), ("same", (0.2, -0.2, 0.1), "undecided"),
-    ("more", (0.3,), "held"), ("more", (0.05,), "undecided"), ("more", (), "not run yet"),
+    ("more", (0.3,), "undecided"), ("more", (0.05,), "undecided"), ("more", (), "not run yet"),
 ])  # fmt: skip
 def test_verdicts(expect, gaps, want, monkeypatch):
     def line(arm, seed, success):
@@ -698,6 +698,12 @@ def test_seeds_that_are_not_paired():
     gap, low, high, how = compare.difference(ours, theirs)
     assert (gap, high - gap) == pytest.approx((0.2, 12.706 * 0.1)) and "not paired" in how
     assert low == pytest.approx(gap - 12.706 * 0.1)
+
+
+def test_one_seed_in_common_is_compared_alone():
+    ours, theirs = {0: (0.5, 100)}, {0: (0.6, 100), 1: (0.9, 100), 2: (0.9, 100)}
+    gap, low, high, how = compare.difference(ours, theirs)
+    assert gap == pytest.approx(-0.1) and low < -0.1 < high and how == "episodes"
 
 
 def test_a_chain_has_the_losses_of_its_stages(tmp_path):
