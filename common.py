@@ -1331,7 +1331,7 @@ class QwenVL(nn.Module):
         """-> list of (picture tokens, D): what goes in at the bottom, then DeepStack's layers."""
         out = self.model.get_image_features(pixels, image_grid_thw=grids, return_dict=True)
         levels = [out.pooler_output, *(getattr(out, "deepstack_features", None) or [])]
-        return [x if torch.is_tensor(x) else torch.cat(tuple(x)) for x in levels]
+        return [torch.cat(tuple(pictures)) for pictures in levels]
 
     def read(self, x, prompt, mask, places, seen, cache=None):
         """x (B, T, D) embedded, places (B, T) of the pictures' tokens `seen` -> (B, T, D)."""

@@ -173,7 +173,7 @@ ABLATIONS = {
     "t6-k2": row(66.7, "Table 6, k = 2", interval=2),
     "t6-k4": row(62.5, "Table 6, k = 4", interval=4),
     "t6-k8": row(61.9, "Table 6, k = 8 (tiny has 4 layers: as k = 4)", interval=8),
-    "t9-student": row(58.4, "Table 9, Twin-to-One student (takes --distill)", brain="vanilla"),
+    "t9-student": row(58.4, "Table 9, Twin-to-One (takes --distill)", brain="vanilla"),
     "f2-vla": row(None, "Figure 2, VLA training", brain="vanilla", qa_every=100),
     "f2-cotrain": row(None, "Figure 2, co-training", brain="vanilla", qa_every=100, cotrain=0.1),
     "f2-twin": row(None, "Figure 2, measured on TwinBrainVLA", qa_every=100),
@@ -939,7 +939,7 @@ def check(cfg):
 
 
 def list_ablations():
-    """Each row with the paper's number and, where a result file holds them, ours."""
+    """Each row with the paper's number and, where a result file holds it, ours."""
     file = Path(__file__).parent / "assets" / "results" / "twinbrain.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     print(f"{'--ablation':18} {'row':45} {'paper %':>8}   ours %: in-domain, out-of-domain (seeds)")
@@ -947,10 +947,11 @@ def list_ablations():
         found = {}
         for r in lines:
             if r["arm"] == name and r["world"] == Config.world:
-                found.setdefault(r["steps"], []).append((r["success"], r["success_out"]))
+                flags = r["flags"].partition("--distill")[0].strip()
+                found.setdefault(flags, []).append((r["success"], r["success_out"]))
         ours = "; ".join(
-            "{:.1f}, {:.1f} ({}) at {} steps".format(*100 * np.mean(v, 0), len(v), steps)
-            for steps, v in found.items()
+            "{:.1f}, {:.1f} ({}) {}".format(*100 * np.mean(v, 0), len(v), flags).strip()
+            for flags, v in found.items()
         )
         print(f"{name:18} {about['_row']:45} {about['_paper'] or '-':>8}   {ours or 'not run'}")
 

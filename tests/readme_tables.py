@@ -141,8 +141,7 @@ def twin_table():
 
 def forgetting_table():
     """What is left of the four abilities, seed by seed."""
-    body = []
-    used = []
+    body, used = [], []
     for words, name, side, flags in (
         ("the untouched backbone = the left brain afterwards", "t1-twin", "left", ""),
         ("right brain of the twin", "t1-twin", "right", ""),
@@ -199,24 +198,20 @@ def stages_table():
 def short_table(seeds=1):
     """Ablations at half of the length, of `seeds` seeds or more, beside the paper's numbers."""
     base, body, used = arm("twinbrain", "t1-twin", SHORT), [], []
-    some = [x for x in lines("twinbrain") if x["flags"].startswith(SHORT) and not elsewhere(x)]
-    kinds = sorted({(list(twinbrain.ABLATIONS).index(x["arm"]), x["flags"]) for x in some})
-    for place, flags in kinds:
-        name, about = list(twinbrain.ABLATIONS.items())[place]
-        mine = arm("twinbrain", name, flags)
-        if len(mine) >= seeds:
-            cells = [cell(mine, "in"), cell(mine, "out")]
+    for name, about in twinbrain.ABLATIONS.items():
+        some = [x for x in lines("twinbrain") if x["arm"] == name and x["flags"].startswith(SHORT)]
+        at_home = {x["flags"] for x in some if x["world"] == twinbrain.Config.world}
+        for flags in sorted(at_home):
+            mine = arm("twinbrain", name, flags)
+            if len(mine) < seeds:
+                continue
             gaps = [apart(mine, base, n) if mine != base else "" for n in ("in", "out")]
             more = flags.removeprefix(SHORT).partition(" --distill")[0]
-            body.append([f"`{name}{more}`", about["_row"], about["_paper"] or "", *cells, *gaps])
+            row = [f"`{name}{more}`", about["_row"], about["_paper"] or ""]
+            body.append([*row, cell(mine, "in"), cell(mine, "out"), *gaps])
             used += mine
     head = ["arm", "row", "paper", "in %", "out %", "in, less the twin's", "out, less the twin's"]
     return rows(head, body) + "\n\n" + source(used)
-
-
-def elsewhere(line):
-    """Whether a run acted in another suite than the default one."""
-    return line["world"] != twinbrain.Config.world
 
 
 MEASURES = {  # what the ablations of a method are read by, and what they are compared with

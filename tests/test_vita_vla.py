@@ -176,8 +176,8 @@ def test_eq2_last_states_of_the_action_tokens(case, library):
         grid = grids[first : first + 2 * n]
         positions, _ = library.model.get_rope_index(ids, pictures.int(), image_grid_thw=grid)
         before = int(grids[:first].prod(1).sum()) // 4
-        deep = [f if torch.is_tensor(f) else torch.cat(f) for f in seen.deepstack_features]
-        deep = [f[before : before + len(ids[pictures])] for f in deep]
+        deep = [torch.cat(f)[before : before + len(ids[pictures])]
+                for f in seen.deepstack_features]  # fmt: skip
         with torch.no_grad():
             h = library.model.language_model(
                 inputs_embeds=torch.from_numpy(x)[None], position_ids=positions,
@@ -889,8 +889,7 @@ def test_paper_eyes_keep_the_patches_in_order(eyes):
             at = pixels[:, :, 16 * row : 16 * row + 16, 16 * column : 16 * column + 16]
             x.append(kernel(at)[:, :, 0, 0] + place[1 + i])
         x = torch.stack(x, 1)
-        encoder = getattr(eyes.vision, "encoder", None)  # until transformers 5.12 or so
-        for layer in encoder.layer if encoder else eyes.vision.layers:
+        for layer in eyes.vision.layers:
             x = layer(x)
         want = eyes.vision.layernorm(x)
         states = eyes.text.text_model(text).last_hidden_state
