@@ -37,6 +37,7 @@ from torch.utils.data import DataLoader, Dataset  # noqa: E402
 
 import common  # noqa: E402
 import data  # noqa: E402
+from parts import formats  # noqa: E402
 
 BATCH, H, FPS = 32, 16, 10
 CAMERAS = ("static", "wrist")
@@ -47,7 +48,7 @@ LIMITS = ("copying alone", "memcpy")  # physical ones
 
 
 def write_video(path, images):
-    av = data.need("av")
+    av = formats.need("av")
     path.parent.mkdir(parents=True)
     with av.open(str(path), "w") as file:
         stream = file.add_stream("libsvtav1", FPS, options={"g": "2", "crf": "30", "preset": "12"})
@@ -59,7 +60,7 @@ def write_video(path, images):
 
 def write_meta(root, episodes, side):
     """info, stats, tasks and the table of episodes; everything lies in one file of each kind."""
-    pa, pq = data.need("pyarrow"), data.need("pyarrow.parquet")
+    pa, pq = formats.need("pyarrow"), formats.need("pyarrow.parquet")
     words = sorted({e.instruction for e in episodes})
     video = {"dtype": "video", "shape": [side, side, 3], "names": ["height", "width", "channels"]}
     video["info"] = {"video.fps": FPS, "video.codec": "av1", "video.is_depth_map": False}
@@ -105,7 +106,7 @@ def write_meta(root, episodes, side):
 
 def make(root, count, side):
     """Demonstrations -> a LeRobot v3.0 dataset, pictures enlarged to side x side."""
-    pa, pq = data.need("pyarrow"), data.need("pyarrow.parquet")
+    pa, pq = formats.need("pyarrow"), formats.need("pyarrow.parquet")
     episodes = [data.record("tabletop:bridge", seed, 64, 32, 0.3) for seed in range(count)]
     words = write_meta(root, episodes, side)
     column, lengths = {}, [len(e.action) for e in episodes]
@@ -161,11 +162,11 @@ class Plain(Dataset):
     """What one writes in an afternoon: numbers in memory, each picture looked up in the video."""
 
     def __init__(self, root):
-        table = data.need("pyarrow.parquet").read_table(root / "data/chunk-000/file-000.parquet")
+        table = formats.need("pyarrow.parquet").read_table(root / "data/chunk-000/file-000.parquet")
         read = {name: table[name].to_pylist() for name in ("observation.state", "action")}
         self.state, self.action = (np.array(x, np.float32) for x in read.values())
         self.episode, self.root = table["episode_index"].to_numpy(), root
-        self.av, self.files = data.need("av"), {}
+        self.av, self.files = formats.need("av"), {}
 
     def __len__(self):
         return len(self.state)

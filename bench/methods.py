@@ -14,12 +14,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from transformers import AutoTokenizer  # noqa: E402
 
 import common  # noqa: E402
 import data  # noqa: E402
 import dualvla  # noqa: E402
 import twinbrain  # noqa: E402
 import vita_vla  # noqa: E402
+from parts import backbones  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SCRIPTS = {"twinbrain": twinbrain, "vita_vla": vita_vla, "dualvla": dualvla}
@@ -59,17 +61,19 @@ def drawn(device):
         vlm.config.image_token_id = processor.image_token_id
         return vlm, processor
 
-    common.load_backbone, common.blank = load_drawn, lambda: True
+    for module in (common, backbones):
+        module.load_backbone, module.blank = load_drawn, lambda: True
     try:
         with torch.device(device):
             yield
     finally:
-        common.load_backbone, common.blank = load, blank
+        for module in (common, backbones):
+            module.load_backbone, module.blank = load, blank
 
 
 def eagle_processor(vision):
     """Eagle2's, with the embedded words and its marks of a picture."""
-    tokenizer = common.AutoTokenizer.from_pretrained(common.BACKBONES["tiny"])
+    tokenizer = AutoTokenizer.from_pretrained(common.BACKBONES["tiny"])
     tokenizer.add_tokens(["<img>", "<IMG_CONTEXT>", "</img>"], special_tokens=True)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)

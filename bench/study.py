@@ -41,11 +41,13 @@ SHARED = {  # method: flags that take a stage of another run, and that stage's f
 
 
 def machine():
-    """Kind of machine, without its name: processor, cores, accelerator."""
+    """Kind of machine, without its name: processor, cores, accelerator or its CPU's lack."""
     text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     model = [line.split(":")[1].strip() for line in text.splitlines() if "model name" in line]
     words = f"{model[0] if model else platform.machine()}, {os.cpu_count()} cores"
-    return words + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "")
+    if torch.cuda.is_available():
+        return f"{words}, {torch.cuda.get_device_name()}"
+    return words + ("" if common.multiplies_bf16(torch.device("cpu")) else " without bfloat16")
 
 
 def append(name, row):

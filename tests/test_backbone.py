@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import common
+from parts import backbones
 
 SIZES = dict(depth=3, hidden_size=32, intermediate_size=48, num_heads=2, patch_size=8,
              out_hidden_size=32, spatial_merge_size=2, temporal_patch_size=2)  # fmt: skip
@@ -43,7 +44,7 @@ class Case:
     folder: Path
     saved: torch.nn.Module  # as the library made it
     vlm: torch.nn.Module  # as load_backbone returns it
-    processor: common.Processor
+    processor: backbones.Processor
 
 
 def make_folder(family, folder):
@@ -225,7 +226,7 @@ def test_pixels_are_the_librarys(patch, colours, least, most):
     for shape in [(64, 64), (32, 32), (50, 90), (17, 200), (300, 401), (224, 224), (9, 7)]:
         (image,) = pictures(shape)
         want = library(image, return_tensors="np", input_data_format="channels_last")
-        fitted = common.fit(image, patch, 2, least, most)
+        fitted = backbones.fit(image, patch, 2, least, most)
         got = common.patchify(fitted, patch, 2, 2, mean, std)
         assert want["image_grid_thw"].tolist() == [[1, *(s // patch for s in fitted.shape[:2])]]
         assert got.dtype == np.float32 and np.array_equal(got, want["pixel_values"]), shape
@@ -358,7 +359,7 @@ def test_cut_off_and_garbage_ids_are_finite_actions(tokenizer):
 
 
 def test_too_few_action_tokens_are_an_error(tokenizer):
-    with pytest.raises(common.UserError, match="--head fast: .* coefficient values, 256 action"):
+    with pytest.raises(common.UserError, match="--head fast: .* coefficients, 256 action"):
         common.Fast.fit([np.full((8, 2), x) for x in (-9.0, 9.0)], tokenizer)
 
 

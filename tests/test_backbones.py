@@ -22,10 +22,11 @@ import data
 import dualvla
 import twinbrain
 import vita_vla
+from parts import backbones
 
 ALONE = common.Dist(0, 1, torch.device("cpu"))
 TINY = Path(common.BACKBONES["tiny"])
-SIZES = json.loads(common.SIZES.read_text())
+SIZES = json.loads(backbones.SIZES.read_text())
 SCRIPTS = {"twinbrain": twinbrain, "vita_vla": vita_vla, "dualvla": dualvla}
 SMALL = dict(dtype="fp32", batch=2, width=32, depth=1, heads=2, augment=0, optimizer="adamw")
 
@@ -355,7 +356,7 @@ def plain_logits(folder, images, question):
     """A checkpoint asked through the library alone -> ids, logits (T, V)."""
     vlm = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    processor = common.Processor(folder, vlm.config)
+    processor = backbones.Processor(folder, vlm.config)
     assert processor.tokenizer.get_vocab() == tokenizer.get_vocab()
     pixels, grids = processor.images(images)
     ids = torch.tensor([processor.prompt("Help.", question, grids)[0]])

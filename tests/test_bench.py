@@ -26,6 +26,7 @@ import study  # noqa: E402
 
 import common  # noqa: E402
 import twinbrain  # noqa: E402
+from parts import backbones, process  # noqa: E402
 
 PAPERS = {"twinbrain": "Qwen3-VL-4B", "vita_vla": "VITA-1.5", "dualvla": "Eagle2-2B"}
 TINY = ["--batch", "2", "--dtype", "fp32", "--threads", "1"]
@@ -106,7 +107,7 @@ def small(settings):
 
 @pytest.fixture
 def shrunken(monkeypatch):
-    monkeypatch.setattr(common, "settings_of", lambda name, real=common.settings_of: small(
+    monkeypatch.setattr(backbones, "settings_of", lambda name, real=backbones.settings_of: small(
         real(name)))  # fmt: skip
 
 
@@ -134,7 +135,7 @@ def test_the_papers_configurations_train_and_act_with_random_weights(method, shr
 @pytest.mark.parametrize("method, gigabytes", [("twinbrain", (75, 85)), ("dualvla", (10, 20)),
                                                ("vita_vla", (110, 125))])  # fmt: skip
 def test_memory_of_the_papers_configurations(method, gigabytes, monkeypatch):
-    monkeypatch.setattr(common, "multiplies_bf16", lambda device: True)
+    monkeypatch.setattr(process, "multiplies_bf16", lambda device: True)
     flags = ["--preset", latency.PRESETS[method], "--frozen", "bf16"]
     cfg = methods.config(method, flags, latency.STAGES[method][-1])
     model, _, teachers = methods.build_all(method, cfg, True, "meta")

@@ -28,6 +28,7 @@ import dualvla
 import twinbrain
 import vita_vla
 from bench import compare, diagram, memory
+from parts import scale
 from worlds import serve
 
 ROOT, SCRIPTS = tables.ROOT, tables.SCRIPTS
@@ -475,7 +476,7 @@ def test_sums_done_by_hand():
     p, q = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.75, 0.25]]).log()
     kl = common.linear_kl(q, torch.eye(2), p, torch.eye(2), 1.0)
     says(f"0.5 ln 2 = {float(kl):.3f}*")
-    lora = common.LoRA(torch.nn.Linear(128, 128, bias=False).requires_grad_(False), 4)
+    lora = scale.LoRA(torch.nn.Linear(128, 128, bias=False).requires_grad_(False), 4)
     says(f"{common.param_counts(lora)['trainable']:,} numbers", f"of {128 * 128:,}")
     says("{:.1%} to {:.1%}".format(*common.ci95(18, 20)))
     says("{:.1%} to {:.1%}".format(*common.ci95_mean([0.80, 0.83, 0.89])), "84 ± 4.303 * 4.58")

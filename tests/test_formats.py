@@ -12,6 +12,7 @@ from PIL import Image
 
 import data
 from common import UserError
+from parts import formats
 
 TASKS = ["push the red block", "open the drawer"]
 LENGTHS = [5, 7, 4, 6]
@@ -21,7 +22,7 @@ SIZE = 32  # of the pictures
 @pytest.fixture(autouse=True)
 def places(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(data, "DATA", tmp_path / "data")
+    monkeypatch.setattr(formats, "DATA", tmp_path / "data")
     monkeypatch.chdir(tmp_path)
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 import common
 import twinbrain
+from parts import kernels
 
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -167,12 +168,12 @@ def test_all_kernels_compile_for_a_gpu(monkeypatch, tmp_path):
     kinds |= dict.fromkeys(("losses", "lse", "delta"), "*fp32") | dict(words="*i64", best="*i64")
     kinds |= dict.fromkeys(("first_L", "first_R"), "*i32")
     fixed = dict(BLOCK=128, TRAIN=True, D=16, M=16, N=16)
-    for function in (common.cross_entropy_rows, common.kl_rows, common.joint_forward,
-                     common.joint_backward_q, common.joint_backward_kv):  # fmt: skip
+    for function in (kernels.cross_entropy_rows, kernels.kl_rows, kernels.joint_forward,
+                     kernels.joint_backward_q, kernels.joint_backward_kv):  # fmt: skip
         names = function.__code__.co_varnames[: function.__code__.co_argcount]
         signature = {n: "constexpr" if n in fixed else kinds.get(n, "*bf16") for n in names}
         known = {n: value for n, value in fixed.items() if n in names}
-        source = ASTSource(common.kernel(function), signature, known)
+        source = ASTSource(kernels.kernel(function), signature, known)
         assert compile(source, target=GPUTarget("cuda", 80, 32)).asm["cubin"], function.__name__
 
 

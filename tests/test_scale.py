@@ -28,6 +28,7 @@ import common
 import dualvla
 import twinbrain
 import vita_vla
+from parts import checkpoints, scale
 
 SCRIPTS = {"twinbrain": twinbrain, "vita_vla": vita_vla, "dualvla": dualvla}
 TINY = [
@@ -210,7 +211,7 @@ def test_frozen_weights_of_16_bits_are_sharded_beside_what_trains(episodes, grou
         case = test_twinbrain.Case(episodes, **flags)
         common.store_frozen(case.model, case.cfg, ALONE.device)
         if sharded:
-            common.shard(case.model, case.cfg, ALONE, set())
+            scale.shard(case.model, case.cfg, ALONE, set())
         with common.autocast(ALONE.device, "bf16"):
             losses, grads = case.step([])
         got.append((losses["action"], {n: g for n, g in grads.items() if g is not None}))
@@ -278,13 +279,13 @@ def test_a_share_that_cannot_be_written_leaves_the_checkpoint_before(group, tmp_
 def test_a_full_disk_is_called_so_however_large_the_state():
     for count in (1, 1_000_000):
         with pytest.raises(OSError, match="No space left on device"):
-            common.write_state("/dev/full", {"x": torch.zeros(count), "y": torch.ones(count)})
+            checkpoints.write_state("/dev/full", {"x": torch.zeros(count), "y": torch.ones(count)})
 
 
 def test_muon_is_refused_under_shards():
     cfg, two = replace(twinbrain.Config(), optimizer="muon"), common.Dist(0, 2, ALONE.device)
     with pytest.raises(common.UserError, match="--optimizer muon needs whole matrices; take adamw"):
-        common.shard(None, cfg, two, set())
+        scale.shard(None, cfg, two, set())
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -323,7 +324,7 @@ def test_recomputed_blocks_give_the_same_gradients(episodes, name):
     case.model.zero_grad(set_to_none=True)
     cfg, gates = replace(case.cfg, grad_checkpoint=True), getattr(case.model, "gates", None)
     for block in blocks:
-        common.enclose(block, cfg, gates)
+        scale.enclose(block, cfg, gates)
     got, twice = gradients(case), len(calls) - once
     assert want.keys() == got.keys() and twice > once > 0
     assert all(torch.equal(want[n], got[n]) for n in want if want[n] is not None)
@@ -337,7 +338,7 @@ def test_compiled_blocks_give_the_same_gradients(episodes, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f: compiled(f, backend="aot_eager"))
     case.model.zero_grad(set_to_none=True)
     for block in case.model.expert.blocks:
-        common.enclose(block, replace(case.cfg, compile=True, grad_checkpoint=True))
+        scale.enclose(block, replace(case.cfg, compile=True, grad_checkpoint=True))
     got = gradients(case)
     assert all(torch.allclose(want[n], got[n], atol=1e-6) for n in want if want[n] is not None)
 
@@ -353,7 +354,7 @@ def test_every_layer_is_compiled_however_many_there_are(episodes, monkeypatch):
     monkeypatch.setattr(torch, "compile", light)
     layers = case.model.right.model.language_model.layers
     for block in layers:
-        common.enclose(block, replace(case.cfg, compile=True))
+        scale.enclose(block, replace(case.cfg, compile=True))
     torch._dynamo.reset()
     counters.clear()
     with torch._dynamo.config.patch(recompile_limit=2), torch.no_grad():
@@ -395,7 +396,7 @@ def test_a_run_with_lora_resumes(tmp_path):
 
 def test_what_cannot_fit_is_refused_with_flags_that_help(episodes, monkeypatch):
     case, said = test_twinbrain.Case(episodes, optimizer="muon"), []
-    monkeypatch.setattr(common, "device_memory", lambda device: 20e6)
+    monkeypatch.setattr(scale, "device_memory", lambda device: 20e6)
     with pytest.raises(common.UserError) as error:
         common.place(case.model, case.cfg, ALONE, said.append)
     assert "do not fit in this machine's 20.00 MB" in str(error.value)
@@ -454,7 +455,7 @@ def test_eight_bit_adam_or_how_to_get_it(monkeypatch, tmp_path):
         p.grad = torch.ones_like(p)
         opt.step()
     assert torch.allclose(p, torch.full_like(p, 0.8), atol=1e-3)
-    common.write_state(tmp_path / "train.pt", opt.state_dict())
+    checkpoints.write_state(tmp_path / "train.pt", opt.state_dict())
     saved = torch.load(tmp_path / "train.pt", weights_only=True)
     other = torch.nn.Parameter(p.detach().clone())
     again = common.adamw([{"params": [other], "lr": 0.1, "peak": 0.1}], cfg)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import common
-import data
+from parts import formats
 from worlds import calvin, client, libero, loop, robocasa, simpler
 
 FILES = {"calvin": calvin, "libero": libero, "simpler": simpler, "robocasa": robocasa}
@@ -474,7 +474,7 @@ def test_a_recorded_picture_and_the_same_from_the_world_are_equal(tmp_path):
     raw = picture(128, 128, 3)
     with h5py.File(tmp_path / "a.hdf5", "w") as file:
         file["data/demo_0/obs/agentview_rgb"] = raw[None]
-    read = data.hdf5_picture(tmp_path / "a.hdf5", "demo_0", "agentview_rgb", 0)
+    read = formats.hdf5_picture(tmp_path / "a.hdf5", "demo_0", "agentview_rgb", 0)
     assert np.array_equal(read, libero.turned(raw))
 
 
@@ -605,7 +605,7 @@ class Humanoid:
 
 
 def test_robocasas_tasks_are_those_of_the_recordings():
-    assert list(sorted(robocasa.TASKS)) == sorted(data.GR1) and len(robocasa.TASKS) == 24
+    assert list(sorted(robocasa.TASKS)) == sorted(formats.GR1) and len(robocasa.TASKS) == 24
     for k, average in enumerate(robocasa.AVERAGES):  # the paper's rounding
         assert abs(np.mean([n[k] for n in robocasa.NUMBERS.values()]) - average) < 0.15
 

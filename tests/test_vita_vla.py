@@ -21,6 +21,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 import common
 import data
 import vita_vla
+from parts import backbones
 from vita_vla import ABLATIONS, Config, Histories, Seer, VitaVLA, seer_mask, sense
 from worlds import tabletop
 
@@ -1177,14 +1178,14 @@ def test_vita_by_its_name_says_how_to_get_it(monkeypatch):
     def unreachable(path):
         raise OSError("no network")
 
-    monkeypatch.setattr(common, "snapshot_download", unreachable)
+    monkeypatch.setattr(backbones, "snapshot_download", unreachable)
     with pytest.raises(common.UserError, match="hf download VITA-MLLM/VITA-1.5 --local-dir DIR"):
         common.load_vlm("VITA-1.5")
 
 
 def test_vita_by_its_name_is_fetched(vita, monkeypatch):
     wanted = {"VITA-MLLM/VITA-1.5": str(vita.folder)}
-    monkeypatch.setattr(common, "snapshot_download", wanted.__getitem__)
+    monkeypatch.setattr(backbones, "snapshot_download", wanted.__getitem__)
     assert isinstance(common.load_vlm("VITA-1.5")[0], common.Vita15)
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import common
 import vita_vla
+from parts import checkpoints
 from worlds import loop
 
 TINY = [
@@ -325,7 +326,7 @@ def test_resuming_executes_nothing_of_a_checkpoint(copied, tmp_path, status, qui
     torch.save({"optimizers": Bomb(tmp_path / "boom")}, file)
     code, _, err = status(vita_vla.main, "--resume", str(copied / "finetune"))
     assert code == 2 and "train.pt is damaged" in err and not (tmp_path / "boom").exists()
-    for script in (vita_vla, common):
+    for script in (vita_vla, checkpoints):
         calls = Path(script.__file__).read_text().split("torch.load(")[1:]
         assert calls and all("weights_only=True" in call.split("\n")[0] for call in calls)
 

@@ -1,0 +1,588 @@
+"""How others keep recordings: their names, LeRobot, CALVIN, LIBERO, stores, question files.
+
+A reader of episodes has names, lengths, fps, dims (S, A), numbers(i) and frames(i).
+"""
+
+import base64
+import csv
+import importlib
+import io
+import json
+import os
+import pickle
+import re
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from parts.process import UserError, nearest
+from worlds import loop
+
+DATA = Path(os.environ.get("ONEFILE_VLA_DATA", Path.home() / ".cache" / "onefile-vla" / "data"))
+
+
+# --- Names ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a dataset is found and how it is read; one's own dataset is one more row of SOURCES."""
+
+    hub: str = ""  # hub id, then the folder inside it if it holds several; or an address
+    cameras: tuple[str, ...] = ()  # which, in this order; empty: all that were recorded
+    action: str = ""  # what its numbers mean
+    normalise: str = "q99"
+    gripper: str = ""  # how the last number says open: 1 (else 0), +1 or -1; read as 1, closed 0
+    parts: tuple[str, ...] = ()  # these slices of state and action, named in meta/modality.json
+    scenes: tuple[str, ...] = ()  # CALVIN: these scenes only
+
+
+EEF = "change of xyz and roll, pitch, yaw of the hand; gripper"
+OXE = """bridge_orig image_0 25460, fractal20220817_data image 79499, bc_z image 39350,
+droid exterior_image_1_left 92233, stanford_hydra_dataset image 550, viola agentview_rgb 135,
+berkeley_autolab_ur5 image 896, nyu_franka_play_dataset image 456, jaco_play image 976,
+stanford_kuka_multimodal_dataset image 3000, taco_play rgb_static 3242, cmu_stretch image 135,
+nyu_door_opening_surprising_effectiveness image 435, austin_buds_dataset image 50,
+iamlab_cmu_pickup_insert image 520, berkeley_fanuc_manipulation image 415, dobbe wrist_image 5208,
+ucsd_kitchen_dataset image 150, utaustin_mutex image 1500, cmu_play_fusion image 576"""
+OXE = {n: (c, int(k)) for n, c, k in map(str.split, OXE.split(","))}  # Table 7: camera, episodes
+GR1 = [f"PnP{way}Close" for way in (
+    "BottleToCabinet", "CanToDrawer", "CupToDrawer", "MilkToMicrowave", "PotatoToMicrowave",
+    "WineToCabinet")] + [f"PosttrainPnPNovelFrom{start}To{end}SplitA" for start, ends in (
+    ("Cuttingboard", "Basket Cardboardbox Pan Pot Tieredbasket"),
+    ("Placemat", "Basket Bowl Plate Tieredshelf"), ("Plate", "Bowl Cardboardbox Pan Plate"),
+    ("Tray", "Cardboardbox Plate Pot Tieredbasket Tieredshelf"),
+    ) for end in ends.split()]  # fmt: skip
+GR1_HUB = "nvidia/PhysicalAI-Robotics-GR00T-X-Embodiment-Sim/gr1_unified."
+GR1_ENDING = "_GR1ArmsAndWaistFourierHands_1000"
+ARMS = ("left_arm", "right_arm", "left_hand", "right_hand", "waist")  # 7 + 7 + 6 + 6 + 3
+LIBERO = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
+IPEC = "IPEC-COMMUNITY/{}_lerobot"
+SOURCES = {
+    **{n: Source(IPEC.format(n), (c,), EEF, gripper="1") for n, (c, _) in OXE.items()},
+    "stanford_kuka_multimodal_dataset": Source(
+        "lerobot/stanford_kuka_multimodal_dataset", ("image",), EEF),
+    **{n: Source(IPEC.format(n + "_no_noops_1.0.0"), ("image", "wrist_image"), EEF, "minmax", "1")
+       for n in LIBERO},
+    **{f"gr1_{n}": Source(GR1_HUB + n + GR1_ENDING, ("ego_view",), "positions of the joints",
+                          "minmax", parts=ARMS) for n in GR1},
+    **{f"calvin_{n.lower()}": Source(
+        f"http://calvin.cs.uni-freiburg.de/dataset/task_{n}.zip", ("rgb_static", "rgb_gripper"),
+        EEF, "minmax", "+1") for n in ("D_D", "ABC_D", "ABCD_D")},
+}  # fmt: skip
+SOURCES |= {"bridge": SOURCES["bridge_orig"], "fractal": SOURCES["fractal20220817_data"]}
+GROUPS = {  # name -> {row of SOURCES: weight}
+    "oxe": {name: float(episodes) for name, (_, episodes) in OXE.items()},
+    "libero": dict.fromkeys(LIBERO, 1.0),
+    "gr1": {f"gr1_{name}": 1.0 for name in GR1},
+}
+
+
+def locate(spec):
+    """A row of SOURCES, a hub id or a path -> (path on this disk, its row)."""
+    source, path = SOURCES.get(spec), Path(spec).expanduser()
+    if source is None and path.exists():
+        rows = reversed(SOURCES.values())  # the first of a name wins
+        known = {row.hub.rpartition("/")[2].removesuffix(".zip"): row for row in rows}
+        mine = [known[p.name] for p in (path.resolve(), path.resolve().parent) if p.name in known]
+        return path, (mine + [Source()])[0]
+    if source is None and not re.fullmatch(r"[\w.-]+/[\w.-]+", spec):
+        names = [*SOURCES, *GROUPS, *loop.WORLDS]
+        raise UserError(f"no dataset or path {spec!r} (did you mean {nearest(spec, names)}?)")
+    source = source or next((s for s in SOURCES.values() if s.hub == spec), Source(spec))
+    if source.hub.startswith("http"):
+        place = DATA / source.hub.rpartition("/")[2].removesuffix(".zip")
+        command = f"wget {source.hub} and unzip it there"
+    else:
+        owner, name, *inside = source.hub.split("/")
+        place = DATA.joinpath(name, *inside)
+        only = f" --include '{inside[0]}/*'" if inside else ""
+        command = f"hf download {owner}/{name} --repo-type dataset{only} --local-dir {DATA / name}"
+    if not place.exists():
+        here = f"{spec}: not at {place} (ONEFILE_VLA_DATA names the folder) nor a path here"
+        raise UserError(f"{here}; to fetch it: {command}")
+    return place, source
+
+
+# --- Reading with care ----------------------------------------------------------------------------
+
+
+def need(module):
+    """The module, or how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        name = module.partition(".")[0]
+        raise UserError(f"reading this needs {name}: pip install 'onefile-vla[data]'") from None
+
+
+@contextmanager
+def reading(place):
+    """Whatever fails inside becomes one line with the place and the remedy."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # six libraries' worth of kinds, all of them a damaged file
+        missing = isinstance(error, FileNotFoundError)
+        words = "no such file" if missing else " ".join(str(error).split()) or repr(error)
+        remedy = "fetch it again, or leave its episodes out with --skip-bad"
+        raise UserError(f"{place}: {words[:300]}; {remedy}") from error
+
+
+def first_of(faults, path):
+    if not faults:
+        return f"{path}: there is nothing in it"
+    return f"{faults[0]} [{len(faults)} faults; all: python data.py inspect {path}]"
+
+
+def read_json(path):
+    with reading(path):
+        return json.loads(path.read_text("utf-8"))
+
+
+def read_lines(path):
+    """A .jsonl file -> list."""
+    with reading(path):
+        lines = [line for line in path.read_text("utf-8").split("\n") if line.strip()]
+    rows = []
+    for number, line in enumerate(lines, 1):
+        with reading(f"{path}, line {number}"):
+            rows.append(json.loads(line))
+    return rows
+
+
+class Unpickler(pickle.Unpickler):
+    """Builds numpy arrays of text, numbers, lists and dicts; what wants more is refused."""
+
+    def find_class(self, module, name):
+        if (module.replace("_core", "core"), name) not in (
+            ("numpy.core.multiarray", "_reconstruct"), ("numpy.core.multiarray", "scalar"),
+            ("numpy", "ndarray"), ("numpy", "dtype"),
+        ):  # fmt: skip
+            raise ValueError(f"refused: it wants {module}.{name}, which no recording needs")
+        return super().find_class(module, name)
+
+
+def unpickle(path):
+    """The dict in a pickled .npy, CALVIN's way to keep annotations."""
+    with reading(path), open(path, "rb") as file:
+        major, _ = np.lib.format.read_magic(file)
+        file.read(int.from_bytes(file.read(2 if major == 1 else 4), "little"))  # skip the header
+        return Unpickler(file).load().item()
+
+
+class Frames:
+    """The pictures of one camera in one episode, each decoded when asked for."""
+
+    def __init__(self, place, count, picture):
+        self.place, self.count, self.picture = place, count, picture
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, t):
+        """-> (height, width, 3) uint8; of a slice, all of them in one array."""
+        if isinstance(t, slice):
+            return np.stack([self[i] for i in range(*t.indices(self.count))])
+        if not -self.count <= t < self.count:
+            raise IndexError(t)
+        t = int(t) % self.count
+        with reading(f"{self.place}, frame {t}"):
+            return self.picture(t)
+
+
+def decode(content):
+    """A PNG or JPEG, as bytes or a path -> (height, width, 3) uint8."""
+    try:
+        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
+            return np.array(image.convert("RGB"))
+    except Image.UnidentifiedImageError:
+        raise ValueError("this is no picture") from None
+
+
+class Video:
+    """One video file, decoded forwards from the nearest key frame."""
+
+    def __init__(self, path):
+        self.file = need("av").open(str(path))
+        self.stream = self.file.streams.video[0]
+        self.stream.codec_context.thread_count = 1  # the loader's workers are the threads
+        self.painter = need("av.video.reformatter").VideoReformatter()  # sets itself up once
+        self.how = {"format": "rgb24"}
+        if "threads" in (self.painter.reformat.__doc__ or ""):  # newer ones start a pool otherwise
+            self.how["threads"] = 1
+        self.half, self.coming, self.now = 0.5 / float(self.stream.average_rate or 30), None, None
+
+    def at(self, time, tolerance):
+        first = self.now.time - self.half if self.now else np.inf
+        if not first <= time <= first + 8 * self.half:
+            where = int(max(time, 0) / self.stream.time_base)
+            self.file.seek(where, stream=self.stream, backward=True)
+            self.coming, self.now = self.file.decode(self.stream), None
+        while self.now is None or self.now.time < time - self.half:
+            self.now = next(self.coming, None)
+            if self.now is None:
+                raise ValueError(f"the video ends before {time:.2f} s")
+        if self.now.time > time + tolerance:
+            raise ValueError(f"no picture at {time:.2f} s")
+        return self.painter.reformat(self.now, **self.how).to_ndarray()
+
+
+@lru_cache(maxsize=32)
+def opened(kind, path, process):
+    """An open file, per process: a forked worker must not move its parent's place in it."""
+    return kind(path)
+
+
+def video_picture(path, start, fps, t):
+    return opened(Video, path, os.getpid()).at(start + t / fps, 0.5 / fps)
+
+
+@lru_cache(maxsize=8)
+def parquet_numbers(path):
+    """Every column of numbers -> {name: (rows,) or (rows, n)}; a list's lengths must agree."""
+    pq, pc, out = need("pyarrow.parquet"), need("pyarrow.compute"), {}
+    schema = pq.read_schema(path)
+    names = [f.name for f in schema if re.search("int|float|double|bool", str(f.type))]
+    names = [name for name in names if "struct" not in str(schema.field(name).type)]
+    table = pq.read_table(path, columns=names, use_threads=False)  # it may be a forked worker
+    for name in table.column_names:
+        column = table[name].combine_chunks()
+        if "list" in str(column.type):
+            widths = pc.list_value_length(column).to_numpy(zero_copy_only=False)
+            if len(set(widths)) > 1:
+                odd = int(np.argmax(widths != widths[0]))
+                raise ValueError(f"row {odd}, {name}: {widths[odd]} numbers, {widths[0]} before")
+            flat = column.flatten().to_numpy(zero_copy_only=False)
+            out[name] = flat.reshape(len(column), -1)
+        else:
+            out[name] = column.to_numpy(zero_copy_only=False)
+    return out
+
+
+@lru_cache(maxsize=4)
+def parquet_pictures(path, key, group):
+    file = need("pyarrow.parquet").ParquetFile(path)
+    return file.read_row_group(group, [key], use_threads=False)[key].to_pylist()
+
+
+@lru_cache(maxsize=1024)
+def parquet_groups(path):
+    meta = need("pyarrow.parquet").ParquetFile(path).metadata
+    return np.cumsum([0] + [meta.row_group(g).num_rows for g in range(meta.num_row_groups)])
+
+
+def parquet_picture(root, path, key, first, t):
+    groups = parquet_groups(path)
+    group = int(np.searchsorted(groups, first + t, side="right")) - 1
+    cell = parquet_pictures(path, key, group)[first + t - int(groups[group])]
+    if cell is None:
+        raise ValueError("no picture in this row")
+    return decode(cell["bytes"] or root / cell["path"])
+
+
+def npz_picture(root, start, key, t):
+    with np.load(root / f"episode_{start + t:07d}.npz", allow_pickle=False) as file:
+        return file[key]
+
+
+def hdf5_picture(path, demo, key, t):
+    file = opened(need("h5py").File, path, os.getpid())
+    return np.ascontiguousarray(file[f"data/{demo}/obs/{key}"][t][::-1, ::-1])
+
+
+# --- Formats: names, lengths, fps, dims (S, A); numbers(i), frames(i) -----------------------------
+
+
+class LeRobot:
+    """LeRobot v2.0, v2.1 and v3.0, pictures in videos or parquet; GR1's modality.json."""
+
+    gripper, faults = "1", ()
+
+    def __init__(self, root, source):
+        self.root, self.info, meta = root, read_json(root / "meta/info.json"), root / "meta"
+        with reading(meta / "info.json"):
+            version, self.fps = str(self.info["codebase_version"]), float(self.info["fps"])
+            features = self.info["features"]
+            if version[:2] not in ("v2", "v3"):
+                raise UserError(f"{root}: LeRobot {version}; v2.0 to v3.0 are read: convert it")
+            self.key = {"action": "action" if "action" in features else "actions"}
+            self.key["state"] = "observation.state" if "observation.state" in features else "state"
+            shapes = {kind: features.get(key, {"shape": [0]}) for kind, key in self.key.items()}
+            width = {kind: feature["shape"][0] for kind, feature in shapes.items()}
+        parts = meta / "modality.json"
+        self.modality = read_json(parts) if parts.exists() else {}
+        self.cuts, self.cameras, self.v3 = {}, {}, version.startswith("v3")
+        for kind in ("state", "action") if source.parts else ():
+            with reading(f"{parts}, {kind} of {', '.join(source.parts)}"):
+                spans = [self.modality[kind][part] for part in source.parts]
+                self.cuts[kind] = np.r_[tuple(slice(s["start"], s["end"]) for s in spans)]
+                width[kind] = len(self.cuts[kind])
+        self.dims = width["state"], width["action"]
+        for key, feature in features.items():
+            about = feature.get("info") or feature.get("video_info") or {}
+            if feature["dtype"] in ("video", "image") and not about.get("video.is_depth_map"):
+                name = key.rpartition(".")[2]
+                self.cameras[key if name in self.cameras else name] = key
+                need("av" if feature["dtype"] == "video" else "pyarrow")
+        noted = self.modality.get("annotation", {}).items()  # name -> where its task number is
+        said = [at.get("original_key", f"annotation.{name}") for name, at in noted]
+        said = [key for key in said if key in features and "valid" not in key]
+        self.words = (said + ["task_index"])[0]
+        if self.v3:
+            files = sorted(meta.glob("episodes/*/*.parquet"))
+            self.rows = [row for file in files for row in self.table(file)]
+            tasks = self.table(meta / "tasks.parquet")
+        else:
+            self.rows, tasks = read_lines(meta / "episodes.jsonl"), read_lines(meta / "tasks.jsonl")
+        with reading(f"{meta}, tasks"):
+            text = [next(v for k, v in task.items() if k != "task_index") for task in tasks]
+            self.tasks = {task["task_index"]: words for task, words in zip(tasks, text)}
+        with reading(f"{meta}, episodes"):
+            self.numbered = [int(row["episode_index"]) for row in self.rows]
+            self.lengths = [int(row["length"]) for row in self.rows]
+        self.first = {}  # v3.0: data file -> number of its first row in the whole dataset
+        for row in self.rows if self.v3 else ():
+            file, at = self.path(row), row["dataset_from_index"]
+            self.first[file] = min(at, self.first.get(file, at))
+        self.names = [f"{self.path(r)}, episode {n}" for r, n in zip(self.rows, self.numbered)]
+
+    def table(self, path):
+        with reading(path):
+            pq = need("pyarrow.parquet")
+            names = [n for n in pq.read_schema(path).names if not n.startswith("stats/")]
+            return pq.read_table(path, columns=names).to_pylist()
+
+    def path(self, row, camera=None):
+        """The file of an episode's numbers, or of one of its videos."""
+        kind, number = f"videos/{camera}" if camera else "data", row["episode_index"]
+        return self.root / self.info["video_path" if camera else "data_path"].format(
+            episode_chunk=number // self.info.get("chunks_size", 1000), episode_index=number,
+            chunk_index=row.get(f"{kind}/chunk_index"), file_index=row.get(f"{kind}/file_index"),
+            video_key=camera)  # fmt: skip
+
+    def numbers(self, i):
+        """-> state (T, S), action (T, A), instruction."""
+        row, path, T = self.rows[i], self.path(self.rows[i]), self.lengths[i]
+        table = parquet_numbers(path)
+        first = row["dataset_from_index"] - self.first[path] if self.v3 else 0
+        end = first + T if self.v3 else None
+        table = {name: column[first:end] for name, column in table.items()}
+        if (table.get("episode_index", self.numbered[i]) != self.numbered[i]).any():
+            raise ValueError("field episode_index: rows of another episode, meta does not fit data")
+        if "timestamp" in table and len(table["timestamp"]) == T:
+            late = np.abs(table["timestamp"].reshape(-1) - np.arange(T) / self.fps) > 0.5 / self.fps
+            if late.any():
+                raise ValueError(f"field timestamp: step {late.argmax()} is not at its time")
+        out = []
+        for kind in ("state", "action"):
+            if kind == "state" and self.key[kind] not in self.info["features"]:
+                table[self.key[kind]] = np.zeros((T, 0))
+            if self.key[kind] not in table:
+                raise ValueError(f"field {kind}: no column {self.key[kind]}")
+            out.append(table[self.key[kind]].reshape(len(table[self.key[kind]]), -1))
+            if kind in self.cuts:
+                out[-1] = out[-1][:, self.cuts[kind]]
+        number = int(table[self.words].reshape(-1)[0]) if self.words in table and T else None
+        if number is not None and number not in self.tasks:
+            raise ValueError(f"field {self.words}: no task {number} in meta/tasks")
+        return *out, self.tasks.get(number) or (row.get("tasks") or [""])[0]
+
+    def frames(self, i):
+        row, T, out = self.rows[i], self.lengths[i], {}
+        for name, key in self.cameras.items():
+            if self.info["features"][key]["dtype"] == "image":
+                path = self.path(row)
+                first = row["dataset_from_index"] - self.first[path] if self.v3 else 0
+                picture = partial(parquet_picture, self.root, path, key, first)
+            else:
+                start = row.get(f"videos/{key}/from_timestamp") if self.v3 else 0.0
+                if start is None:
+                    raise ValueError(f"field {key}: this episode has no video of it")
+                path = self.path(row, key)
+                picture = partial(video_picture, path, start, self.fps)
+            out[name] = Frames(f"{path}, episode {self.numbered[i]}, field {key}", T, picture)
+        return out
+
+
+class Calvin:
+    """A split of CALVIN, an .npz per frame: its annotated segments; where none are, all play."""
+
+    gripper, fps, dims, faults = "+1", 30.0, (15, 7), ()
+
+    def __init__(self, root, source):
+        split = root if (root / "ep_start_end_ids.npy").exists() else root / "training"
+        notes = split / "lang_annotations" / "auto_lang_ann.npy"
+        self.root, spans = split, split / "ep_start_end_ids.npy"
+        with reading(notes if notes.exists() else spans):
+            if notes.exists():
+                notes = unpickle(notes)
+                spans, text = notes["info"]["indx"], notes["language"]["ann"]
+            else:
+                spans = np.load(spans, allow_pickle=False)
+                text = [""] * len(spans)
+            rows = [(int(a), int(b), str(words)) for (a, b), words in zip(spans, text)]
+        if source.scenes:
+            with reading(split / "scene_info.npy"):
+                inside = [unpickle(split / "scene_info.npy")[scene] for scene in source.scenes]
+                rows = [r for r in rows if any(a <= r[0] and r[1] <= b for a, b in inside)]
+        self.rows, self.lengths = rows, [b - a + 1 for a, b, _ in rows]
+        self.names = [f"{split}, frames {a} to {b}" for a, b, _ in rows]
+
+    def numbers(self, i):
+        start, end, words = self.rows[i]
+        state, action = [], []
+        for t in range(start, end + 1):
+            path = self.root / f"episode_{t:07d}.npz"
+            with reading(path), np.load(path, allow_pickle=False) as file:
+                state.append(file["robot_obs"])
+                action.append(file["rel_actions"])
+        return np.stack(state), np.stack(action), words
+
+    def frames(self, i):
+        place, start, T = self.names[i], self.rows[i][0], self.lengths[i]
+        return {key: Frames(f"{place}, field {key}", T, partial(npz_picture, self.root, start, key))
+                for key in ("rgb_static", "rgb_gripper")}  # fmt: skip
+
+
+class Libero:
+    """LIBERO's .hdf5 files, made to look like the suites of SOURCES: cameras, pictures turned,
+    state (xyz, axis-angle, two fingers) and gripper."""
+
+    gripper, fps, dims = "-1", 20.0, (8, 7)
+    cameras = {"image": "agentview_rgb", "wrist_image": "eye_in_hand_rgb"}
+
+    def __init__(self, root, source):
+        h5py, self.rows, self.lengths, self.faults = need("h5py"), [], [], []
+        for path in sorted(root.glob("**/*.hdf5")) if root.is_dir() else [root]:
+            try:
+                with reading(path), h5py.File(path) as file:
+                    words = json.loads(file["data"].attrs["problem_info"])["language_instruction"]
+                    words = " ".join(words) if isinstance(words, list) else words.strip('"')
+                    for demo in sorted(file["data"], key=lambda name: int(name.split("_")[-1])):
+                        self.lengths.append(len(file[f"data/{demo}/actions"]))
+                        self.rows.append((path, demo, words))
+            except UserError as fault:
+                self.faults.append(str(fault))
+        self.names = [f"{path}, {demo}" for path, demo, _ in self.rows]
+
+    def numbers(self, i):
+        path, demo, words = self.rows[i]
+        file = opened(need("h5py").File, path, os.getpid())[f"data/{demo}"]
+        state = [file[f"obs/{key}"][:] for key in ("ee_states", "gripper_states")]
+        return np.concatenate(state, 1), file["actions"][:], words
+
+    def frames(self, i):
+        path, demo, _ = self.rows[i]
+        return {name: Frames(f"{path}, {demo}, field {key}", self.lengths[i],
+                             partial(hdf5_picture, path, demo, key))
+                for name, key in self.cameras.items()}  # fmt: skip
+
+
+def flat(path, kind, shape):
+    """A file of numbers as an array that stays on disk."""
+    size = path.stat().st_size
+    if size != np.prod(shape) * np.dtype(kind).itemsize:
+        raise ValueError(f"{size} bytes do not make {shape}: write it again")
+    # a plain array over the file: a memmap's own slices cost more than a small picture's copy
+    return np.asarray(np.memmap(path, kind, "r", shape=shape)) if size else np.zeros(shape, kind)
+
+
+class Store:
+    """What `write_store` left: numbers of whole episodes in flat files, pictures too if asked."""
+
+    gripper = "1"
+
+    def __init__(self, root, source=None):
+        index = read_json(root / "index.json")
+        with reading(root / "index.json"):
+            self.names, self.lengths, self.fps = index["names"], index["lengths"], index["fps"]
+            self.dims, self.stats, self.kept = index["dims"], index["stats"], index["kept"]
+            self.text, self.faults, sizes = index["text"], index["faults"], index["sizes"]
+            self.starts, self.normalise = np.cumsum([0, *self.lengths]), index["normalise"]
+            shapes = {"state": (self.dims[0],), "action": (self.dims[1],)}
+            shapes |= {camera: tuple(size) for camera, size in sizes.items()}
+        self.arrays, self.cameras = {}, list(sizes)
+        for name, shape in shapes.items():
+            with reading(root / name):
+                kind, shape = "u1" if name in sizes else "f4", (int(self.starts[-1]), *shape)
+                self.arrays[name] = flat(root / name, kind, shape)
+
+    def cut(self, name, i):
+        return self.arrays[name][self.starts[i] : self.starts[i + 1]]
+
+    def numbers(self, i):
+        return self.cut("state", i), self.cut("action", i), self.text[i]
+
+    def frames(self, i):
+        return {camera: self.cut(camera, i) for camera in self.cameras}
+
+
+class QuestionFile:
+    """LLaVA's JSON or JSONL, or a VLMEvalKit TSV: samples like those of `Questions`."""
+
+    def __init__(self, path, skip_bad=False):
+        self.path, self.samples, self.faults, self.pasted = path, [], [], {}
+        for number, row in enumerate(self.rows(), 1):
+            try:
+                with reading(f"{path}, item {number}"):
+                    row = json.loads(row) if isinstance(row, str) else row
+                    self.samples += self.ask(row) if "conversations" in row else [self.choose(row)]
+            except UserError as fault:
+                self.faults.append(str(fault))
+        if (self.faults and not skip_bad) or not self.samples:
+            raise UserError(first_of(self.faults, path))
+
+    def rows(self):
+        with reading(self.path):
+            if self.path.suffix == ".json":
+                return json.loads(self.path.read_text("utf-8"))
+            if self.path.suffix == ".jsonl":
+                return [line for line in self.path.read_text("utf-8").split("\n") if line.strip()]
+            csv.field_size_limit(2**31 - 1)
+            with open(self.path, newline="", encoding="utf-8") as file:
+                return list(csv.DictReader(file, delimiter="\t"))
+
+    def find(self, name):
+        for folder in (self.path.parent, self.path.parent / "images", DATA):
+            if (folder / name).is_file():
+                return folder / name
+        raise ValueError(f"field image: no file {name} beside it, in images/ or in {DATA}")
+
+    def ask(self, row):
+        """A conversation -> a sample for each answer; what was said before it comes first."""
+        images, said = row.get("image", []), row["conversations"]
+        images = [self.find(name) for name in ([images] if isinstance(images, str) else images)]
+        if not images:
+            raise ValueError("field image: none; questions without a picture are not for this")
+        text, out = "", []
+        for turn in said:
+            if turn["from"] in ("gpt", "assistant"):
+                out.append((images, text.strip(), turn["value"]))
+            text += turn["value"].replace("<image>", "").strip() + "\n"
+        return out
+
+    def choose(self, row):
+        """A row of a TSV: base64 or a path; a short entry is the index of the row that has it."""
+        image = row.get("image") or ""
+        if image:
+            self.pasted[row["index"]] = image = self.pasted.get(image, image)
+            image = json.loads(image.replace("'", '"')) if image.startswith("[") else [image]
+            image = [base64.b64decode(part, validate=True) for part in image]
+        else:
+            image = [self.find(row["image_path"])]
+        options = [f"{letter}. {row[letter]}" for letter in "ABCDEFGH" if row.get(letter)]
+        return image, "\n".join([row["question"], *options]), row["answer"]
+
+    def __len__(self):
+        return len(self.samples)
+
+    def get(self, index, rng=None):
+        images, question, answer = self.samples[index]
+        with reading(f"{self.path}, sample {index}, field image"):
+            return {"images": [decode(i) for i in images], "question": question, "answer": answer}

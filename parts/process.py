@@ -1,0 +1,236 @@
+"""What runs a script: errors of the user, processes under torchrun, precision, stopping, words."""
+
+import dataclasses
+import difflib
+import errno
+import os
+import random
+import signal
+import sys
+
+import numpy as np
+import torch
+import torch.distributed
+
+
+class UserError(Exception):
+    """A mistake the user can mend; the message is one line."""
+
+
+FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+
+
+def run_main(main) -> None:
+    """Runs `main()`; what the user can mend ends in one line instead of a traceback."""
+    try:
+        return main()
+    except UserError as error:  # of a loader's worker it comes with the worker's traceback
+        message = str(error).strip().rpartition("parts.process.UserError: ")[2]
+    except torch.OutOfMemoryError:
+        message = "the GPU is out of memory: half of --batch with twice --accumulate, or "
+        message += "--grad-checkpoint, --frozen bf16, --lora 32, --shard full on several GPUs"
+    except BrokenPipeError:  # whoever read the output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(0)
+    except OSError as error:
+        if error.errno not in FAULTS:
+            raise
+        message = f"{error.strerror}: {error.filename or 'while writing'}"
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        message = "a loader process was killed; go on with --resume, with fewer --workers if the "
+        message += "machine's memory was full"
+    except KeyboardInterrupt:
+        sys.exit(130)
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+# --- processes ------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Dist:
+    """This process among `processes`; alone, every call is free."""
+
+    rank: int
+    processes: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, item) -> list:
+        """Every rank's item, on every rank."""
+        items = [item] * self.processes
+        if self.processes > 1:
+            torch.distributed.all_gather_object(items, item)
+        return items
+
+    def barrier(self) -> None:
+        self.gather(None)
+
+    def share(self, item):
+        """Rank 0's item, on every rank."""
+        return self.gather(item)[0]
+
+    def first(self, make):
+        """make() on rank 0, then on the others, who find what it cached; its error is theirs."""
+        made, fault = None, None
+        if self.main:
+            try:
+                made = make()
+            except UserError as error:
+                fault = str(error)
+        if fault := self.share(fault):
+            raise UserError(fault)
+        return made if self.main else make()
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank as soon as one rank says so."""
+        return any(self.gather(flag))
+
+    def mean(self, values: dict[str, float]) -> dict[str, float]:
+        rows = self.gather(values)
+        return {name: sum(row[name] for row in rows) / len(rows) for name in values}
+
+    def destroy(self) -> None:
+        if self.processes > 1:
+            torch.distributed.destroy_process_group()
+
+
+def setup(cfg) -> Dist:
+    """Device, threads, seeds and, under torchrun, the process group."""
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no GPU here")
+    if cfg.device != "cpu" and torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    if processes > 1:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        store = next(torch.distributed.rendezvous("env://"))[0]
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun's restart finds the old addresses
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = torch.distributed.PrefixStore(f"attempt_{attempt}", store)
+        torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=processes)
+    seed_all(cfg.seed)
+    return Dist(rank, processes, device)
+
+
+def seed_all(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether matrix products in bfloat16 are fast there; elsewhere they are dozens of times slower
+    than in float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def in_bf16(device: torch.device, dtype: str) -> bool:
+    """dtype: auto | bf16 | fp32; auto is bf16 where the hardware multiplies it, else fp32."""
+    return dtype == "bf16" or (dtype == "auto" and multiplies_bf16(device))
+
+
+def autocast(device: torch.device, dtype: str = "auto"):
+    return torch.autocast(device.type, torch.bfloat16, enabled=in_bf16(device, dtype))
+
+
+class Muon(torch.optim.Muon):
+    """PyTorch's Muon with its settings and state, but matrices of one shape go as one batch, and in
+    float32 where bfloat16 is not fast (PyTorch's own then takes seconds a step)."""
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            batches = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
+                    momentum.lerp_(p.grad, 1 - group["momentum"])
+                    batches.setdefault(p.shape, []).append((p, momentum))
+            for (rows, columns), pairs in batches.items():
+                updates = torch.stack([p.grad.lerp(m, group["momentum"]) for p, m in pairs])
+                if rows > columns:
+                    updates = orthogonal(updates.mT, group).mT
+                else:
+                    updates = orthogonal(updates, group)
+                scale = max(1.0, rows / columns) ** 0.5
+                if group["adjust_lr_fn"] == "match_rms_adamw":
+                    scale = 0.2 * max(rows, columns) ** 0.5
+                for (p, _), update in zip(pairs, updates.float()):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update, alpha=-group["lr"] * scale)
+
+
+def orthogonal(x: torch.Tensor, group: dict) -> torch.Tensor:
+    """Newton-Schulz steps towards the nearest matrix with orthogonal rows, (N, rows, columns)."""
+    a, b, c = group["ns_coefficients"]
+    x = x.bfloat16() if multiplies_bf16(x.device) else x.float()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])
+    for _ in range(group["ns_steps"]):
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+def to_device(batch, device: torch.device):
+    """Moves every tensor of a nested dict."""
+    if isinstance(batch, dict):
+        return {name: to_device(item, device) for name, item in batch.items()}
+    if isinstance(batch, list):
+        return [to_device(item, device) for item in batch]
+    return batch.to(device, non_blocking=True) if isinstance(batch, torch.Tensor) else batch
+
+
+class Stop:
+    """Ctrl-C or SIGTERM asks the loop to save and leave; a second one ends the process at once."""
+
+    def __init__(self):
+        self.requested, self.pid = False, os.getpid()
+        self.before = {n: signal.signal(n, self.ask) for n in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(self, number, frame) -> None:
+        if os.getpid() != self.pid:  # a forked loader worker: the trainer decides when it ends
+            if number == signal.SIGTERM:
+                os._exit(143)
+            return
+        self.requested = True
+        for each in self.before:
+            signal.signal(each, signal.SIG_DFL)
+        os.write(2, b"\nstopping after this step; once more ends at once\n")
+
+    def restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+# --- words ----------------------------------------------------------------------------------------
+
+
+def nearest(word: str, known) -> str:
+    return difflib.get_close_matches(word, list(known), n=1, cutoff=0.0)[0]
+
+
+def human(n: float) -> str:
+    """1800000 -> 1.8M"""
+    for unit in ("", "K", "M", "B"):
+        if abs(n) < 999.95 or unit == "B":
+            return f"{n:.3g}{unit}"
+        n /= 1000
+
+
+def size(n):
+    """Bytes -> 1.5 GB"""
+    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.2f} MB"
