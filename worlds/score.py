@@ -28,6 +28,7 @@ from worlds import loop
 
 PARTS = ("Action", "Intention", "Reasoning", "Alignment")
 FRAMES = 8  # pictures of a trajectory that a judge is shown
+SIGHTS = 15  # plans that a speed is the median of
 
 
 # --- trajectories, with the truth about them ------------------------------------------------------
@@ -422,11 +423,11 @@ def sight(world, seed, steps):
     return observation
 
 
-def speed(policy, cfg, sights=15):
+def speed(policy, cfg):
     """Milliseconds that a plan for one robot takes (median), and words said on the way."""
     times, words = [], []
     with loop.Crew(cfg.world, 1, cfg.size, cfg.wrist_size) as crew:
-        for i in range(sights):
+        for i in range(SIGHTS):
             observation = crew.ask({0: (sight, i, 3 * (i % 6))})[0]
             began = time.perf_counter()
             policy.act([observation], [crew.facts[0][1]], np.random.default_rng(i))
