@@ -2,8 +2,7 @@
 
 Here: the command line, a run's folder and log, numbers, action tokens. Taken in from `parts/`:
 backbones and tokenisation, CUDA kernels and their references, processes, checkpoints, training at
-any size. A mistake of the user raises `UserError`; `run_main` turns it into one line and status 2.
-Letters: H chunk, A action.
+any size. Letters: H chunk, A action.
 """
 
 import dataclasses

@@ -30,8 +30,6 @@ from parts.checkpoints import write_json, write_weights
 from parts.kernels import attend, quick_vision
 from parts.process import UserError, nearest
 
-# --- backbone -------------------------------------------------------------------------------------
-
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 BACKBONES = {
     "tiny": str(ASSETS / "tiny"),

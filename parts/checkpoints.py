@@ -22,8 +22,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from parts.process import Dist, UserError
 
-# --- checkpoints ----------------------------------------------------------------------------------
-
 
 @dataclasses.dataclass
 class Checkpoint:

@@ -1,4 +1,7 @@
-"""What runs a script: errors of the user, processes under torchrun, precision, stopping, words."""
+"""What runs a script: errors of the user, processes under torchrun, precision, Muon, stopping.
+
+A mistake of the user raises `UserError`; `run_main` turns it into one line and exit status 2.
+"""
 
 import dataclasses
 import difflib

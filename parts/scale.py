@@ -26,10 +26,6 @@ from torch.utils.data import DataLoader
 from parts.checkpoints import torchao, write_state
 from parts.process import UserError, in_bf16, size, to_device
 
-# --- training at any size: memory, LoRA, recomputing, shards --------------------------------------
-# No equation of a paper. What trains is float32, with float32 gradients and optimizer state (8 bits
-# by adamw8bit); autocast rounds it to bfloat16 in the products. `--frozen bf16` stores the rest so.
-
 SAVERS = {  # flags that save memory, and whether a Config leaves them unused
     "--grad-checkpoint": lambda cfg, dist: not cfg.grad_checkpoint,
     "--frozen bf16": lambda cfg, dist: cfg.frozen == "fp32",

@@ -214,6 +214,23 @@ def short_table(seeds=1):
     return rows(head, body) + "\n\n" + source(used)
 
 
+def suites_table():
+    """The world's suites at half of the length: success in each domain that was evaluated."""
+    domains = [d for d in DOMAINS if d not in ("out", "look")] + ["pick_all"]
+    runs = {x["world"]: [] for x in lines("twinbrain")}
+    for x in lines("twinbrain"):
+        if x["flags"].startswith(SHORT) and "--steps" not in x["flags"]:
+            runs[x["world"]].append(x)
+    body, used = [], []
+    for world, some in runs.items():
+        for name in ("t1-twin", "t1-vanilla"):
+            if mine := [x for x in some if x["arm"] == name]:
+                cells = [cell(mine, d).replace("not run", "") for d in domains]
+                body.append([world.partition(":")[2], f"`{name}`", *cells, len(mine)])
+                used += mine
+    return rows(["suite", "arm", *domains, "seeds"], body) + "\n\n" + source(used)
+
+
 MEASURES = {  # what the ablations of a method are read by, and what they are compared with
     "twinbrain": ("t1-twin", ("in", "out")),
     "vita_vla": ("two-stage", ("chain", "length", "in", "look")),
@@ -388,6 +405,7 @@ TABLES = {
     "forgetting": forgetting_table,
     "twinbrain-short": short_table,
     "twinbrain-seeds": lambda: short_table(seeds=3),
+    "twinbrain-suites": suites_table,
     "twinbrain-arms": lambda: arms_table("twinbrain"),
     "vita_vla": chain_table,
     "dualvla": stages_table,
