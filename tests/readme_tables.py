@@ -219,7 +219,7 @@ def suites_table():
     domains = [d for d in DOMAINS if d not in ("out", "look")] + ["pick_all"]
     runs = {x["world"]: [] for x in lines("twinbrain")}
     for x in lines("twinbrain"):
-        if x["flags"].startswith(SHORT) and "--steps" not in x["flags"]:
+        if re.fullmatch(SHORT + "( --world .*)?", x["flags"]):
             runs[x["world"]].append(x)
     body, used = [], []
     for world, some in runs.items():

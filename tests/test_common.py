@@ -275,6 +275,20 @@ def test_pictures_open_again(tmp_path):
         assert min(Image.open(tmp_path / name).size) > 100
 
 
+def test_a_film_keeps_its_colours(tmp_path):
+    """A purple spoon among the wood's hundred shades stays purple: Euclid's distance below 24."""
+    rng = np.random.default_rng(0)
+    wood = (np.array([190, 140, 90]) + rng.integers(-40, 40, (64, 64, 1))).astype(np.uint8)
+    purple = wood.copy()
+    purple[30:34, 30:34] = 140, 50, 190
+    pictures.save_gif(tmp_path / "a.gif", [wood, purple])
+    with Image.open(tmp_path / "a.gif") as gif:
+        gif.seek(1)
+        shown = np.asarray(gif.convert("RGB"), float)
+    assert np.linalg.norm(shown[31, 31] - (140, 50, 190)) < 24
+    assert np.abs(shown - purple).mean() < 6
+
+
 def test_tick_marks_are_round_and_enclose():
     assert pictures.tick_marks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
     assert pictures.tick_marks(-3, 47) == [-10, 0, 10, 20, 30, 40, 50]

@@ -122,7 +122,7 @@ def test_every_result_line_says_where_it_comes_from():
             seen.add((line["arm"], line["seed"], line["flags"]))
 
 
-def test_the_short_table_has_a_row_for_each_arm_and_its_flags(monkeypatch):
+def test_short_tables_have_a_row_for_each_arm_with_its_flags_or_suite(monkeypatch):
     def line(arm, flags, seed, success, world="tabletop:bridge"):
         domains = {"in": {"success": success, "episodes": 100}}
         facts = dict(samples=32000, episodes=100, train_seconds=500.0, machine="m", torch="t")
@@ -139,6 +139,10 @@ def test_the_short_table_has_a_row_for_each_arm_and_its_flags(monkeypatch):
     arms = ["| `t1-twin`", "| `t1-vanilla`", "| `t1-vanilla --augment 2`", "| `t9-student`"]
     assert [row[0] for row in found] == arms and found[0][3].startswith("80.0")
     assert "-25.0" in found[1][5] and found[2][5].startswith("-20.0")
+    suites = [row.split(" | ") for row in tables.suites_table().splitlines()[2:-2]]
+    assert [row[0] for row in suites] == ["| bridge", "| bridge", "| franka"]
+    assert suites[1][2] == "by seed 50.0, 60.0"  # without the arms of other flags
+    assert suites[2][1] == "`t1-twin`" and suites[2][2].startswith("40.0") and suites[2][3] == ""
 
 
 @pytest.mark.parametrize("name", ["results.md", "claims.md"])
