@@ -3,6 +3,7 @@
 recording -> `Episode` -> window (observation at t, action chunk t..t+H-1, mask of padded steps)
 -> normalised sample -> batch. Sample i is a pure function of (seed, i): resuming at any step, or on
 any number of processes, reads the samples that one uninterrupted process would have read.
+How others keep recordings, and the names of known ones (`SOURCES`): `parts/formats.py`.
 
     python data.py inspect PATH     what is there, and everything wrong with it
     python data.py cache PATH       decode all pictures once, for training at full speed
