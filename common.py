@@ -37,6 +37,7 @@ from parts.backbones import (
     describe,
     export_backbone,
     export_vita,
+    find_backbone,
     load_backbone,
     load_vlm,
     mrope_positions,
@@ -266,6 +267,12 @@ class Run:
         if self.dist.main:
             self.bar.close()
             self.file.close()
+
+
+def result_lines(method: str) -> list[dict]:
+    """What `bench/study.py` measured: the lines of assets/results/<method>.jsonl."""
+    file = Path(__file__).parent / "assets" / "results" / f"{method}.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def start_facts(dist: Dist) -> dict:

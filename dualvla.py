@@ -1215,6 +1215,7 @@ def check(cfg):
     """What no type can say about the flags, before anything is spent on them."""
     loop.check(cfg)
     data.named(cfg.data)
+    common.find_backbone(cfg.backbone)
     for name in ("batch", "accumulate", "demos", "repeats", "episodes", "parallel", "log_every",
                  "queries", "rank"):  # fmt: skip
         if getattr(cfg, name) < 1:
@@ -1239,8 +1240,7 @@ def check(cfg):
 
 def list_ablations():
     """Each row with the paper's number and, where a result file holds it, ours."""
-    file = Path(__file__).parent / "assets" / "results" / "dualvla.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    lines = common.result_lines("dualvla")
     print(f"{'--ablation':18} {'row':45} {'paper %':>8}   ours %: success, answers (seeds)")
     points = {}
     for name, about in ABLATIONS.items():

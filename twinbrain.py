@@ -50,7 +50,6 @@ parallel and trained with L1.
 
 import copy
 import dataclasses
-import json
 import math
 import time
 from dataclasses import dataclass
@@ -922,6 +921,7 @@ def check(cfg):
     """What no type can say about the flags, before anything is spent on them."""
     loop.check(cfg)
     data.named(cfg.data)
+    common.find_backbone(cfg.backbone)
     if cfg.attention == "kernel" and (cfg.visibility == "index" or cfg.brain == "nofreeze"):
         raise common.UserError("--attention kernel: no --visibility index, no --brain nofreeze")
     if cfg.ablation == "t9-student" and not cfg.distill:
@@ -940,8 +940,7 @@ def check(cfg):
 
 def list_ablations():
     """Each row with the paper's number and, where a result file holds it, ours."""
-    file = Path(__file__).parent / "assets" / "results" / "twinbrain.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    lines = common.result_lines("twinbrain")
     print(f"{'--ablation':18} {'row':45} {'paper %':>8}   ours %: in-domain, out-of-domain (seeds)")
     for name, about in ABLATIONS.items():
         found = {}

@@ -1120,6 +1120,7 @@ def check(cfg):
     """What no type can say about the flags, before anything is spent on them."""
     loop.check(cfg)
     data.named(cfg.data)
+    common.find_backbone(cfg.backbone)
     for name in ("batch", "accumulate", "demos", "episodes", "parallel", "log_every", "history",
                  "future"):  # fmt: skip
         if getattr(cfg, name) < 1:
@@ -1153,8 +1154,7 @@ def check(cfg):
 
 def list_ablations():
     """Each row with the paper's number and, where a result file holds it, ours."""
-    file = Path(__file__).parent / "assets" / "results" / "vita_vla.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    lines = common.result_lines("vita_vla")
     print(f"{'--ablation':16} {'row':42} {'paper: % first, length':22}  ours (seeds)")
     for name, about in ABLATIONS.items():
         mine, ours = [r for r in lines if r["arm"] == name and not r.get("flags")], "not run"

@@ -74,16 +74,23 @@ def settings_of(name) -> dict:
     raise OSError(f"{path} has no config.json")
 
 
+def find_backbone(name) -> str:
+    """A name, folder or hub id -> folder or hub id; what can be none of these is an error."""
+    path = BACKBONES.get(name, name)
+    if not Path(path).is_dir() and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", path):
+        near, known = nearest(name, BACKBONES), ", ".join(BACKBONES)
+        words = f"did you mean {near}? ({known}, DIR or OWNER/NAME)"
+        raise UserError(f"unknown --backbone {name}: {words}")
+    return path
+
+
 def load_backbone(name, dtype=torch.float32):
     """A name, folder or hub id -> (Qwen3-VL, Qwen2.5-VL or Eagle2 in eval mode, its Processor).
 
     The model is the library's; only a Qwen's vision tower attends to all equal-sized images in one
     call. On the meta device: without weights, and with the embedded backbone's Processor.
     """
-    path, flag = BACKBONES.get(name, name), f"--backbone {name}"
-    if not Path(path).is_dir() and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", path):
-        near, known = nearest(name, BACKBONES), ", ".join(BACKBONES)
-        raise UserError(f"unknown {flag}: did you mean {near}? ({known}, DIR or OWNER/NAME)")
+    path, flag = find_backbone(name), f"--backbone {name}"
     if path == BACKBONES["VITA-1.5"]:
         raise UserError(f"{flag}: only vita_vla.py takes it, as it is read without its head")
     disable_progress_bar()

@@ -159,6 +159,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, monkeypatch, status, num
 @pytest.mark.parametrize("words, names", [
     (["--stepps", "3"], "--stepps (did you mean --steps?)"),
     (["--world", "tabletop:brigde"], "--world tabletop:brigde: did you mean tabletop:bridge?"),
+    (["--backbone", "Qwen3-VL-4"], "--backbone Qwen3-VL-4: did you mean Qwen3-VL-4B?"),
     (["--ablation", "t6-k3"], "unknown ablation 't6-k3' (did you mean t6-k"),
     (["--ablation", "t9-student"], "t9-student needs --distill"),
     (["--domains", "in,colours"], "--domains colours for bridge: did you mean colour?"),
@@ -181,10 +182,11 @@ def test_bad_flags_end_in_one_line(words, names, status, tmp_path, monkeypatch):
 
 
 def test_a_failed_start_can_be_repeated(tmp_path, status):
+    (tmp_path / "empty").mkdir()
     for _ in range(2):  # the second time the folder is there, but no run is in it
-        words = [*TINY, "--backbone", "Qwen3-VL-4", "--out", str(tmp_path / "run")]
+        words = [*TINY, "--backbone", str(tmp_path / "empty"), "--out", str(tmp_path / "run")]
         code, _, err = status(twinbrain.main, *words)
-        assert code == 2 and "--backbone Qwen3-VL-4: did you mean Qwen3-VL-4B?" in err
+        assert code == 2 and "empty: cannot load" in err and (tmp_path / "run").exists()
 
 
 def test_damaged_files_are_named(copied, tmp_path, status):
