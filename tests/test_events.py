@@ -56,7 +56,7 @@ def test_difference_maps_see_a_change_the_detector_learns():
                                   phase.tolist()))  # fmt: skip
     before = torch.get_rng_state()
     said = []
-    made = events.detector("ddm", films, say=said.append, steps=60)
+    made = events.detector("ddm", films, say=said.append, steps=20)
     assert torch.equal(before, torch.get_rng_state()) and "F1@0.05" in said[0]
     found = [made.boundaries(f) for f in films]
     truth, lengths = [events.boundaries(f.phase) for f in films], [len(f.action) for f in films]
