@@ -46,8 +46,13 @@ SHORT = "--preset short"  # ablations over seeds, at half of the length
 
 @lru_cache
 def lines(method):
-    """The result lines of a method, oldest first; [] where there are none yet."""
-    return compare.read_lines(ROOT / "assets" / "results" / f"{method}.jsonl")
+    """The result lines of a method, oldest first; [] where there are none yet. Float32 by lack of
+    bfloat16 is a flag like any other: arithmetic is compared with its own kind."""
+    made = compare.read_lines(ROOT / "assets" / "results" / f"{method}.jsonl")
+    for x in made:
+        if x["machine"].endswith(" without bfloat16") and "--dtype" not in x["flags"]:
+            x["flags"] = f"{x['flags']} --dtype fp32".strip()
+    return made
 
 
 def arm(method, name, flags=""):
@@ -197,15 +202,17 @@ def stages_table():
 
 def short_table(seeds=1):
     """Ablations at half of the length, of `seeds` seeds or more, beside the paper's numbers."""
-    base, body, used = arm("twinbrain", "t1-twin", SHORT), [], []
+    body, used, plain = [], [], SHORT + " --dtype fp32"
+    bases = {False: arm("twinbrain", "t1-twin", SHORT), True: arm("twinbrain", "t1-twin", plain)}
+    bases[True] += arm("twinbrain", "f2-twin", plain)  # the same, asked along the way
     for name, about in twinbrain.ABLATIONS.items():
         some = [x for x in lines("twinbrain") if x["arm"] == name and x["flags"].startswith(SHORT)]
         at_home = {x["flags"] for x in some if x["world"] == twinbrain.Config.world}
         for flags in sorted(at_home):
-            mine = arm("twinbrain", name, flags)
+            mine, base = arm("twinbrain", name, flags), bases["fp32" in flags]
             if len(mine) < seeds:
                 continue
-            gaps = [apart(mine, base, n) if mine != base else "" for n in ("in", "out")]
+            gaps = ["" if mine[0] in base else apart(mine, base, n) for n in ("in", "out")]
             more = flags.removeprefix(SHORT).partition(" --distill")[0]
             row = [f"`{name}{more}`", about["_row"], about["_paper"] or ""]
             body.append([*row, cell(mine, "in"), cell(mine, "out"), *gaps])
@@ -217,17 +224,17 @@ def short_table(seeds=1):
 def suites_table():
     """The world's suites at half of the length: success in each domain that was evaluated."""
     domains = [d for d in DOMAINS if d not in ("out", "look")] + ["pick_all"]
-    runs = {x["world"]: [] for x in lines("twinbrain")}
+    runs, used = {}, []
     for x in lines("twinbrain"):
-        if re.fullmatch(SHORT + "( --world .*)?", x["flags"]):
-            runs[x["world"]].append(x)
-    body, used = [], []
-    for world, some in runs.items():
-        for name in ("t1-twin", "t1-vanilla"):
-            if mine := [x for x in some if x["arm"] == name]:
-                cells = [cell(mine, d).replace("not run", "") for d in domains]
-                body.append([world.partition(":")[2], f"`{name}`", *cells, len(mine)])
-                used += mine
+        about = re.fullmatch(SHORT + "(?: --world .*?)?( --dtype fp32)?", x["flags"])
+        if about and x["arm"] in ("t1-twin", "t1-vanilla"):
+            name = f"`{x['arm']}{about[1] or ''}`"
+            runs.setdefault((x["world"].partition(":")[2], name), []).append(x)
+            used.append(x)
+    body = [
+        [*place, *(cell(mine, d).replace("not run", "") for d in domains), len(mine)]
+        for place, mine in sorted(runs.items())
+    ]
     return rows(["suite", "arm", *domains, "seeds"], body) + "\n\n" + source(used)
 
 
