@@ -26,7 +26,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from common import UserError, nearest, run_main
@@ -39,6 +38,7 @@ from parts.formats import (
     QuestionFile,
     Source,
     Store,
+    fingerprint,
     first_of,
     flat,
     locate,
@@ -48,6 +48,9 @@ from parts.formats import (
     parquet_pictures,
     read_lines,
     reading,
+    scaled,
+    shift,
+    shots,
 )
 from worlds import loop, pictures, questions, tabletop
 
@@ -256,34 +259,6 @@ class Episodes:
         if self.faults and not skip_bad:
             raise UserError(first_of(self.faults, self.path))
         return self.store
-
-
-def fingerprint(path, source):
-    """Of every file's name, size and time, and of how it is read."""
-    digest = hashlib.sha256(f"1 {source} {path.resolve()}".encode())
-    alone = [(path.parent, [], [path.name])]
-    for folder, folders, names in os.walk(path) if path.is_dir() else alone:
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            stat = os.stat(os.path.join(folder, name))
-            digest.update(f"{folder}/{name} {stat.st_size} {stat.st_mtime_ns}".encode())
-    return digest.hexdigest()[:16]
-
-
-def resized(image, side):
-    """The picture at side x side, bicubic; 0: as it is."""
-    if not side or image.shape[:2] == (side, side):
-        return image
-    return np.asarray(Image.fromarray(image).resize((side, side), Image.BICUBIC))
-
-
-def shots(frames, which, side):
-    """Those pictures, seen to be pictures."""
-    out = [resized(frames[t], side) for t in which]
-    for t, shot in zip(which, out):
-        if shot.dtype != np.uint8 or shot.ndim != 3 or shot.shape[2] != 3:
-            raise ValueError(f"frame {t} is {shot.dtype} {shot.shape}, not a picture")
-    return out
 
 
 def write_store(episodes, folder, pictures=False, side=0, every=False):
@@ -502,19 +477,6 @@ def unnormalise(x, stats):
 
 
 # --- Windows and mixtures -------------------------------------------------------------------------
-
-
-def shift(image, dx, dy):
-    """The picture (height, width, 3) moved by whole pixels, its edge repeated."""
-    height, width = image.shape[:2]
-    rows = np.clip(np.arange(height) + dy, 0, height - 1)
-    columns = np.clip(np.arange(width) + dx, 0, width - 1)
-    return image[rows][:, columns]
-
-
-def scaled(images, sides):
-    """A picture of each camera, the first at sides[0], the others at sides[1] (0: as they are)."""
-    return [resized(image, sides[k > 0]) for k, image in enumerate(images)]
 
 
 def lengths(episodes):

@@ -34,6 +34,7 @@ import transformers  # noqa: E402
 
 import common  # noqa: E402
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHARED = {  # method: flags that take a stage of another run, and that stage's folder
     "vita_vla": {"--teacher": "teacher"},
     "dualvla": {"--expert": "expert", "--generalist": "generalist"},
@@ -41,13 +42,12 @@ SHARED = {  # method: flags that take a stage of another run, and that stage's f
 
 
 def machine():
-    """Kind of machine, without its name: processor, cores, accelerator or its CPU's lack."""
+    """Kind of machine, without its name: processor, cores, accelerator, lack of bfloat16."""
     text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     model = [line.split(":")[1].strip() for line in text.splitlines() if "model name" in line]
     words = f"{model[0] if model else platform.machine()}, {os.cpu_count()} cores"
-    if torch.cuda.is_available():
-        return f"{words}, {torch.cuda.get_device_name()}"
-    return words + ("" if common.multiplies_bf16(torch.device("cpu")) else " without bfloat16")
+    words += f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return words + ("" if common.multiplies_bf16(DEVICE) else " without bfloat16")
 
 
 def append(name, row):
@@ -121,7 +121,9 @@ def main():
         parser.error("--after ARM needs --keep DIR, and a method of several stages")
     file = ROOT / "assets" / "results" / f"{args.method}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    lines = common.result_lines(args.method)
+    if "--dtype" not in flags and not common.multiplies_bf16(DEVICE):
+        flags += ["--dtype", "fp32"]  # said, as it is not to be compared with bfloat16
     wanted = " ".join(flags)
     known = {(x["arm"], x["seed"], x["flags"]) for x in lines}
     jobs = [(arm, seed) for seed in range(args.seeds) for arm in args.arms]

@@ -46,13 +46,8 @@ SHORT = "--preset short"  # ablations over seeds, at half of the length
 
 @lru_cache
 def lines(method):
-    """The result lines of a method, oldest first; [] where there are none yet. Float32 by lack of
-    bfloat16 is a flag like any other: arithmetic is compared with its own kind."""
-    made = compare.read_lines(ROOT / "assets" / "results" / f"{method}.jsonl")
-    for x in made:
-        if x["machine"].endswith(" without bfloat16") and "--dtype" not in x["flags"]:
-            x["flags"] = f"{x['flags']} --dtype fp32".strip()
-    return made
+    """The result lines of a method, oldest first; [] where there are none yet."""
+    return common.result_lines(method)
 
 
 def arm(method, name, flags=""):

@@ -50,6 +50,7 @@ import numpy as np  # noqa: E402
 import common  # noqa: E402
 import data  # noqa: E402
 from common import UserError  # noqa: E402
+from parts import formats  # noqa: E402
 from worlds import loop  # noqa: E402
 
 try:
@@ -228,7 +229,7 @@ def picture(value, key, side):
         value = np.rint(255 * value.astype(np.float32)).astype(np.uint8)
     if value.dtype != np.uint8:
         raise UserError(f"{key} is {value.dtype}: pictures are uint8, or floats from 0 to 1")
-    return data.resized(np.ascontiguousarray(value), side)
+    return formats.resized(np.ascontiguousarray(value), side)
 
 
 def numbers(value, key):
