@@ -29,9 +29,11 @@ from tokenizers import Tokenizer, models, trainers
 from tqdm import tqdm
 
 from parts.backbones import (
+    ASSETS,
     BACKBONES,
     CACHE,
     EagleProcessor,
+    SeerEyes,
     Vita15,
     blank,
     describe,
@@ -43,6 +45,7 @@ from parts.backbones import (
     mrope_positions,
     patchify,
     quiet,
+    read_seer,
 )
 from parts.checkpoints import (
     Checkpoint,

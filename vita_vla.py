@@ -31,13 +31,15 @@ Assumptions and decisions, where paper and released code differ or are silent
   A6  Labels past an episode's end leave the losses. Stage 2 starts from stage 1's `--student`.
   A7  Executed is the prediction for now (`--act-index 0`); the paper's CALVIN code takes the next.
   A8  The teacher stands still in stage 1: no dropout, no gradient (the released code drops out).
-  A9  On the laptop Seer's frozen encoders are the tiny backbone's vision tower and its embeddings
-      of the instruction's first words side by side (`--eyes backbone`; paper: MAE and CLIP, `mae`).
+  A9  On the laptop Seer's frozen encoders are the tiny backbone's vision tower and, for a vector of
+      an instruction, the mean of its words' states halfway up the language model, which tell what
+      each word is there for (`--eyes backbone`; paper: MAE and CLIP, `mae`).
   A10 There, with 16 and 4 tokens a picture, the resampler is left out: with it, learning is slower.
 Errata: the "3-layer MLP" connector of Section 3.2 has two layers; the 13 steps of a sample are 10
 observed and 3 future ones; Table 7's captions (b) and (c) are exchanged.
 
-  python vita_vla.py                                              # laptop: the whole chain
+  python vita_vla.py                                              # laptop: both stages
+  python vita_vla.py --teacher train                              # laptop: a teacher first
   torchrun vita_vla.py --backbone Qwen3-VL-4B                     # one GPU, the embedded world
   torchrun --nproc-per-node 8 vita_vla.py --preset calvin --teacher seer.pth   # the paper's CALVIN
 """
@@ -56,14 +58,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from transformers import (
-    AutoTokenizer,
-    CLIPTextConfig,
-    CLIPTextModelWithProjection,
-    DynamicCache,
-    ViTMAEConfig,
-    ViTMAEModel,
-)
+from transformers import AutoTokenizer, DynamicCache
 
 import common
 import data
@@ -92,7 +87,7 @@ class Config:
     # what is trained
     stage: str = "chain"  # chain | teacher | align | finetune | frozen: one, or all of the recipe's
     recipe: str = "two-stage"  # two-stage | only-finetune | freeze-vlm: Section 4's settings
-    teacher: str = ""  # run folder of a teacher, or a released Seer checkpoint (.pth)
+    teacher: str = "auto"  # auto | tiny | train | RUN | a released Seer's .pth: choose_teacher()
     student: str = ""  # finetune: run folder of the student to start from
     freeze_vlm: bool = False  # finetune: the VLM as it is stays frozen (--stage frozen)
     teacher_steps: int = 1500  # optimizer steps of the teacher's stage
@@ -175,7 +170,8 @@ CALVIN = dict(
 )  # fmt: skip
 LIBERO = dict(width=384, heads=12, queries=6, foresight=9, history=7, act_index=0, ensemble=True,
               gripper_state="raw", episodes=500)  # fmt: skip
-PRESETS = {"calvin": CALVIN, "libero": CALVIN | LIBERO}  # Tables 5 and 6
+SHORT = dict(align_steps=250, finetune_steps=500)  # half the length, for ablations over seeds
+PRESETS = {"calvin": CALVIN, "libero": CALVIN | LIBERO, "short": SHORT}  # Tables 5 and 6; ours
 
 
 def row(paper, words, **overrides):
@@ -202,7 +198,6 @@ ABLATIONS = {
 
 SYSTEM = "You are a helpful robot brain that can understand images and texts."
 STATE, ACT = "<|video_pad|>", "<|endoftext|>"  # words no instruction has: places for other vectors
-WORDS = 16  # of an instruction, as the laptop's teacher reads it
 
 
 @lru_cache(maxsize=65536)
@@ -241,12 +236,12 @@ def sense(samples, cfg, processor):
         pixels.append(patches)
         grids.append(grid)
         rows.append(chat(s, grid, cfg, processor))
-        text.append((encode(processor.tokenizer, s["instruction"]) + (0,) * WORDS)[:WORDS])
+        text.append(torch.tensor(encode(processor.tokenizer, s["instruction"])))
     batch = {
         "prompt": processor.pad(rows, grids),
         "pixel_values": torch.from_numpy(np.concatenate(pixels)),
         "image_grid_thw": torch.tensor([g for grid in grids for g in grid]),
-        "text": torch.tensor(text),  # (B, WORDS)
+        "text": nn.utils.rnn.pad_sequence(text, True, -1),  # (B, words), -1 where there is none
         "steps": torch.tensor([[i < len(s["images"]) for i in range(S)] for s in samples]),
         "state": torch.from_numpy(fill(B, S, [s["state"] for s in samples])),  # (B, S, state)
     }
@@ -291,7 +286,7 @@ def clip_pixels(images, size=224):
 
 @lru_cache(maxsize=1)
 def clip_tokenizer():
-    return AutoTokenizer.from_pretrained(PaperEyes.CLIP)
+    return AutoTokenizer.from_pretrained(common.SeerEyes.CLIP)
 
 
 def mae_inputs(samples):
@@ -457,46 +452,29 @@ class Block(nn.Module):
 
 
 class BackboneEyes(nn.Module):
-    """ASSUMPTION A9: the VLM's frozen vision tower, and its embeddings of the instruction."""
+    """ASSUMPTION A9: the VLM's frozen vision tower, and half of its language model."""
 
     def __init__(self, vlm):
         super().__init__()
         self.vlm = vlm
-        self.picture_width, self.text_width = vlm.width, WORDS * vlm.width
+        self.picture_width = self.text_width = vlm.width
 
     def forward(self, batch, cameras):
         """-> picture features by camera [(steps, P, dim)], words (B, dim)."""
         grids = batch["image_grid_thw"].prod(1)  # patches of each picture
-        tokens = self.vlm.see(batch["pixel_values"], batch["image_grid_thw"])[0]
+        levels = self.vlm.see(batch["pixel_values"], batch["image_grid_thw"])
+        tokens, batch["features"] = levels[0], levels  # in stage 1 the student has the same eyes
         patches_of_a_token = int(grids.sum()) // len(tokens)
         sizes = (grids[:cameras] // patches_of_a_token).tolist()
         parts = tokens.unflatten(0, (len(grids) // cameras, -1)).split(sizes, dim=1)
-        return parts, self.vlm.language.get_input_embeddings()(batch["text"]).flatten(1)
-
-
-class PaperEyes(nn.Module):
-    """The paper's: MAE ViT-B/16 sees, CLIP ViT-B/32 reads; both frozen."""
-
-    MAE, CLIP = "facebook/vit-mae-base", "openai/clip-vit-base-patch32"
-    picture_width, text_width = 768, 512
-
-    def __init__(self, vision=None, text=None):
-        super().__init__()
-        if common.blank():  # the library's default configurations are these two models'
-            vision = ViTMAEModel(ViTMAEConfig())
-            text = CLIPTextModelWithProjection(CLIPTextConfig())
-        self.vision = vision or ViTMAEModel.from_pretrained(self.MAE)
-        self.text = text or CLIPTextModelWithProjection.from_pretrained(self.CLIP)
-        self.vision.config.mask_ratio = 0.0
-
-    def forward(self, batch, cameras):
-        """-> features by camera [(steps, 1 + P, 768)], the class token first; words (B, 512)."""
-        features = []
-        for pixels in batch["seen"]:
-            order = torch.arange((pixels.shape[-1] // 16) ** 2, device=pixels.device)
-            noise = order.float().expand(len(pixels), -1)  # keeps the patches in their order
-            features.append(self.vision(pixels, noise=noise).last_hidden_state)
-        return features, self.text(batch["text"]).text_embeds
+        real = batch["text"] >= 0
+        x = self.vlm.language.get_input_embeddings()(batch["text"].clamp(min=0))
+        layers = self.vlm.language(
+            inputs_embeds=x, attention_mask=common.causal_mask(real), use_cache=False,
+            output_hidden_states=True,
+        ).hidden_states  # fmt: skip
+        h = F.layer_norm(layers[len(layers) // 2].float(), x.shape[-1:])  # (B, words, dim)
+        return parts, (h * real[..., None]).sum(1) / real.sum(1, keepdim=True)
 
 
 class Seer(nn.Module):
@@ -605,26 +583,8 @@ def grid_code(side, width):
 
 
 def load_seer(model, path):
-    """A released Seer checkpoint into the model: `module.` stripped, Conv1D transposed, frozen and
-    unused parts left out; anything else that does not fit is an error that names it."""
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)["model_state_dict"]
-        if not all(isinstance(value, torch.Tensor) for value in saved.values()):
-            raise ValueError("model_state_dict holds more than tensors")
-    except FileNotFoundError:
-        raise common.UserError(f"--teacher {path}: no such file") from None
-    except Exception as error:  # whatever a damaged or foreign file leads to; nothing was executed
-        why = str(error).splitlines()[0]
-        raise common.UserError(f"--teacher {path}: no Seer checkpoint ({why})") from None
-    unused = ("vision_encoder.", "clip_model.", "recon_", "action_pose_encoder.", "attention_mask",
-              "action_gripper_position_encoder.", "action_projector.", "image_decoder_position")
-    tensors = {}
-    for name, value in saved.items():
-        name = name.removeprefix("module.")
-        if name.startswith(unused) or name.endswith((".masked_bias", ".attn.bias")):
-            continue
-        conv = name.startswith("transformer_backbone.h.") and value.dim() == 2
-        tensors[name] = value.T.float() if conv else value.float()
+    """A released Seer checkpoint into the model; what does not fit is an error that names it."""
+    tensors = common.read_seer(path)
     place = "transformer_backbone_position_embedding"
     ours = model.state_dict()
     if place in tensors and tensors[place].shape[1] > ours[place].shape[1]:
@@ -715,7 +675,8 @@ class VitaVLA(nn.Module):
     def hidden(self, batch):
         """-> a_h (B, S, N, D), zero at steps that are not there."""
         prompt, steps = batch["prompt"], batch["steps"]
-        seen = self.vlm.see(batch["pixel_values"], batch["image_grid_thw"])
+        seen = batch.get("features")
+        seen = seen or self.vlm.see(batch["pixel_values"], batch["image_grid_thw"])
         places = prompt["real"] & (prompt["input_ids"] == self.processor.image_token_id)
         x = self.embed(prompt, seen, batch["state"][steps], places)
         h = self.vlm.read(x, prompt, common.causal_mask(prompt["real"]), places, seen)
@@ -1039,7 +1000,7 @@ def build(cfg, checkpoint=None, arm=6):
     vlm, processor = common.load_vlm(cfg.backbone, cfg.size)
     common.seed_all(cfg.seed)
     if cfg.stage == "teacher":
-        model = Seer(cfg, PaperEyes() if cfg.eyes == "mae" else BackboneEyes(vlm), arm)
+        model = Seer(cfg, common.SeerEyes() if cfg.eyes == "mae" else BackboneEyes(vlm), arm)
     else:
         model = VitaVLA(cfg, vlm, processor, arm)
     if checkpoint:
@@ -1063,18 +1024,34 @@ def fit(model, tensors, path):
     model.load_state_dict(tensors, strict=False)
 
 
+TINY = common.ASSETS / "seer"  # the laptop's teacher, trained; its result.json has the command
+SHAPES = ("width", "future", "history", "size", "wrist_size", "eyes", "normalise")  # fit a teacher
+TEACHES = (*SHAPES, "backbone", "world", "data", "depth", "heads", "resampler", "queries",
+           "foresight", "foresight_weight", "foresight_steps", "patch", "goal", "action_sees",
+           "hide_foresight", "gripper_state", "lr_teacher", "teacher_steps")  # fmt: skip
+
+
+def choose_teacher(cfg):
+    """--teacher as a place, or empty where the chain trains its own. auto: `tiny`, the one in
+    assets/seer, unless a flag makes another teacher or a world that it has not seen."""
+    if cfg.teacher == "auto":
+        changed = any(getattr(cfg, n) != getattr(Config, n) for n in TEACHES)
+        cfg.teacher = "train" if changed or cfg.stage in ("teacher", "finetune") else "tiny"
+    cfg.teacher = "" if cfg.teacher == "train" else cfg.teacher
+
+
 def load_teacher(cfg, device):
-    """`--teacher`, a run folder or a released checkpoint -> Seer, frozen; it must fit the flags."""
+    """`--teacher` -> Seer, frozen; it must fit the flags."""
     if cfg.teacher.endswith((".pth", ".pt")):
         model, _ = build(replace(cfg, stage="teacher"))
         load_seer(model, cfg.teacher)
         return model.to(device).eval().requires_grad_(False)
-    checkpoint = common.load_checkpoint(cfg.teacher, "vita_vla")
+    place = TINY if cfg.teacher == "tiny" else cfg.teacher
+    checkpoint = common.load_checkpoint(place, "vita_vla")
     theirs = common.resume_config(Config(), checkpoint.meta["config"])
     if theirs.stage != "teacher":
         raise common.UserError(f"--teacher {cfg.teacher} is a run of --stage {theirs.stage}")
-    same = ("width", "future", "history", "size", "wrist_size", "eyes", "normalise")
-    for name in same + ("backbone",) * (cfg.eyes == "backbone"):
+    for name in SHAPES + ("backbone",) * (cfg.eyes == "backbone"):
         mine, yours = getattr(cfg, name), getattr(theirs, name)
         if mine != yours and not (name == "history" and mine < yours):
             flag = "--" + name.replace("_", "-")
@@ -1157,11 +1134,15 @@ def list_ablations():
     lines = common.result_lines("vita_vla")
     print(f"{'--ablation':16} {'row':42} {'paper: % first, length':22}  ours (seeds)")
     for name, about in ABLATIONS.items():
-        mine, ours = [r for r in lines if r["arm"] == name and not r.get("flags")], "not run"
-        if mine:
-            first, length = (np.mean([r[k] for r in mine]) for k in ("success", "length"))
-            ours = f"{100 * first:.1f}, {length:.2f} ({len(mine)})"
-        print(f"{name:16} {about['_row']:42} {about['_paper'] or '-':22}  {ours}")
+        found = {}
+        for r in lines:
+            if r["arm"] == name:
+                found.setdefault(r["flags"], []).append((100 * r["success"], r["length"]))
+        ours = "; ".join(
+            "{:.1f}, {:.2f} ({}) {}".format(*np.mean(v, 0), len(v), flags).strip()
+            for flags, v in found.items()
+        )
+        print(f"{name:16} {about['_row']:42} {about['_paper'] or '-':22}  {ours or 'not run'}")
 
 
 def export(cfg):
@@ -1234,7 +1215,7 @@ def session(cfg, dist):
         cfg = common.same_samples(cfg, resumed, dist)
     if cfg.eval_only:
         policy = load_policy(cfg.eval_only, dist.device, cfg.robot)
-        free = FREE + ("world", "seed")
+        free = FREE + ("world", "seed", "dtype")
         cfg = common.resume_config(cfg, dataclasses.asdict(policy.cfg), free)
         if cfg.out == policy.cfg.out:
             cfg.out = str(Path(cfg.eval_only) / time.strftime("eval-%Y%m%d-%H%M%S"))
@@ -1278,6 +1259,7 @@ def main(argv=None):
         cfg.stage, cfg.freeze_vlm = "finetune", True
     elif cfg.stage == "finetune" and cfg.recipe == "freeze-vlm" and not cfg.freeze_vlm:
         print("this stage of freeze-vlm trains the VLM; --stage frozen comes after it")
+    choose_teacher(cfg)
     check(cfg)
     if cfg.describe:
         alone = "frozen" if cfg.freeze_vlm else cfg.stage

@@ -11,7 +11,8 @@ interval, abilities, seconds, machine kind, versions); a line that is already th
 again. `--ablation list` and the README's tables read that file. Flags behind `--` go to every run,
 {seed} in them replaced. As many runs go side by side as the machine has cores, one thread each:
 on small models that is almost twice as fast as one run after another with all threads. `--after
-ARM` lets arms begin where that one's first stages ended: VITA-VLA's teacher, DualVLA's E and G.
+ARM` lets arms begin where that one's first stages ended: VITA-VLA's teacher (freeze-vlm: after
+two-stage), DualVLA's E and G. A line's command is the whole run's, of which these are parts.
 """
 
 import argparse
@@ -35,8 +36,9 @@ import transformers  # noqa: E402
 import common  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SHARED = {  # method: flags that take a stage of another run, and that stage's folder
+SHARED = {  # method or arm: flags that take a stage of another run, and that stage's folder
     "vita_vla": {"--teacher": "teacher"},
+    "freeze-vlm": {"--student": "finetune"},
     "dualvla": {"--expert": "expert", "--generalist": "generalist"},
 }
 
@@ -65,21 +67,34 @@ def append(name, row):
 def run(method, arm, seed, flags, args):
     """One run -> its line for the result file; its folder is kept in --keep if given."""
     with tempfile.TemporaryDirectory() as scratch:
-        out = str(Path(args.keep) / f"{arm}-{seed}") if args.keep else str(Path(scratch) / "run")
+        out = Path(args.keep) / f"{arm}-{seed}" if args.keep else Path(scratch) / "run"
         own = ["--ablation", arm, "--seed", str(seed), *(f.format(seed=seed) for f in flags)]
+        base, given = Path(args.keep) / f"{args.after}-{seed}", {}
         if args.after:
-            base = Path(args.keep) / f"{args.after}-{seed}"
-            own += [word for f, at in SHARED[method].items() for word in (f, str(base / at))]
-        command = [sys.executable, str(ROOT / f"{method}.py"), *own, "--out", out]
+            places = SHARED[method] | SHARED.get(arm, {})
+            given = {f: str(base / at) for f, at in places.items() if (base / at).exists()}
+        folder = out
+        if "--student" in given:  # what is left of the chain
+            given["--stage"], folder = "frozen", out / "frozen"
+        more = [word for pair in given.items() for word in pair]
+        command = [sys.executable, str(ROOT / f"{method}.py"), *own, *more, "--out", str(folder)]
         if args.parallel > 1:
             command += ["--threads", "1"]
         calm = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
         done = subprocess.run(command, env=calm, stdout=subprocess.PIPE, text=True)
         print(f"=== {arm}, seed {seed}\n{done.stdout}", flush=True)
         done.check_returncode()
-        places = (Path(out, name) for name in ("frozen", "finetune", ""))  # a chain's last stage
+        places = (out / name for name in ("frozen", "finetune", ""))  # a chain's last stage
         last = next(place for place in places if (place / "result.json").exists())
         result = json.loads((last / "result.json").read_text())
+        if last != out:
+            found = [*(base.glob("*/result.json") if folder != out else ()),
+                     *out.glob("*/result.json")]  # fmt: skip
+            stages = {file.parent.name: json.loads(file.read_text()) for file in found}
+            result["stages"] = {
+                name: {k: stage[k] for k in ("samples", "train_seconds")}
+                for name, stage in stages.items()
+            }
         lines = [json.loads(x) for x in (last / "metrics.jsonl").read_text().splitlines()]
         if curve := [[x["step"], x["abilities"]] for x in lines if "abilities" in x]:
             result["curve"] = curve  # Figure 2

@@ -29,7 +29,8 @@ import vita_vla  # noqa: E402
 from bench import compare, memory  # noqa: E402
 
 SCRIPTS = {"twinbrain": twinbrain, "vita_vla": vita_vla, "dualvla": dualvla}
-FILES = ("README.md", "docs/results.md", "docs/claims.md", "docs/guide.md", "docs/ablation.md")
+FILES = ("README.md", "docs/results.md", "docs/claims.md", "docs/guide.md",
+         "docs/ablation.md", "docs/speed.md")  # fmt: skip
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 FACT = re.compile(r"(<!-- fact: (\S+) -->)(.*?)(<!-- end -->)", re.DOTALL)
 VALUE = re.compile(r"(<!-- value: (\S+) (\S+) ([^>]+?) -->)(.*?)(<!-- end -->)", re.DOTALL)
@@ -39,6 +40,7 @@ DOMAINS = {
     "look": "unseen look",
 }  # fmt: skip
 SHORT = "--preset short"  # ablations over seeds, at half of the length
+TEACHER = "--eval-only assets/seer"  # VITA-VLA's, as it is shipped
 
 
 # --- result files ---------------------------------------------------------------------------------
@@ -51,7 +53,11 @@ def lines(method):
 
 
 def arm(method, name, flags=""):
-    return [x for x in lines(method) if (x["arm"], x["flags"]) == (name, flags)]
+    """Runs of an arm with these flags; where there is none in bfloat16, those in float32."""
+    for more in ("", " --dtype fp32"):
+        if found := [x for x in lines(method) if (x["arm"], x["flags"]) == (name, flags + more)]:
+            return found
+    return []
 
 
 def by_seed(some, measure):
@@ -161,10 +167,10 @@ def forgetting_table():
 
 def chain_table():
     """VITA-VLA's Table 1 at this scale: goals of a chain reached in a row."""
-    body, teacher = [], "--stage teacher"
+    body = []
     for words, name, flags in (
-        ("teacher (Seer)", "two-stage", teacher), ("two-stage", "two-stage", ""),
-        ("only-finetune", "only-finetune", ""), ("freeze-vlm", "freeze-vlm", ""),
+        ("teacher (Seer)", "two-stage", TEACHER), ("two-stage", "two-stage", ""),
+        *((f"{name}, half the length", name, SHORT) for name in vita_vla.STAGES),
     ):  # fmt: skip
         some = arm("vita_vla", name, flags)
         names = [*(f"chain {k}" for k in range(1, 6)), "length"]
@@ -174,7 +180,7 @@ def chain_table():
         row = [f"{name}, CALVIN (paper)", f"{first} (paper)", "", "", "", ""]
         body.append([*row, length and f"{length} (paper)"])
     head = ["goals reached in a row, %", "1", "2", "3", "4", "5", "average length"]
-    some = [arm("vita_vla", n, f) for n in vita_vla.STAGES for f in ("", teacher)]
+    some = [arm("vita_vla", n, f) for n in vita_vla.STAGES for f in ("", SHORT)]
     return rows(head, body) + "\n\n" + source(*some)
 
 
@@ -240,21 +246,22 @@ MEASURES = {  # what the ablations of a method are read by, and what they are co
 }
 
 
-def arms_table(method):
-    """Every row of `--ablation list`, and runs with further flags, but for the short ones."""
+def arms_table(method, usual=""):
+    """Every row of `--ablation list`, and runs with flags beyond the usual ones."""
     first, names = MEASURES[method]
-    body, base = [], arm(method, first)
+    body, base = [], arm(method, first, usual)
     other = names[1] if method == "twinbrain" else names[0]
-    runs = dict.fromkeys((name, "") for name in SCRIPTS[method].ABLATIONS)
-    full = [x for x in lines(method) if not x["flags"].startswith(SHORT)]
-    runs |= dict.fromkeys((x["arm"], x["flags"]) for x in full)
+    runs = dict.fromkeys((name, usual) for name in SCRIPTS[method].ABLATIONS)
+    full = [x for x in lines(method) if x["flags"].startswith(SHORT) == (usual == SHORT)]
+    said = ((x["arm"], x["flags"].removesuffix("--dtype fp32").rstrip()) for x in full)
+    runs |= dict.fromkeys(said)
     for name, flags in runs:
         about, some = SCRIPTS[method].ABLATIONS[name], arm(method, name, flags)
         if not some and any(x["arm"] == name for x in lines(method)):
             continue
         flag = f"`--ablation {name}{' ' + flags if flags else ''}`"
         row = [flag, about["_row"], about["_paper"] or "", *(cell(some, n) for n in names)]
-        row.append(apart(some, base, other) if some and (name, flags) != (first, "") else "")
+        row.append(apart(some, base, other) if some and (name, flags) != (first, usual) else "")
         body.append(row + [len(some) or ""])
     head = ["flags", "row", "paper", *names, f"{other}, less {first}'s", "seeds"]
     return rows(head, body) + "\n\n" + source(full)
@@ -294,6 +301,8 @@ def verdict(claim):
     one over episodes, which says nothing about another seed."""
     if "cannot" in claim:
         return "cannot be tested at this scale", claim["cannot"]
+    if "latency" in claim:
+        return slower(*claim["latency"])
     test = claim.get("test")
     if not test:
         return "not run yet", ""
@@ -315,6 +324,15 @@ def verdict(claim):
             low, high = -high, -low
         held, failed = low > 0, high < 0
     return "held" if held else "did not hold" if failed else "undecided", numbers
+
+
+def slower(method, one, other):
+    """-> whether a stage of a method plans slower than another, by a tenth of the time at least."""
+    kind = {"method": method, "variant": "as it acts", "backbone": "tiny"}
+    times = {x["stage"]: x["ms"] for x in measured("latency") if kind.items() <= x.items()}
+    a, b = times[one], times[other]
+    outcome = "held" if a > 1.1 * b else "did not hold" if b > 1.1 * a else "undecided"
+    return outcome, f"{a:.1f} ms against {b:.1f} ms, medians"
 
 
 def claims_table(paper):
@@ -382,6 +400,84 @@ def measured(name):
     return compare.read_lines(ROOT / "bench" / "results" / f"{name}.jsonl")
 
 
+def newest(name, *keys):
+    """The last line of each kind, on each kind of machine."""
+    keys += ("machine",)
+    return list({tuple(x.get(k) for k in keys): x for x in measured(name)}.values())
+
+
+def script_cell(x):
+    return " ".join(filter(None, (f"`{x['method']}.py`", x.get("stage"))))
+
+
+def machine_cell(x):
+    return "; ".join(filter(None, (x["machine"], x.get("note"))))
+
+
+def latency_table():
+    """A plan's milliseconds and its parts' shares."""
+    body = []
+    for x in newest("latency", "method", "stage", "variant", "backbone"):
+        if x["variant"] != "rollouts":
+            parts = sorted(x["parts_ms"].items(), key=lambda part: -part[1])
+            shares = ", ".join(f"{name} {ms / x['ms']:.0%}" for name, ms in parts)
+            own = [script_cell(x), x["backbone"], x["variant"], f"{x['ms']:.1f}", shares]
+            body.append([*own, machine_cell(x)])
+    return rows(["script, stage", "backbone", "how", "ms", "of which", "machine"], body)
+
+
+def rollouts_table():
+    """Episodes a minute of one world and of several."""
+    body = []
+    for x in newest("latency", "method", "stage", "variant", "backbone"):
+        if x["variant"] == "rollouts":
+            rates = {int(k.split("_")[-1]): n for k, n in x.items() if k.startswith("episodes_a")}
+            (_, alone), (count, many) = sorted(rates.items())
+            several = f"{many:.0f} ({count} worlds, {many / alone:.1f} times)"
+            body.append([script_cell(x), x["backbone"], f"{alone:.0f}", several, machine_cell(x)])
+    return rows(["script, stage", "backbone", "one world", "side by side", "machine"], body)
+
+
+def steps_table():
+    body = []
+    for x in newest("step", "method", "stage", "variant", "backbone", "batch"):
+        over = [f"{n} of the {k[5:]}'s" for k, n in x.items() if k.startswith("over_")]
+        own = [script_cell(x), x["variant"], x["backbone"], x["batch"], f"{x['ms']:.0f}"]
+        body.append([*own, f"{x['samples_s']:.1f}", ", ".join(over), machine_cell(x)])
+    head = ["script, stage", "model", "backbone", "batch", "ms", "samples/s", "time", "machine"]
+    return rows(head, body)
+
+
+def losses_table():
+    body = []
+    for x in newest("losses", "loss", "head", "form", "tokens", "vocabulary"):
+        sizes = f"{x['tokens']:,} x {x['vocabulary']:,}"
+        own = [f"{x['loss']}, head {x['head']}", sizes, x["form"]]
+        time, peak = f"{x['ms']:.0f} ({x['time_of_plain']:.2f})", x["plain_peak_over_it"]
+        body.append([*own, time, f"{x['peak_mb']} (1/{peak:.1f})", machine_cell(x)])
+    head = ["loss", "tokens x words", "form", "ms (of plain)", "peak MB (of plain)", "machine"]
+    return rows(head, body)
+
+
+def attention_table():
+    body = []
+    for x in newest("attention", "candidate", "left", "right", "batch", "ragged", "dtype"):
+        sizes = f"{x['batch']} x ({x['left']} + {x['right']})" + ", ragged" * x["ragged"]
+        body.append([x["candidate"], sizes, f"{x['ms']:.1f}", machine_cell(x)])
+    return rows(["attention", "left and right tokens", "ms", "machine"], body)
+
+
+def loader_table():
+    body = []
+    for x in newest("loader", "reader", "workers", "side", "batch"):
+        times = f"{x['of_lerobot']:.1f}" if "of_lerobot" in x else ""
+        first, last = x.get("private_mb", ("", ""))
+        own = [x["reader"], f"{x['batch']} of {x['side']} px", x["workers"], x["samples_s"], times]
+        body.append([*own, first and f"{first} to {last}", machine_cell(x)])
+    head = ["reader", "batch", "workers", "samples/s", "of lerobot's", "its own MB", "machine"]
+    return rows(head, body)
+
+
 def speed(backbone):
     """The last measurement of each kind of machine."""
     found = {}
@@ -411,11 +507,17 @@ TABLES = {
     "twinbrain-arms": lambda: arms_table("twinbrain"),
     "vita_vla": chain_table,
     "dualvla": stages_table,
-    "vita_vla-arms": lambda: arms_table("vita_vla"),
+    "vita_vla-arms": lambda: arms_table("vita_vla", SHORT),
     "dualvla-arms": lambda: arms_table("dualvla"),
     "sources": sources_table,
     "tally": tally_table,
     "backbones": backbone_table,
+    "latency": latency_table,
+    "rollouts": rollouts_table,
+    "steps": steps_table,
+    "losses": losses_table,
+    "attention": attention_table,
+    "loader": loader_table,
     **{f"preset-{m}": lambda m=m: preset_table(m) for m in BASES.values()},
     **{f"claims-{m}": lambda p=p: claims_table(p) for p, m in BASES.items()},
     **{f"choices-{m}": lambda p=p: choices_table(p) for p, m in BASES.items()},

@@ -75,7 +75,7 @@ def test_the_backward_pass_belongs_to_the_part_whose_gradient_has_come():
 
 @pytest.mark.parametrize("method, stage, parts", [
     ("twinbrain", "", {"left vision", "left language", "right vision", "right language", "head"}),
-    ("vita_vla", "align", {"teacher", "vision", "language", "head"}),
+    ("vita_vla", "align", {"teacher", "language", "head"}),  # the teacher's eyes see for both
     ("vita_vla", "finetune", {"vision", "language", "head", "language, backward"}),
     ("dualvla", "dual", {"teachers", "vision", "language", "head", "words' losses"}),
 ])  # fmt: skip
@@ -219,13 +219,17 @@ def test_arms_begin_where_the_stages_of_another_ended(tmp_path, monkeypatch):
     def pretend(command, **_):
         out = Path(command[command.index("--out") + 1])
         out.mkdir(parents=True)
-        (out / "result.json").write_text('{"success": 0.5}')
+        (out / "result.json").write_text('{"samples": 7, "train_seconds": 3.0}')
         (out / "metrics.jsonl").write_text("")
         asked.append(command)
         return subprocess.CompletedProcess(command, 0, "")
 
     monkeypatch.setattr(study.subprocess, "run", pretend)
     args = argparse.Namespace(keep=str(tmp_path), after="ours", parallel=1)
+    for place in ("ours-2/expert", "ours-2/generalist", "two-stage-1/align"):
+        pretend(["--out", tmp_path / place])
+    pretend(["--out", tmp_path / "two-stage-1" / "finetune"])
+    asked.clear()
     line = study.run("dualvla", "no-pruning", 2, [], args)
     given = dict(zip(asked[0], asked[0][1:]))
     assert given["--expert"] == str(tmp_path / "ours-2" / "expert")
@@ -234,6 +238,14 @@ def test_arms_begin_where_the_stages_of_another_ended(tmp_path, monkeypatch):
     args.after = ""
     study.run("dualvla", "no-distillation", 2, [], args)
     assert "--expert" not in asked[1]
+    args.after = "two-stage"
+    line = study.run("vita_vla", "freeze-vlm", 1, [], args)
+    words = ["--stage", "frozen", "--student", str(tmp_path / "two-stage-1" / "finetune")]
+    assert set(words) < set(asked[2]) and not set(words) & set(line["command"].split())
+    part = {"samples": 7, "train_seconds": 3.0}
+    assert line["stages"] == {"align": part, "finetune": part, "frozen": part}
+    study.run("vita_vla", "only-finetune", 1, [], args)
+    assert not {"--student", "--teacher"} & set(asked[3])
 
 
 def test_the_forgetting_figure_takes_each_brain_by_its_arm():

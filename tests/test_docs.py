@@ -145,7 +145,7 @@ def test_short_tables_have_a_row_for_each_arm_with_its_flags_or_suite(monkeypatc
     assert suites[2][1] == "`t1-twin`" and suites[2][2].startswith("40.0") and suites[2][3] == ""
 
 
-@pytest.mark.parametrize("name", ["results.md", "claims.md"])
+@pytest.mark.parametrize("name", ["results.md", "claims.md", "speed.md"])
 def test_no_result_is_typed_by_hand(name):
     typed = tables.BLOCK.sub("", TEXT[name])
     assert not re.findall(r"\d+\.\d|\d+ ?%(?! (?:interval|t-interval))", typed.replace("95%", ""))
@@ -180,6 +180,18 @@ def test_verdicts(expect, gaps, want, monkeypatch):
     test = dict(method="m", arm="a", measure="in", against="b", against_measure="in")
     test |= {"flags": "", "against_flags": "", "expect": expect}
     assert tables.verdict({"test": test})[0] == want
+
+
+@pytest.mark.parametrize("one, other, want", [
+    (20, 10, "held"), (10, 20, "did not hold"), (21, 20, "undecided"), (20, 21, "undecided"),
+])  # fmt: skip
+def test_verdicts_on_time_take_the_last_measurement(one, other, want, monkeypatch):
+    row = dict(method="vita_vla", variant="as it acts", backbone="tiny")
+    times = ("a", 1), ("b", 1), ("b", other), ("a", one)
+    made = [row | {"stage": s, "ms": ms} for s, ms in times]
+    monkeypatch.setattr(tables, "measured", lambda name: made)
+    outcome, numbers = tables.verdict({"latency": ["vita_vla", "a", "b"]})
+    assert outcome == want and numbers == f"{one}.0 ms against {other}.0 ms, medians"
 
 
 def test_claims_name_arms_and_measures_that_exist():

@@ -220,6 +220,13 @@ def test_alignment_takes_the_mapped_states(episodes, case, teacher):
     assert set(losses) == {"align"} and float(losses["align"]) == pytest.approx(want, 1e-4)
 
 
+def test_the_student_takes_over_what_its_teachers_eyes_saw(case, teacher, monkeypatch):
+    batch, alone = dict(case.batch), case.hidden(dict(case.batch))
+    teacher.hidden(batch)
+    monkeypatch.setattr(case.vlm, "see", None)
+    assert torch.equal(case.hidden(batch), alone)
+
+
 @pytest.mark.parametrize("how", ["mae", "smooth"])
 def test_action_losses(how):
     rng = np.random.default_rng(1)
@@ -258,10 +265,26 @@ def test_total_loss():
 
 def test_without_the_gripper_term_the_teacher_keeps_its_own(tmp_path):
     """The released student lost its gripper term; the Seer it learns from was trained with one."""
-    words = ["--ablation", "no-gripper", "--out", str(tmp_path / "chain")]
+    words = ["--ablation", "no-gripper", "--teacher", "train", "--out", str(tmp_path / "chain")]
     cfg = common.parse(Config, vita_vla.PRESETS, ABLATIONS, words)
+    vita_vla.choose_teacher(cfg)
     weight = {stage.stage: stage.gripper_weight for stage in vita_vla.chain(cfg, ALONE)}
     assert weight == {"teacher": Config().gripper_weight, "align": 0.0, "finetune": 0.0}
+
+
+@pytest.mark.parametrize("words, chosen", [
+    ("", "tiny"), ("--stage align", "tiny"), ("--recipe only-finetune", "tiny"),
+    ("--align-steps 5 --demos 20 --seed 4 --mapper decoder", "tiny"),
+    ("--stage teacher", ""), ("--stage finetune", ""), ("--teacher train", ""),
+    ("--width 64", ""), ("--history 2", ""), ("--backbone Qwen3-VL-2B", ""),
+    ("--world tabletop:goal", ""), ("--teacher-steps 9", ""), ("--preset calvin", ""),
+    ("--width 64 --teacher tiny", "tiny"), ("--teacher runs/t", "runs/t"),
+    ("--preset calvin --teacher seer.pth", "seer.pth"),
+])  # fmt: skip
+def test_the_shipped_teacher_is_taken_where_it_fits(words, chosen):
+    cfg = common.parse(Config, vita_vla.PRESETS, ABLATIONS, words.split())
+    vita_vla.choose_teacher(cfg)
+    assert cfg.teacher == chosen
 
 
 # --- the map of the paper -------------------------------------------------------------------------
@@ -849,7 +872,7 @@ def test_a_bad_seer_checkpoint_is_one_clear_line(kind, names, tmp_path):
 
 @pytest.fixture(scope="module")
 def eyes():
-    """PaperEyes with small random encoders, for pictures of 3 x 3 patches."""
+    """SeerEyes with small random encoders, for pictures of 3 x 3 patches."""
     common.seed_all(0)
     vision = transformers.ViTMAEConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
@@ -860,7 +883,7 @@ def eyes():
         num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=12, eos_token_id=98,
     )  # fmt: skip
     models = transformers.ViTMAEModel(vision), transformers.CLIPTextModelWithProjection(text)
-    return vita_vla.PaperEyes(*models).eval()
+    return common.SeerEyes(*models).eval()
 
 
 def test_without_a_resampler_a_pictures_tokens_stay(episodes):
@@ -934,7 +957,7 @@ def test_a_student_alone_needs_neither_mae_nor_clip(case, monkeypatch):
 
 
 def test_a_released_file_is_a_teacher(tmp_path, monkeypatch):
-    monkeypatch.setattr(vita_vla, "PaperEyes", PictureStub)
+    monkeypatch.setattr(common, "SeerEyes", PictureStub)
     cfg = replace(SEER, stage="align", teacher=saved(tmp_path / "seer.pth", drawn()))
     model = vita_vla.load_teacher(cfg, ALONE.device)
     assert not model.training and not any(p.requires_grad for p in model.parameters())
@@ -964,11 +987,19 @@ def test_backbone_eyes_tell_the_cameras_apart(teacher):
                 alone = teacher.vlm.see(torch.from_numpy(pixels), torch.tensor(grid))[0]
                 assert torch.allclose(got, alone, atol=1e-4)
             step += 1
-    table = teacher.vlm.language.get_input_embeddings().weight
-    for b, sample in enumerate(teacher.samples):
+    language, caught = teacher.vlm.language, []
+    hook = language.layers[1].register_forward_hook(lambda layer, x, out: caught.append(out))
+    for b, sample in enumerate(teacher.samples):  # alone, without padding, two layers of four
         ids = teacher.processor.tokenizer.encode(sample["instruction"], add_special_tokens=False)
-        ids = (ids + [0] * 16)[:16]
-        assert torch.equal(words[b], torch.cat([table[i] for i in ids]))
+        caught.clear()
+        x = language.get_input_embeddings().weight[ids][None]
+        causal = torch.ones(1, 1, len(ids), len(ids), dtype=torch.bool).tril()
+        language(inputs_embeds=x, attention_mask=causal, use_cache=False)
+        states = caught[0][0].detach().double().numpy()
+        states = states - states.mean(1, keepdims=True)
+        states = states / np.sqrt((states**2).mean(1, keepdims=True) + 1e-5)
+        assert np.allclose(words[b], states.mean(0), atol=1e-5)
+    hook.remove()
 
 
 # --- VITA-1.5 -------------------------------------------------------------------------------------

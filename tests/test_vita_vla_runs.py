@@ -14,8 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 import common
+import data
 import vita_vla
-from parts import checkpoints
+from parts import backbones, checkpoints
+from vita_vla import Config
 from worlds import loop
 
 TINY = [
@@ -326,7 +328,7 @@ def test_resuming_executes_nothing_of_a_checkpoint(copied, tmp_path, status, qui
     torch.save({"optimizers": Bomb(tmp_path / "boom")}, file)
     code, _, err = status(vita_vla.main, "--resume", str(copied / "finetune"))
     assert code == 2 and "train.pt is damaged" in err and not (tmp_path / "boom").exists()
-    for script in (vita_vla, checkpoints):
+    for script in (backbones, checkpoints):
         calls = Path(script.__file__).read_text().split("torch.load(")[1:]
         assert calls and all("weights_only=True" in call.split("\n")[0] for call in calls)
 
@@ -348,7 +350,27 @@ def test_ablation_list_prints_every_row(status, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("preset", vita_vla.PRESETS)
+def test_the_shipped_teacher_fits_the_defaults_and_foresees_the_expert():
+    """On episodes with seeds that its demonstrations do not have, against the mean action."""
+    facts = result(vita_vla.TINY)
+    assert facts["stage"] == "teacher" and {"command", "machine", "train_seconds"} <= set(facts)
+    policy = vita_vla.load_policy(vita_vla.TINY, ALONE.device)
+    for name in vita_vla.TEACHES:
+        assert name == "teacher_steps" or getattr(policy.cfg, name) == getattr(Config, name)
+    windows = [data.record("tabletop:abc_d", 10**6 + seed, 64, 32, 0.0) for seed in range(6)]
+    windows = vita_vla.Histories(windows, policy.stats, replace(policy.cfg, augment=0))
+    samples = [windows.get(i, np.random.default_rng(0)) for i in range(0, len(windows), 3)]
+    batch = vita_vla.sense(samples, policy.cfg, policy.processor)
+    with torch.no_grad():
+        arm, gripper = vita_vla.decode(policy.model, policy.model.hidden(batch)[0])
+    real, action = batch["mask"], batch["action"][batch["mask"]]
+    error = (arm[real] - action[:, :-1]).abs().mean()
+    guess = (action[:, :-1].mean(0) - action[:, :-1]).abs().mean()
+    assert error < 0.5 * guess
+    assert ((gripper[real] > 0) == (action[:, -1] > 0)).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("preset", ["calvin", "libero"])
 def test_presets_are_the_papers_tables(preset):
     cfg = common.parse(vita_vla.Config, vita_vla.PRESETS, {}, ["--preset", preset])
     calvin = preset == "calvin"
