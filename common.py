@@ -93,6 +93,7 @@ from parts.scale import (
     gathered,
     halt_at_nan,
     memory_rows,
+    merge_lora,
     parallel,
     place,
     same_samples,

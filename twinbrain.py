@@ -1012,6 +1012,7 @@ def main(argv=None):
         policy = load_policy(cfg.export, torch.device("cpu"))
         name, tokenizer = policy.cfg.backbone, policy.processor.tokenizer
         out = cfg.out or f"{cfg.export}/export"
+        common.merge_lora(policy.model.right)
         return common.export_backbone(policy.model.right, name, tokenizer, out)
     dist = common.setup(cfg)
     session(common.resume_auto(cfg, dist), dist)

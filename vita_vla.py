@@ -41,7 +41,7 @@ observed and 3 future ones; Table 7's captions (b) and (c) are exchanged.
   python vita_vla.py                                              # laptop: both stages
   python vita_vla.py --teacher train                              # laptop: a teacher first
   torchrun vita_vla.py --backbone Qwen3-VL-4B                     # one GPU, the embedded world
-  torchrun --nproc-per-node 8 vita_vla.py --preset calvin --teacher seer.pth   # the paper's CALVIN
+  torchrun --nproc-per-node 8 vita_vla.py --preset calvin --data calvin_abc_d --teacher seer.pth
 """
 
 import dataclasses
@@ -161,15 +161,16 @@ class Config:
     save_every: int = 500  # steps between checkpoints
 
 
-CALVIN = dict(
-    backbone="VITA-1.5", eyes="mae", width=1024, depth=24, heads=16, resampler=3, queries=16,
-    foresight=16, patch=16, dropout=0.1, attention_dropout=0.1, embedding_dropout=0.1,
-    foresight_steps=0, history=10, batch=8, lr=1e-4, lr_head=1e-4, lr_teacher=1e-3,
-    gripper_weight=0.01, optimizer="adamw", size=200, wrist_size=84, act_index=1, episodes=1000,
-    workers=4, augment=0,
+CALVIN = dict(  # 3 and 2 epochs of about 930,000 windows, 256 a step on 8 GPUs, 1 to warm up
+    align_steps=11_000, finetune_steps=7_300, warmup=3_600, accumulate=4, backbone="VITA-1.5",
+    eyes="mae", width=1024, depth=24, heads=16, resampler=3, queries=16, foresight=16, patch=16,
+    dropout=0.1, attention_dropout=0.1, embedding_dropout=0.1, foresight_steps=0, history=10,
+    batch=8, lr=1e-4, lr_head=1e-4, lr_teacher=1e-3, gripper_weight=0.01, optimizer="adamw",
+    size=200, wrist_size=84, act_index=1, episodes=1000, workers=4, augment=0,
 )  # fmt: skip
-LIBERO = dict(width=384, heads=12, queries=6, foresight=9, history=7, act_index=0, ensemble=True,
-              gripper_state="raw", episodes=500)  # fmt: skip
+LIBERO = dict(align_steps=3_200, finetune_steps=2_100, warmup=1_000,  # 270,000 windows
+              width=384, heads=12, queries=6, foresight=9, history=7, act_index=0, ensemble=True,
+              gripper_state="raw", wrist_size=200, episodes=500)  # fmt: skip
 SHORT = dict(align_steps=250, finetune_steps=500)  # half the length, for ablations over seeds
 PRESETS = {"calvin": CALVIN, "libero": CALVIN | LIBERO, "short": SHORT}  # Tables 5 and 6; ours
 
@@ -236,7 +237,8 @@ def sense(samples, cfg, processor):
         pixels.append(patches)
         grids.append(grid)
         rows.append(chat(s, grid, cfg, processor))
-        text.append(torch.tensor(encode(processor.tokenizer, s["instruction"])))
+        words = encode(processor.tokenizer, s["instruction"]) or (processor.pad_token_id,)
+        text.append(torch.tensor(words))
     batch = {
         "prompt": processor.pad(rows, grids),
         "pixel_values": torch.from_numpy(np.concatenate(pixels)),
@@ -250,6 +252,7 @@ def sense(samples, cfg, processor):
     if "action" in samples[0]:
         batch["action"] = torch.from_numpy(fill(B, S, [s["action"] for s in samples]))
         batch["mask"] = torch.from_numpy(fill(B, S, [s["mask"] for s in samples]))  # (B, S, N)
+    if "action" in samples[0] and cfg.stage == "teacher":
         goals = zip(*(step for s in samples for step in s["goal"]))  # by camera
         batch["goal"] = [foresight_target(np.stack(g), cfg) for g in goals]  # (n, P, p * p * 3)
         last = batch["steps"].sum(1, keepdim=True) - torch.arange(S)  # 1 for a window's last step
@@ -595,6 +598,18 @@ def load_seer(model, path):
             hint = "--width, --depth, --history, --queries, --foresight"
             raise common.UserError(f"--teacher {path}: {name}: {there} there, {here} here ({hint})")
     model.load_state_dict(tensors, strict=False)
+
+
+def read_recorded(model, stats, how):
+    """A released Seer has read the state as recorded; its first matrices now take our normalised
+    one: W x = W (half x' + middle)."""
+    low, high = (torch.from_numpy(x) for x in data.bounds(stats))
+    half, middle = (high - low) / 2, (high + low) / 2
+    parts = [(model.arm_state_encoder, slice(model.arm_state_encoder.in_features))]
+    parts += [(model.gripper_state_encoder, slice(-2, None))] if how == "raw" else []
+    for layer, part in parts:
+        layer.bias.data += layer.weight.data @ middle[part].to(layer.weight)
+        layer.weight.data *= half[part].to(layer.weight)
 
 
 # --- Model: the student ---------------------------------------------------------------------------
@@ -1028,7 +1043,8 @@ TINY = common.ASSETS / "seer"  # the laptop's teacher, trained; its result.json 
 SHAPES = ("width", "future", "history", "size", "wrist_size", "eyes", "normalise")  # fit a teacher
 TEACHES = (*SHAPES, "backbone", "world", "data", "depth", "heads", "resampler", "queries",
            "foresight", "foresight_weight", "foresight_steps", "patch", "goal", "action_sees",
-           "hide_foresight", "gripper_state", "lr_teacher", "teacher_steps")  # fmt: skip
+           "hide_foresight", "gripper_state", "lr_teacher", "teacher_steps", "dropout",
+           "attention_dropout", "embedding_dropout")  # fmt: skip
 
 
 def choose_teacher(cfg):
@@ -1074,6 +1090,10 @@ def prepare(cfg, dist, run, resumed):
     """Demonstrations, statistics, model -> Policy, batches, meta."""
     acts, _ = data.recordings(cfg, dist, resumed)
     robots = {part.name: part.stats for part in acts}
+    for name, stats in robots.items():
+        if len(stats["cameras"]) != 2:
+            raise common.UserError(f"{name}: VITA-VLA reads a static and a wrist camera, this has "
+                                   f"{', '.join(stats['cameras'])}")  # fmt: skip
     model, processor = build(cfg, resumed, data.dims(robots)[1] - 1)
     windows = [Histories(part.episodes, part.stats, cfg) for part in acts]
     mixtures = [data.Mixture(windows, [part.weight for part in acts], cfg.seed)]
@@ -1113,6 +1133,13 @@ def check(cfg):
                                "only-finetune --teacher RUN, whose decoder it takes")  # fmt: skip
     if not 0 <= cfg.hide_foresight <= 1:
         raise common.UserError(f"--hide-foresight {cfg.hide_foresight}: a share, from 0 to 1")
+    if cfg.stage == "chain" and cfg.freeze_vlm:
+        raise common.UserError("--freeze-vlm is of --stage finetune; a chain: --recipe freeze-vlm")
+    first = STAGES[cfg.recipe][1] if cfg.stage == "chain" else cfg.stage
+    if cfg.student and first != "finetune" and not begun:
+        raise common.UserError("--student is what --stage finetune or frozen starts from")
+    if cfg.ensemble and cfg.act_index:
+        raise common.UserError("--ensemble blends what is said about now: no --act-index beside it")
     if cfg.execute != 1:
         raise common.UserError("--execute is 1 here: the history is made of every step")
     if not 0 <= cfg.act_index < cfg.future:
@@ -1150,6 +1177,7 @@ def export(cfg):
     policy = load_policy(cfg.export, torch.device("cpu"))
     if not isinstance(policy.model, VitaVLA):
         raise common.UserError(f"--export {cfg.export}: a teacher has no VLM; name a student's run")
+    common.merge_lora(policy.model.vlm)
     name, student, out = policy.cfg.backbone, policy.model.vlm, cfg.out or f"{cfg.export}/export"
     if isinstance(student, common.Vita15):
         return common.export_vita(student, name, out)
@@ -1215,7 +1243,7 @@ def session(cfg, dist):
         cfg = common.same_samples(cfg, resumed, dist)
     if cfg.eval_only:
         policy = load_policy(cfg.eval_only, dist.device, cfg.robot)
-        free = FREE + ("world", "seed", "dtype")
+        free = FREE + ("world", "seed", "dtype", "ablation")
         cfg = common.resume_config(cfg, dataclasses.asdict(policy.cfg), free)
         if cfg.out == policy.cfg.out:
             cfg.out = str(Path(cfg.eval_only) / time.strftime("eval-%Y%m%d-%H%M%S"))
@@ -1229,8 +1257,11 @@ def session(cfg, dist):
         if cfg.stage == "align" or (cfg.stage == "finetune" and not cfg.student and cfg.teacher):
             teacher = load_teacher(cfg, dist.device)
         policy, batches, meta = prepare(cfg, dist, run, resumed)
+        if teacher and cfg.teacher.endswith((".pth", ".pt")):
+            read_recorded(teacher, policy.stats["state"], cfg.gripper_state)
         if teacher and not resumed:  # the decoder is the teacher's
-            tensors = {n: t for n, t in teacher.state_dict().items() if n.startswith(DECODER)}
+            given, ours = teacher.state_dict(), policy.model.state_dict()
+            tensors = {n: common.spread(given[n], ours[n]) for n in ours if n.startswith(DECODER)}
             policy.model.load_state_dict(tensors, strict=False)
         teacher = teacher if cfg.stage == "align" else None
         seconds = train(cfg, dist, run, policy.model, batches, meta, resumed, teacher)

@@ -11,11 +11,12 @@ its own, and draws the losses and the rates (--out). With one run a side the int
 episodes (Wilson; Newcombe for a difference): they say nothing about another seed. With several
 they are t-intervals over seeds, and a difference is taken seed by seed if both sides have them.
 
-The reference of a run is its script's, assets/reference/<method>.jsonl, or --reference NAME. The
-band holds 95% of new runs at a step: mean +- t s sqrt(1 + 1/n) of the n reference runs' losses, in
-logarithms, smoothed over a tenth of the run; s is pooled over an eighth of the run to each side, so
-that three curves that happen to cross do not pinch it. A run has left the band where it stays
-outside for a tenth of the run. Exit status: 0 within the band, 1 it left, 2 cannot be told.
+The reference of a run is its script's and preset's, assets/reference/<method>[-<preset>].jsonl, or
+--reference NAME. The band holds 95% of new runs at a step: mean +- t s sqrt(1 + 1/n) of the n
+reference runs' losses, in logarithms, smoothed over a tenth of the run; s is pooled over an eighth
+of the run to each side, so that three curves that happen to cross do not pinch it. A run has left
+the band where it stays outside for a tenth of the run. Exit status: 0 within the band, 1 it left, 2
+cannot be told.
 """
 
 import argparse
@@ -471,7 +472,7 @@ def arguments(argv=None):
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, or METHOD:ARM")
     parser.add_argument("--against", nargs="+", default=[], metavar="RUN", help="the other side")
     parser.add_argument("--check-curve", action="store_true", help="is RUN within the band?")
-    parser.add_argument("--reference", default="", help="whose band; else its script's")
+    parser.add_argument("--reference", default="", help="whose band; else its own script's")
     parser.add_argument("--make-reference", default="", metavar="NAME")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/compare"), help="folder for pictures"
@@ -487,7 +488,8 @@ def main(argv=None):
         if len(args.runs) != 1 or args.against:
             raise common.UserError("--check-curve takes one run folder")
         made = read_run(args.runs[0])
-        sys.exit(int(check_curve(made, args.reference or made.facts["method"], args.out)))
+        own = "-".join(filter(None, (made.facts["method"], made.settings.get("preset"))))
+        sys.exit(int(check_curve(made, args.reference or own, args.out)))
     if not args.against and len(args.runs) != 2:
         raise common.UserError("two runs, or --against between the sides")
     sides = (args.runs, args.against) if args.against else (args.runs[:1], args.runs[1:])

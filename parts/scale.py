@@ -65,6 +65,14 @@ def add_lora(layers, rank):
         setattr(parent, leaf, LoRA(getattr(parent, leaf), rank))
 
 
+def merge_lora(model):
+    """What `add_lora` put around the matrices joins them: an ordinary model again."""
+    for name, lora in [x for x in model.named_modules() if isinstance(x[1], LoRA)]:
+        lora.base.weight.data += 2.0 * lora.up @ lora.down
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, lora.base)
+
+
 def place(model, cfg, dist, say, replicate=None):
     """A built model, ready to train on `dist.device`: `model.blocks()` one by one compiled,
     recomputed, sharded as the flags say; `replicate`: a part that --shard leaves whole. Says what

@@ -380,7 +380,9 @@ def our_logits(vlm, ids, processor, pixels, grids):
         return vlm.lm_head(h)[0]
 
 
-@pytest.mark.parametrize("flags", [{}, dict(deepstack=False), dict(head="fast", brain="vanilla")])
+@pytest.mark.parametrize("flags", [
+    {}, dict(deepstack=False), dict(head="fast", brain="vanilla"), dict(lora=2),
+])  # fmt: skip
 def test_the_exported_right_brain_answers_as_it_does(flags, episodes, tmp_path, capsys):
     model, _ = trained(twinbrain, tmp_path / "run", episodes, **flags)
     if "head" in flags:  # its action words' byte pairs are the run's, not the checkpoint's
@@ -404,15 +406,18 @@ def test_the_exported_right_brain_answers_as_it_does(flags, episodes, tmp_path, 
         twinbrain.main(["--export", str(tmp_path / "run")])
 
 
-def test_the_exported_student_reads_as_it_does(episodes, tmp_path):
-    model, _ = trained(vita_vla, tmp_path / "run", episodes, stage="finetune")
+@pytest.mark.parametrize("lora", [0, 2])
+def test_the_exported_student_reads_as_it_does(lora, episodes, tmp_path):
+    model, _ = trained(vita_vla, tmp_path / "run", episodes, stage="finetune", lora=lora)
     vita_vla.main(["--export", str(tmp_path / "run"), "--out", str(tmp_path / "out")])
     vlm, _ = common.load_backbone(str(tmp_path / "out"))
+    common.merge_lora(model.vlm)
     kept = model.vlm.model.state_dict()
     assert all(torch.equal(kept[n], t) for n, t in vlm.model.state_dict().items())
     assert vlm.lm_head.weight is vlm.get_input_embeddings().weight
     fresh = common.load_backbone("tiny")[0].model.state_dict()
-    assert not torch.equal(fresh["language_model.norm.weight"], kept["language_model.norm.weight"])
+    moved = "language_model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(fresh[moved], kept[moved])
 
 
 def test_a_teacher_has_nothing_to_export(episodes, tmp_path):

@@ -670,6 +670,8 @@ def test_a_reference_is_made_and_asked(tmp_path, monkeypatch, capsys):
     left = re.search(r"left the band at step (\d+), above it: ([\d.]+), ([\d.]+) to ([\d.]+)", said)
     assert 600 <= int(left[1]) <= 660 and float(left[2]) > float(left[4]) > float(left[3])
     assert left[0] in TEXT["ablation.md"]
+    with pytest.raises(common.UserError, match="no reference made-up-short yet"):
+        compare.main(["--check-curve", made_run(tmp_path / "short", preset="short")])
     assert (tmp_path / "out" / "band-action.png").exists()
 
 

@@ -194,6 +194,17 @@ def test_sharded_models_are_whole_for_questions_and_at_the_end(tmp_path):
     assert found[0]["right"].keys() == found[2]["left"].keys() and found[1] is None
 
 
+def test_stage_1_takes_its_teachers_decoder_when_it_is_sharded(tmp_path):
+    teacher = tmp_path / "teacher"
+    stage = ["--stage", "align", "--teacher", str(teacher)]
+    run("vita_vla", teacher, "--stage", "teacher", "--steps", "1")
+    run("vita_vla", tmp_path / "whole", *stage)
+    run("vita_vla", tmp_path / "shares", *stage, "--batch", "4", "--shard", "full", processes=2)
+    assert_close(tmp_path / "whole", tmp_path / "shares")
+    got, given = weights(tmp_path / "shares"), weights(teacher, 1)
+    assert all(torch.equal(got[n], given[n]) for n in given if n.startswith(vita_vla.DECODER))
+
+
 @pytest.fixture
 def group():
     """A process group of this process alone."""

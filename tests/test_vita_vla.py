@@ -276,7 +276,7 @@ def test_without_the_gripper_term_the_teacher_keeps_its_own(tmp_path):
     ("", "tiny"), ("--stage align", "tiny"), ("--recipe only-finetune", "tiny"),
     ("--align-steps 5 --demos 20 --seed 4 --mapper decoder", "tiny"),
     ("--stage teacher", ""), ("--stage finetune", ""), ("--teacher train", ""),
-    ("--width 64", ""), ("--history 2", ""), ("--backbone Qwen3-VL-2B", ""),
+    ("--width 64", ""), ("--history 2", ""), ("--backbone Qwen3-VL-2B", ""), ("--dropout 0.1", ""),
     ("--world tabletop:goal", ""), ("--teacher-steps 9", ""), ("--preset calvin", ""),
     ("--width 64 --teacher tiny", "tiny"), ("--teacher runs/t", "runs/t"),
     ("--preset calvin --teacher seer.pth", "seer.pth"),
@@ -956,6 +956,24 @@ def test_a_student_alone_needs_neither_mae_nor_clip(case, monkeypatch):
     assert "seen" not in batch
 
 
+@pytest.mark.parametrize("how", ["onehot", "raw"])
+def test_a_released_teacher_reads_states_as_recorded(how):
+    stats = {"min": [-2.0, 0.0, 0.1, -3.0, -1.0, 0.5, -1.0, 0.0], "how": "minmax"}
+    stats |= {"max": [1.0, 0.5, 0.7, 3.0, 2.0, 0.6, 1.0, 0.04]}
+    low, high = np.array(stats["min"]), np.array(stats["max"])
+    raw = np.random.default_rng(0).uniform(low, high, (5, 8)).astype(np.float32)
+    ours = torch.from_numpy(data.normalise(raw, stats))
+    model = nn.Module()
+    vita_vla.add_state_encoder(model, 16, 6)
+    asked = torch.from_numpy(raw)
+    if how == "onehot":  # open or closed, of either scale
+        asked[:, -1] = ours[:, -1]
+    with torch.no_grad():
+        want = vita_vla.encode_state(model, asked, how)
+        vita_vla.read_recorded(model, stats, how)
+        assert torch.allclose(vita_vla.encode_state(model, ours, how), want, atol=1e-5)
+
+
 def test_a_released_file_is_a_teacher(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "SeerEyes", PictureStub)
     cfg = replace(SEER, stage="align", teacher=saved(tmp_path / "seer.pth", drawn()))
@@ -973,6 +991,13 @@ def test_pictures_for_clip():
         assert got[0, c, row, column] == pytest.approx(want, abs=1e-5)
     big = vita_vla.clip_pixels(np.repeat(image[None, :64, :64], 2, 0))
     assert big.shape == (2, 3, 224, 224) and big.dtype == np.float32
+
+
+def test_a_recording_without_words_is_read(teacher):
+    samples = [s | {"instruction": ""} for s in teacher.samples[:1]] + teacher.samples[1:]
+    for some in (samples, samples[:1]):
+        losses = teacher.model(sense(some, teacher.cfg, teacher.processor))
+        assert all(torch.isfinite(loss) for loss in losses.values())
 
 
 def test_backbone_eyes_tell_the_cameras_apart(teacher):
