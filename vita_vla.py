@@ -1273,8 +1273,8 @@ def session(cfg, dist):
         "samples": cfg.steps * cfg.accumulate * cfg.batch * dist.processes,
         "train_seconds": round(seconds, 1),
         "success": first["success"], "ci95": first["ci95"], "episodes": first["episodes"],
-        "length": first.get("length"), "per_task": first["per_task"], "domains": results,
-        "params": common.param_counts(policy.model),
+        "length": results.get("chain", {}).get("length"), "per_task": first["per_task"],
+        "domains": results, "params": common.param_counts(policy.model),
     })  # fmt: skip
     run.close()
     if dist.main:

@@ -55,7 +55,8 @@ def lines(method):
 def arm(method, name, flags=""):
     """Runs of an arm with these flags; where there is none in bfloat16, those in float32."""
     for more in ("", " --dtype fp32"):
-        if found := [x for x in lines(method) if (x["arm"], x["flags"]) == (name, flags + more)]:
+        wanted = name, (flags + more).strip()
+        if found := [x for x in lines(method) if (x["arm"], x["flags"]) == wanted]:
             return found
     return []
 

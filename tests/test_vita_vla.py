@@ -1327,7 +1327,7 @@ def test_training_and_acting_see_the_same(case, episodes):
             sample = policy.remember(observation, episodes[0].instruction)
             acted = sense([sample], case.cfg, case.processor)
             trained = sense([cut(window, t + 1)], case.cfg, case.processor)
-            assert set(trained) - set(acted) == {"action", "mask", "goal", "imagined"}
+            assert set(trained) - set(acted) == {"action", "mask"}
             for key in acted["prompt"]:
                 assert torch.equal(acted["prompt"][key], trained["prompt"][key]), (t, key)
             for key in set(acted) - {"prompt"}:

@@ -258,7 +258,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path, quick):
     (["--execute", "2"], "--execute is 1 here"),
     (["--act-index", "3"], "--act-index 3: from 0 to 2"),
     (["--ensemble", "--act-index", "1"], "no --act-index beside it"),
-    (["--stage", "align", "--student", "x", "--teacher", "y"], "--student is what --stage finetune"),
+    (["--stage", "align", "--student", "x", "--teacher", "y"], "--student is what --stage fin"),
     (["--stage", "chain", "--student", "x"], "--student is what --stage finetune or frozen"),
     (["--stage", "chain", "--freeze-vlm"], "a chain: --recipe freeze-vlm"),
     (["--foresight", "5"], "--foresight 5: a square number"),
