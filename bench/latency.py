@@ -201,10 +201,10 @@ def bf16(policy):
 def policies(args, flags):
     """-> method, a name, policy; each is made when its turn comes."""
     for folder in args.runs:
-        file = Path(folder) / "config.json"
-        if not file.exists():
-            raise common.UserError(f"{folder}: no run folder, there is no {file}")
-        method = json.loads(file.read_text())["method"]
+        files = [f for f in (Path(folder, n) for n in ("config.json", "meta.json")) if f.exists()]
+        if not files:
+            raise common.UserError(f"{folder}: no run folder, there is no {folder}/config.json")
+        method = json.loads(files[0].read_text())["method"]
         yield method, folder, methods.SCRIPTS[method].load_policy(folder, methods.DEVICE)
     for method in () if args.runs else args.method or methods.SCRIPTS:
         real = ["--preset", PRESETS[method], "--frozen", "bf16"] if args.random else []
