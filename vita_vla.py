@@ -24,11 +24,13 @@ Section 3.2: separate-tokens, state-text; Appendix A.1: mapper-decoder, image-si
 
 Assumptions and decisions, where paper and released code differ or are silent
   A1  Eq. 3 is the squared distance (`--align-loss mse`); the released code takes its root (`norm`).
-  A2  L_arm is the mean absolute error (`--arm-loss mae`); the released code has `smooth`.
+  A2  L_arm is the mean absolute error, over joints too (`--arm-loss mae`); the released code has
+      `smooth`. Neither paper says where gradients are clipped: at 1 (Seer's code: 0.1).
   A3  The gripper term counts (`--gripper-weight`); in the released code it is lost (`no-gripper`).
   A4  One long causal sequence, a chat of S turns: a step sees all before it, act_2 sees act_1.
   A5  History grows from one step, as at an episode's start in training; nothing is repeated.
-  A6  Labels past an episode's end leave the losses. Stage 2 starts from stage 1's `--student`.
+  A6  Actions past an episode's end leave the losses; foresight shows its last picture there.
+      Stage 2 starts from stage 1's `--student`.
   A7  Executed is the prediction for now (`--act-index 0`); the paper's CALVIN code takes the next.
   A8  The teacher stands still in stage 1: no dropout, no gradient (the released code drops out).
   A9  On the laptop Seer's frozen encoders are the tiny backbone's vision tower and, for a vector of
@@ -1074,7 +1076,20 @@ def load_teacher(cfg, device):
             flag = "--" + name.replace("_", "-")
             raise common.UserError(f"--teacher {cfg.teacher} has {flag} {yours}, this run {mine}")
     model, _ = build(theirs, checkpoint)
+    model.robots = checkpoint.meta["robots"]
     return model.to(device).eval().requires_grad_(False)
+
+
+def same_units(teacher, stats, cfg):
+    """A teacher reads states and speaks of actions in the bounds of the recordings it learned from:
+    they must be about the student's, up to half of what a number ranges over."""
+    for kind in ("state", "action"):
+        low, high = data.bounds(stats[kind])
+        for name, robot in teacher.robots.items():
+            theirs = np.array(data.bounds(robot[kind]))  # (2, A)
+            if theirs.shape[1] != len(low) or (abs(theirs - (low, high)) > (high - low) / 2).any():
+                words = f"whose bounds of {kind} are not this run's: train one, --stage teacher"
+                raise common.UserError(f"--teacher {cfg.teacher} learned from {name}, {words}")
 
 
 def load_policy(folder, device, robot=""):
@@ -1261,6 +1276,8 @@ def session(cfg, dist):
         policy, batches, meta = prepare(cfg, dist, run, resumed)
         if teacher and cfg.teacher.endswith((".pth", ".pt")):
             read_recorded(teacher, policy.stats["state"], cfg.gripper_state)
+        elif teacher:
+            same_units(teacher, policy.stats, cfg)
         if teacher and not resumed:  # the decoder is the teacher's
             given, ours = teacher.state_dict(), policy.model.state_dict()
             tensors = {n: common.spread(given[n], ours[n]) for n in ours if n.startswith(DECODER)}

@@ -40,6 +40,7 @@ DOMAINS = {
     "look": "unseen look",
 }  # fmt: skip
 SHORT = "--preset short"  # ablations over seeds, at half of the length
+FLOAT = "--dtype fp32"  # on a machine without bfloat16
 TEACHER = "--eval-only assets/seer"  # VITA-VLA's, as it is shipped
 
 
@@ -53,12 +54,13 @@ def lines(method):
 
 
 def arm(method, name, flags=""):
-    """Runs of an arm with these flags; where there is none in bfloat16, those in float32."""
-    for more in ("", " --dtype fp32"):
-        wanted = name, (flags + more).strip()
-        if found := [x for x in lines(method) if (x["arm"], x["flags"]) == wanted]:
-            return found
-    return []
+    """Runs of an arm with these flags, by seed; float32 where a seed has no run in bfloat16."""
+    mine, found = [x for x in lines(method) if x["arm"] == name], {}
+    for wanted in (flags, f"{flags} {FLOAT}".strip()):
+        for x in mine:
+            if x["flags"] == wanted:
+                found.setdefault(x["seed"], x)
+    return [found[seed] for seed in sorted(found)]
 
 
 def by_seed(some, measure):
@@ -204,23 +206,28 @@ def stages_table():
 
 def short_table(seeds=1):
     """Ablations at half of the length, of `seeds` seeds or more, beside the paper's numbers."""
-    body, used, plain = [], [], SHORT + " --dtype fp32"
-    bases = {False: arm("twinbrain", "t1-twin", SHORT), True: arm("twinbrain", "t1-twin", plain)}
-    bases[True] += arm("twinbrain", "f2-twin", plain)  # the same, asked along the way
+    body, used = [], []
+    twins = {kind: [x for x in lines("twinbrain") if (x["arm"], x["flags"]) == ("t1-twin", kind)]
+             for kind in (SHORT, f"{SHORT} {FLOAT}")}  # fmt: skip
+    bases = {(x["seed"], FLOAT in x["flags"]): x for kind in twins.values() for x in kind}
     for name, about in twinbrain.ABLATIONS.items():
         some = [x for x in lines("twinbrain") if x["arm"] == name and x["flags"].startswith(SHORT)]
-        at_home = {x["flags"] for x in some if x["world"] == twinbrain.Config.world}
-        for flags in sorted(at_home):
-            mine, base = arm("twinbrain", name, flags), bases["fp32" in flags]
+        home = [x["flags"] for x in some if x["world"] == twinbrain.Config.world]
+        for flags in sorted({flags.removesuffix(FLOAT).rstrip() for flags in home}):
+            mine = arm("twinbrain", name, flags)
             if len(mine) < seeds:
                 continue
-            gaps = ["" if mine[0] in base else apart(mine, base, n) for n in ("in", "out")]
+            base = [bases[x["seed"], FLOAT in x["flags"]] for x in mine]
+            gaps = ["" if name in ("t1-twin", "f2-twin") else apart(mine, base, n)
+                    for n in ("in", "out")]  # fmt: skip
             more = flags.removeprefix(SHORT).partition(" --distill")[0]
             row = [f"`{name}{more}`", about["_row"], about["_paper"] or ""]
             body.append([*row, cell(mine, "in"), cell(mine, "out"), *gaps])
             used += mine
     head = ["arm", "row", "paper", "in %", "out %", "in, less the twin's", "out, less the twin's"]
-    return rows(head, body) + "\n\n" + source(used)
+    words = "\n\nSeeds that ran in float32 are compared with the twin in float32: "
+    both = (cell(twins[f"{SHORT} {FLOAT}"], n) for n in ("in", "out"))
+    return rows(head, body) + words + "% in, ".join(both) + "% out. " + source(used)
 
 
 def suites_table():
@@ -254,7 +261,7 @@ def arms_table(method, usual=""):
     other = names[1] if method == "twinbrain" else names[0]
     runs = dict.fromkeys((name, usual) for name in SCRIPTS[method].ABLATIONS)
     full = [x for x in lines(method) if x["flags"].startswith(SHORT) == (usual == SHORT)]
-    said = ((x["arm"], x["flags"].removesuffix("--dtype fp32").rstrip()) for x in full)
+    said = ((x["arm"], x["flags"].removesuffix(FLOAT).rstrip()) for x in full)
     runs |= dict.fromkeys(said)
     for name, flags in runs:
         about, some = SCRIPTS[method].ABLATIONS[name], arm(method, name, flags)
@@ -273,7 +280,7 @@ def sources_table():
     body = []
     for method in SCRIPTS:
         for name, flags in dict.fromkeys((x["arm"], x["flags"]) for x in lines(method)):
-            some = arm(method, name, flags)
+            some = [x for x in lines(method) if (x["arm"], x["flags"]) == (name, flags)]
             count = 1 + max(x["seed"] for x in some)  # --seeds 2 runs 0 and 1
             command = f"python bench/study.py {method} {name} --seeds {count}"
             command = f"`{command}{' -- ' + flags if flags else ''}`"

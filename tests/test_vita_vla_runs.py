@@ -295,6 +295,19 @@ def test_a_teacher_that_does_not_fit(flags, names, chained, status, tmp_path, mo
     assert code == 2 and err.count("\n") == 1 and names in err
 
 
+def test_a_teacher_of_other_units_is_refused(chained, status, tmp_path):
+    """The state in metres and in centimetres: the same flags, another robot."""
+    shutil.copytree(chained / "teacher", tmp_path / "teacher")
+    for file in (tmp_path / "teacher").glob("checkpoints/*/meta.json"):
+        meta = json.loads(file.read_text())
+        for state in (robot["state"] for robot in meta["robots"].values()):
+            state |= {bound: [100 * x for x in state[bound]] for bound in ("q01", "q99")}
+        file.write_text(json.dumps(meta))
+    words = [*TINY, "--stage", "align", "--teacher", str(tmp_path / "teacher")]
+    code, _, err = status(vita_vla.main, *words, "--out", str(tmp_path / "a"))
+    assert code == 2 and err.count("\n") == 1 and "bounds of state are not" in err
+
+
 def test_a_shorter_window_than_the_teachers_is_fine(chained):
     cfg = vita_vla.check(replace(common.parse(vita_vla.Config, {}, {}, TINY), history=1))
     teacher = vita_vla.load_teacher(replace(cfg, teacher=str(chained / "teacher")), ALONE.device)
