@@ -95,7 +95,8 @@ def run(method, arm, seed, flags, args):
                 name: {k: stage[k] for k in ("samples", "train_seconds")}
                 for name, stage in stages.items()
             }
-        lines = [json.loads(x) for x in (last / "metrics.jsonl").read_text().splitlines()]
+        log = last / "metrics.jsonl"  # DualVLA's stages have one each
+        lines = [json.loads(x) for x in log.read_text().splitlines()] if log.exists() else []
         if curve := [[x["step"], x["abilities"]] for x in lines if "abilities" in x]:
             result["curve"] = curve  # Figure 2
     facts = {"command": shlex.join(["python", f"{method}.py", *own]), "machine": machine()}

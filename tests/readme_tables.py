@@ -63,6 +63,18 @@ def arm(method, name, flags=""):
     return [found[seed] for seed in sorted(found)]
 
 
+def side_by_side(method, *arms):
+    """Two arms, (name, flags) each -> the runs of both whose difference counts: seeds that both
+    have in one precision, in bfloat16 where that is on file."""
+    found = []
+    for name, flags in arms:
+        both = flags, f"{flags} {FLOAT}".strip()
+        some = [x for x in lines(method) if x["arm"] == name and x["flags"] in both]
+        found.append({(x["seed"], FLOAT in x["flags"]): x for x in some})
+    shared = dict(sorted(found[0].keys() & found[1].keys(), reverse=True))
+    return [[some[pair] for pair in sorted(shared.items())] for some in found]
+
+
 def by_seed(some, measure):
     """Result lines -> {seed: (value, trials)} of those that have the measure."""
     found = {x["seed"]: compare.measures(x).get(measure) for x in some}
@@ -207,9 +219,6 @@ def stages_table():
 def short_table(seeds=1):
     """Ablations at half of the length, of `seeds` seeds or more, beside the paper's numbers."""
     body, used = [], []
-    twins = {kind: [x for x in lines("twinbrain") if (x["arm"], x["flags"]) == ("t1-twin", kind)]
-             for kind in (SHORT, f"{SHORT} {FLOAT}")}  # fmt: skip
-    bases = {(x["seed"], FLOAT in x["flags"]): x for kind in twins.values() for x in kind}
     for name, about in twinbrain.ABLATIONS.items():
         some = [x for x in lines("twinbrain") if x["arm"] == name and x["flags"].startswith(SHORT)]
         home = [x["flags"] for x in some if x["world"] == twinbrain.Config.world]
@@ -217,17 +226,18 @@ def short_table(seeds=1):
             mine = arm("twinbrain", name, flags)
             if len(mine) < seeds:
                 continue
-            base = [bases[x["seed"], FLOAT in x["flags"]] for x in mine]
-            gaps = ["" if name in ("t1-twin", "f2-twin") else apart(mine, base, n)
-                    for n in ("in", "out")]  # fmt: skip
+            pair = side_by_side("twinbrain", (name, flags), ("t1-twin", SHORT))
+            twin = name in ("t1-twin", "f2-twin")
+            gaps = ["" if twin else apart(*pair, measure) for measure in ("in", "out")]
             more = flags.removeprefix(SHORT).partition(" --distill")[0]
             row = [f"`{name}{more}`", about["_row"], about["_paper"] or ""]
             body.append([*row, cell(mine, "in"), cell(mine, "out"), *gaps])
             used += mine
     head = ["arm", "row", "paper", "in %", "out %", "in, less the twin's", "out, less the twin's"]
     words = "\n\nSeeds that ran in float32 are compared with the twin in float32: "
-    both = (cell(twins[f"{SHORT} {FLOAT}"], n) for n in ("in", "out"))
-    return rows(head, body) + words + "% in, ".join(both) + "% out. " + source(used)
+    twin = arm("twinbrain", "t1-twin", f"{SHORT} {FLOAT}")
+    words += "% in, ".join(cell(twin, measure) for measure in ("in", "out")) + "% out. "
+    return rows(head, body) + words + source(used)
 
 
 def suites_table():
@@ -315,12 +325,12 @@ def verdict(claim):
     if not test:
         return "not run yet", ""
     a, b = test["measure"], test["against_measure"]
-    ours = arm(test["method"], test["arm"], test["flags"])
-    theirs = arm(test["method"], test["against"], test["against_flags"])
-    found = gap(ours, theirs, a, b)
+    arms = (test["arm"], test["flags"]), (test["against"], test["against_flags"])
+    found = gap(*side_by_side(test["method"], *arms), a, b)
     if not found:
         return "not run yet", ""
     value, low, high, how = found
+    ours, theirs = (arm(test["method"], *each) for each in arms)
     numbers = f"{cell(ours, a)} against {cell(theirs, b)}; difference "
     numbers += f"{compare.text(a, value, low, high, sign='+')}, {how}"
     if low != low or how == "episodes":

@@ -220,7 +220,8 @@ def test_arms_begin_where_the_stages_of_another_ended(tmp_path, monkeypatch):
         out = Path(command[command.index("--out") + 1])
         out.mkdir(parents=True)
         (out / "result.json").write_text('{"samples": 7, "train_seconds": 3.0}')
-        (out / "metrics.jsonl").write_text("")
+        if "dualvla.py" not in str(command):  # it logs in its stages' folders
+            (out / "metrics.jsonl").write_text("")
         asked.append(command)
         return subprocess.CompletedProcess(command, 0, "")
 

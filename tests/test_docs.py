@@ -145,6 +145,22 @@ def test_short_tables_have_a_row_for_each_arm_with_its_flags_or_suite(monkeypatc
     assert suites[2][1] == "`t1-twin`" and suites[2][2].startswith("40.0") and suites[2][3] == ""
 
 
+def test_a_difference_is_of_runs_in_one_precision(monkeypatch):
+    """Seed 0: both have bfloat16. 1: float32 is what both have. 2: nothing in common."""
+    runs = {"a": [(0, ""), (0, "fp32"), (1, "fp32"), (2, "")], "b": [(0, ""), (1, ""), (1, "fp32"),
+            (2, "fp32")]}  # fmt: skip
+    made = [
+        {"arm": arm, "seed": seed, "flags": f"--steps 9 --dtype {dtype}" if dtype else "--steps 9"}
+        for arm, mine in runs.items() for seed, dtype in mine
+    ]  # fmt: skip
+    monkeypatch.setattr(tables, "lines", lambda method: made)
+    pair = tables.side_by_side("any", ("a", "--steps 9"), ("b", "--steps 9"))
+    found = [[(x["arm"], x["seed"], tables.FLOAT in x["flags"]) for x in some] for some in pair]
+    assert found == [[("a", 0, False), ("a", 1, True)], [("b", 0, False), ("b", 1, True)]]
+    alone = [(x["seed"], tables.FLOAT in x["flags"]) for x in tables.arm("any", "b", "--steps 9")]
+    assert alone == [(0, False), (1, False), (2, True)]
+
+
 @pytest.mark.parametrize("name", ["results.md", "claims.md", "speed.md"])
 def test_no_result_is_typed_by_hand(name):
     typed = tables.BLOCK.sub("", TEXT[name])
