@@ -152,7 +152,8 @@ def usage(Config, presets: dict, ablations: dict) -> str:
 
 
 def parse(Config, presets: dict[str, dict], ablations: dict[str, dict], argv=None):
-    """Command line -> Config: defaults < preset < ablation < flags; `.explicit` names the flags.
+    """Command line -> Config: defaults < preset < ablation < flags; `.explicit` names the flags
+    and what the ablation sets, which a finished run is held to.
 
     Keys of a preset that start with "_" (a row's meaning, a paper's number) are not settings.
     """
@@ -178,17 +179,18 @@ def parse(Config, presets: dict[str, dict], ablations: dict[str, dict], argv=Non
         else:
             word = value if has_value else words.pop(0)
             given[name] = convert(flag, word, kinds[name], notes[name][0])
-    settings = {}
+    settings, chosen = {}, {}
     for kind, table in (("preset", presets), ("ablation", {**ablations, "list": {}})):
         row = given.get(kind, "")
         if row and row not in table:
             raise UserError(f"unknown {kind} {row!r} (did you mean {nearest(row, table)}?)")
-        settings |= {k: v for k, v in table.get(row, {}).items() if not k.startswith("_")}
+        chosen = {k: v for k, v in table.get(row, {}).items() if not k.startswith("_")}
+        settings |= chosen
     settings |= given
     if settings.get("data") and not re.search("tabletop|metaworld", settings["data"]):
         settings.setdefault("world", "none")  # who learns from other recordings acts elsewhere
     cfg = Config(**settings)
-    cfg.explicit = tuple(given)
+    cfg.explicit = tuple(chosen | given)  # chosen: of the ablation, which came last
     return cfg
 
 

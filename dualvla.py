@@ -43,9 +43,11 @@ Assumptions, where the paper is silent
       samples (InstructVLA: 7).
   A6  The base model is InstructVLA: Eagle2, r-LoRA on every matrix of its language model, two gates
       a token from the hidden state of a pass without LoRA, here twice a softmax, so that G starts
-      as E; the vision tower is frozen; E's flow expert is trained with E and frozen then.
+      as E; the vision tower is frozen; E's flow expert is trained with E and frozen then. Ours:
+      LoRA on the gates of its MLPs too and without dropout; G and the student train the queries.
   A7  The flow expert's eye is a small convolutional net in the place of DINOv2, with FiLM.
-  A8  A specialist is not asked for reasoning: its RA is 1 and R leaves Eq. 8.
+  A8  A specialist is not asked for reasoning: its RA is 1 and R leaves Eq. 8. Of who is asked, a
+      trajectory without a word has R = RA = 0 from the offline judge, hence a score of 0.
   A9  A real VLM has read the words in which a robot explains itself, `tiny` has not (its questions
       are about scenes), so G and the student learn their embeddings (`--no-new-words`).
   A10 When to reason is not said. Of the steps that a student learned from, five in six are silent,
@@ -86,7 +88,7 @@ class Config:
     data: str = ""  # recordings to train on, `bridge,fractal=2,FOLDER`; empty: the world's own
     skip_bad: bool = False  # leave out recordings that cannot be read, and list them
     robot: str = ""  # whose recordings to act like; empty: the first of --data
-    out: str = ""  # run folder, with a folder for each stage; empty: runs/dualvla-<world>-...
+    out: str = ""  # run folder, with a folder for each stage; empty: runs/dualvla-<seed>-<time>
     stage: str = "chain"  # chain | expert | generalist | dual: last stage; those it needs run first
     expert: str = ""  # E's run folder, instead of training E
     generalist: str = ""  # G's run folder, instead of training G
@@ -261,6 +263,9 @@ def sense(samples, cfg, processor, form="", tail=True):
         pixels.append(patches)
         grids.append(grid)
         rows.append(processor.prompt(SYSTEM, asked, grid)[0] + answer)
+        if cfg.actions == "tokens" and act:  # past an episode's end nothing is learned
+            inside = np.repeat(sample["mask"], len(act) // len(sample["mask"]))
+            act = [t if real else -100 for t, real in zip(act, inside)]
         learn = [t if form or sample["learn"] else -100 for t in said] + [*act]
         if cfg.actions == "flow":  # when to act is learned; which query follows which is not
             learn = learn[: len(said) + 1] + [-100] * (cfg.queries - 1)
@@ -832,6 +837,9 @@ def scene_labels(episodes, cfg, say=print):
         found = events.from_file(cfg.event_scores, episodes)
     elif cfg.events == "phase":
         found = [events.boundaries(e.phase) for e in episodes]
+        if not any(len(each) for each in found):
+            raise common.UserError("--events phase: these recordings mark no sub-goals; take "
+                                   "--events similarity or --event-scores FILE")  # fmt: skip
     else:
         known = []
         if cfg.world != "none":
@@ -973,6 +981,8 @@ def abilities(model, cfg, processor, device, sets):
 def along_the_way(policy, cfg, sets):
     """Answers and actions in the middle of training: the curves of degeneration."""
     scores = abilities(policy.model, cfg, policy.processor, policy.device, sets)
+    if cfg.world == "none":
+        return scores
     policy.form = "plain"  # what E, G and the student can all be asked
     starts = loop.starts_of(cfg.world, "in", min(cfg.episodes, 50), cfg.seed)
     reached, _ = loop.rollout(policy, cfg, cfg.world, starts)
@@ -1038,7 +1048,8 @@ def make_optimizers(model, cfg):
         if p.requires_grad:
             peak = cfg.lr if name.startswith("vlm.") else cfg.lr_head
             matrix = p.dim() == 2 and name.endswith(("weight", ".0", ".1"))
-            muon = cfg.optimizer == "muon" and matrix and "embed" not in name
+            words = "embed" in name or "lm_head" in name
+            muon = cfg.optimizer == "muon" and matrix and not words
             groups.setdefault((muon, peak), []).append(p)
     adam, muon = (
         [{"params": p, "lr": r, "peak": r} for (m, r), p in groups.items() if m == matrices]
@@ -1131,7 +1142,8 @@ FREE = (  # what a resumed or evaluated run may change
     "steps", "episodes", "domains", "execute", "ensemble", "parallel", "gifs", "render",
     "questions", "log_every", "save_every", "workers", "threads", "device", "euler", "eval_only",
     "out", "talk", "speak", "score_episodes", "bracket", "judge", "judge_model", "judge_price",
-    "judge_examples", "benchmark", "robot", "compile", "grad_checkpoint", "shard",
+    "judge_examples", "benchmark", "robot", "compile", "grad_checkpoint", "shard", "events",
+    "event_scores", "event_demos",
 )  # fmt: skip
 
 
@@ -1175,6 +1187,9 @@ def prepare(cfg, dist, run, resumed):
     start = resumed or (common.load_checkpoint(before, "dualvla") if before else None)
     acts, asks = data.recordings(cfg, dist, start)
     robots = {part.name: part.stats for part in acts}
+    views = {name: stats["cameras"] for name, stats in robots.items()}
+    if len({len(names) for names in views.values()}) > 1 or len(max(views.values(), key=len)) > 4:
+        raise common.UserError(f"--data: as many cameras in each, at most 4, not {views}")
     model, processor = build(cfg, *data.dims(robots), start)
     episodes = [e for part in acts for e in part.episodes]
     bits = resumed.meta["kept"] if resumed else None
@@ -1217,9 +1232,11 @@ def check(cfg):
     data.named(cfg.data)
     common.find_backbone(cfg.backbone)
     for name in ("batch", "accumulate", "demos", "repeats", "episodes", "parallel", "log_every",
-                 "queries", "rank"):  # fmt: skip
+                 "queries", "rank", "euler", "depth", "save_every", "event_demos"):  # fmt: skip
         if getattr(cfg, name) < 1:
             raise common.UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: at least 1")
+    if cfg.width % cfg.heads:
+        raise common.UserError(f"--heads {cfg.heads} do not divide --width {cfg.width}")
     if cfg.questions < 2 or cfg.questions % 2:
         raise common.UserError(f"--questions {cfg.questions}: an even number, MME asks in pairs")
     if not 1 <= cfg.execute <= cfg.horizon:
@@ -1315,7 +1332,9 @@ def run_stage(cfg, dist):
         return json.loads((folder / "result.json").read_text())
     if list(folder.glob("checkpoints/step_*/meta.json")):
         resumed = common.load_checkpoint(folder, "dualvla", dist=dist)
+        teachers = cfg.expert, cfg.generalist  # where they are by now
         cfg = common.resume_config(cfg, resumed.meta["config"], FREE)
+        cfg.expert, cfg.generalist = teachers
         cfg = common.same_samples(cfg, resumed, dist)
     common.seed_all(cfg.seed)
     (folder / "metrics.jsonl").unlink(missing_ok=True) if not resumed else None
@@ -1380,7 +1399,8 @@ def main(argv=None):
     if cfg.ablation == "list":
         list_ablations()
         return
-    check(cfg)
+    if not (cfg.resume or cfg.eval_only):  # of these the run's own flags are checked
+        check(cfg)
     if cfg.describe:
         builds = {
             f"DualVLA --stage {stage}": lambda s=stage: build(replace(cfg, stage=s), 8, 7)[0]
@@ -1402,6 +1422,7 @@ def main(argv=None):
             raise common.UserError(f"--resume {out}: no run in this folder")
         saved = json.loads((out / "config.json").read_text())
         cfg = common.resume_config(cfg, saved["config"], FREE)
+        check(cfg)
     elif (out / "config.json").exists():
         raise common.UserError(f"{out} holds a run: --resume {out}, or another --out")
     folders = {stage: out / stage for stage in ORDER}
@@ -1409,7 +1430,9 @@ def main(argv=None):
         if given := getattr(cfg, name):
             inner = Path(given, name)
             folders[name] = inner if inner.exists() else Path(given)
-            common.load_checkpoint(folders[name], "dualvla")  # says now what is wrong with it
+            theirs = common.load_checkpoint(folders[name], "dualvla").meta["config"]["stage"]
+            if theirs != name:
+                raise common.UserError(f"--{name} {given} is a run of --stage {theirs}")
     if dist.main:
         out.mkdir(parents=True, exist_ok=True)
         facts = {"method": "dualvla", "config": dataclasses.asdict(cfg), **common.start_facts(dist)}

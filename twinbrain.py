@@ -36,7 +36,8 @@ Assumptions, where the paper is silent
   A4  The DiT is the framework's: even blocks look at H_R, odd ones at the action tokens; t is
       1 - Beta(1.5, 1); R noise draws a sample; its learning rate is ten times the backbone's.
   A5  phi(s) is the last token of the right prompt. At paper scale simulation runs without (App. B).
-  A6  Actions past an episode's end leave the loss (public code repeats the last one, unmasked).
+  A6  Actions past an episode's end leave the loss (public code repeats the last one, unmasked),
+      but QwenFAST's, whose words mix all steps of a chunk.
   A7  Co-training adds as many questions as actions to each step, their loss weighted 0.1.
   A8  QwenPI: each layer of the VLM gets one cross-attention and one self-attention block.
 Errata: Eq. 3 and 6 write Attn + FFN(H); the layers are ordinary pre-norm blocks with residuals.
@@ -453,8 +454,10 @@ class TwinBrain(nn.Module):
 
     def slots(self, batch):
         """(B, T_R) True where QwenOFT reads its actions."""
-        slot = self.processor.tokenizer.convert_tokens_to_ids(SLOT)
-        return batch["right"]["input_ids"] == slot
+        slot = self.processor.tokenizer(SLOT, add_special_tokens=False)["input_ids"]
+        if len(slot) != 1:
+            raise common.UserError(f"--head oft: this backbone has no single token for {SLOT}")
+        return batch["right"]["input_ids"] == slot[0]
 
     def answer(self, vlm, asked):
         """Questions to one brain by itself -> cross-entropy, (B,) whether greedy decoding is right.
@@ -471,21 +474,24 @@ class TwinBrain(nn.Module):
     def act(self, batch, a_0, fast=None):
         """Batch without actions, noise a_0 (B, H, A) -> normalised action chunks (B, H, A)."""
         if self.cfg.head == "fast":
-            return fast.decode(self.speak(batch, limit=6 * self.cfg.horizon))
+            return fast.decode(self.speak(batch, fast.H * fast.A, fast.end))
         out, _ = self.think(batch)
         if self.cfg.head == "oft":
             return self.expert(out.last_hidden_state, self.slots(batch), self.cfg.horizon).float()
         keys = self.expert.keys(self.conditions(out), batch["right"]["real"])
         return integrate(lambda x, t: self.expert(x, t, keys), a_0, self.cfg.euler)
 
-    def speak(self, batch, limit):
-        """Greedy decoding of `limit` tokens after the right prompt (QwenFAST) -> (B, limit) ids."""
+    def speak(self, batch, limit, end=-1):
+        """Greedy decoding after the right prompt (QwenFAST), until all rows have said `end` ->
+        (B, limit or less) ids."""
         out, cache = self.think(batch)
         h, right, ids = out.last_hidden_state, batch["right"], []
         real, position = right["real"], right["position_ids"][..., -1:]
         real_L = batch["left"]["real"] if self.left is not None else real[:, :0]
         for _ in range(limit):
             ids.append(self.right.lm_head(h[:, -1:]).argmax(-1))  # (B, 1)
+            if (torch.cat(ids, dim=1) == end).any(1).all():
+                break
             real, position = F.pad(real, (0, 1), value=True), position + 1
             h = self.right.model(
                 inputs_embeds=self.right.get_input_embeddings()(ids[-1]),
@@ -712,13 +718,14 @@ class Policy:
         image = next(iter(observation["images"].values()))
         batch = self.batch([observation], [instruction])
         joint_attention.maps = []
-        self.model.think(batch)
+        with common.autocast(self.device, self.cfg.dtype):
+            self.model.think(batch)
         weights, joint_attention.maps = torch.stack(joint_attention.maps), None
         merge = self.processor.merge
         _, rows, columns = (n // merge for n in batch["image_grid_thw"][0].tolist())
         tokens = batch["left"]["input_ids"][0] == self.processor.image_token_id
         first = tokens.nonzero()[: rows * columns, 0]  # the first camera's tokens
-        heat = weights[:, 0, :, -1, first].mean((0, 1)).view(1, 1, rows, columns)
+        heat = weights[:, 0, :, -1, first].float().mean((0, 1)).view(1, 1, rows, columns)
         heat = F.interpolate(heat / heat.max(), image.shape[:2], mode="bilinear")[0, 0, :, :, None]
         return (image * (0.2 + 0.8 * heat.cpu().numpy())).astype(np.uint8)
 
@@ -757,7 +764,8 @@ def make_optimizers(model, cfg):
     for name, p in model.named_parameters():
         if p.requires_grad:
             peak = cfg.lr if name.startswith(("right.", "left.")) else cfg.lr_head
-            muon = cfg.optimizer == "muon" and p.dim() == 2 and "embed" not in name
+            words = "embed" in name or "lm_head" in name
+            muon = cfg.optimizer == "muon" and p.dim() == 2 and not words
             groups.setdefault((muon, peak), []).append(p)
     adam, muon = (
         [{"params": p, "lr": r, "peak": r} for (m, r), p in groups.items() if m == matrices]
@@ -926,8 +934,10 @@ def check(cfg):
         raise common.UserError("--attention kernel: no --visibility index, no --brain nofreeze")
     if cfg.ablation == "t9-student" and not cfg.distill:
         raise common.UserError("--ablation t9-student needs --distill RUN, a twin's run folder")
+    if cfg.distill and cfg.brain != "vanilla":
+        raise common.UserError("--distill teaches a single brain: add --brain vanilla")
     for name in ("steps", "batch", "accumulate", "demos", "repeats", "episodes", "parallel",
-                 "log_every"):  # fmt: skip
+                 "log_every", "save_every", "euler"):  # fmt: skip
         if getattr(cfg, name) < 1:
             raise common.UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: at least 1")
     if cfg.questions < 2 or cfg.questions % 2:
@@ -936,6 +946,17 @@ def check(cfg):
         raise common.UserError("--lora trains no word embeddings (--head fast) and no left brain")
     if not 1 <= cfg.execute <= cfg.horizon:
         raise common.UserError(f"--execute {cfg.execute}: from 1 to --horizon {cfg.horizon}")
+
+
+def load_teacher(cfg, device):
+    """--distill: the twin whose features a single brain learns; both must read the same prompt."""
+    teacher = load_policy(cfg.distill, device).model
+    for name in ("backbone", "head", "state", "deepstack", "size", "wrist_size"):
+        mine, theirs = getattr(cfg, name), getattr(teacher.cfg, name)
+        if mine != theirs:
+            flag = "--" + name.replace("_", "-")
+            raise common.UserError(f"--distill {cfg.distill} has {flag} {theirs}, this run {mine}")
+    return teacher
 
 
 def list_ablations():
@@ -975,7 +996,7 @@ def session(cfg, dist):
     sets = data.question_sets(ABILITIES, cfg.questions, cfg.size, cfg.wrist_size)
     if not policy:
         policy, batches, meta = prepare(cfg, dist, run, resumed)
-        teacher = load_policy(cfg.distill, dist.device).model if cfg.distill else None  # [method]
+        teacher = load_teacher(cfg, dist.device) if cfg.distill else None  # [method]
         measure = partial(abilities, policy.model, cfg, policy.processor, dist.device, sets)
         seconds = train(cfg, dist, run, policy.model, batches, meta, resumed, measure, teacher)
     results = loop.evaluate(policy, cfg, dist, run.folder, run.say)

@@ -111,7 +111,8 @@ def memory_rows(model, cfg, split=1, copied=()):
     for name, p in model.named_parameters():
         row = rows.setdefault(name.partition(".")[0], [0, 0, 0])
         n = p.numel() / (1 if p in copied else split)
-        muon = cfg.optimizer == "muon" and p.dim() == 2 and "embed" not in name
+        words = "embed" in name or "lm_head" in name
+        muon = cfg.optimizer == "muon" and p.dim() == 2 and not words
         state = 2 if cfg.optimizer == "adamw8bit" else 4 if muon else 8
         for i, each in enumerate((p.element_size(), 4 * p.requires_grad, state * p.requires_grad)):
             row[i] += n * each

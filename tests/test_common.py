@@ -46,7 +46,11 @@ def parse(*words):
 def test_flags_beat_ablation_beats_preset_beats_defaults():
     cfg = parse("--preset", "paper", "--ablation=T6b", "--lr", "2e-5", "--suites", "b,c")
     assert (cfg.lr, cfg.batch_size, cfg.ema, cfg.suites) == (2e-5, 128, False, ("b", "c"))
-    assert cfg.explicit == ("preset", "ablation", "lr", "suites")
+    assert set(cfg.explicit) == {"preset", "ablation", "lr", "suites", "ema"}
+    saved = dict(vars(parse()), ema=True)
+    saved.pop("explicit")
+    acted = common.resume_config(parse("--ablation", "T6b"), saved, ("ablation", "ema"))
+    assert acted.ema is False, "an arm that a finished run may be asked for is not ignored"
     assert parse("--ablation", "T6b", "--ema").ema and parse("--no-ema").ema is False
     assert parse("--seed", "-1").seed == -1 and parse("--ablation", "list").ablation == "list"
 

@@ -162,6 +162,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, monkeypatch, status, num
     (["--backbone", "Qwen3-VL-4"], "--backbone Qwen3-VL-4: did you mean Qwen3-VL-4B?"),
     (["--ablation", "t6-k3"], "unknown ablation 't6-k3' (did you mean t6-k"),
     (["--ablation", "t9-student"], "t9-student needs --distill"),
+    (["--distill", "x"], "--distill teaches a single brain"),
     (["--domains", "in,colours"], "--domains colours for bridge: did you mean colour?"),
     (["--execute", "9"], "--execute 9: from 1 to --horizon 8"),
     (["--execute", "0"], "--execute 0: from 1 to --horizon 8"),
@@ -206,7 +207,8 @@ def test_foreign_checkpoints_are_refused(copied, status):
     for path in copied.glob("checkpoints/*/meta.json"):
         path.write_text(path.read_text().replace('"method": "twinbrain"', '"method": "dualvla"'))
     for flag in ("--resume", "--eval-only", "--distill"):
-        words = [*TINY, flag, str(copied)] if flag == "--distill" else [flag, str(copied)]
+        words = [flag, str(copied)]
+        words += [*TINY, "--brain", "vanilla"] if flag == "--distill" else []
         code, _, err = status(twinbrain.main, *words)
         assert code == 2 and "is a checkpoint of dualvla, not of twinbrain" in err
 

@@ -94,9 +94,14 @@ def from_file(path, episodes, threshold=0.53):
 
 def frames_of(episode):
     """All cameras, (T, 3 * cameras, SIDE, SIDE) in 0..1."""
-    views = [torch.from_numpy(v).permute(0, 3, 1, 2).float() / 255 for v in episode.images.values()]
-    views = [F.interpolate(v, (SIDE, SIDE), mode="bilinear", antialias=True) for v in views]
-    return torch.cat(views, dim=1)
+    return torch.cat([torch.cat([shrink(v[t]) for t in range(len(v))])
+                      for v in episode.images.values()], dim=1)  # fmt: skip
+
+
+def shrink(picture):
+    """uint8 (h, w, 3), of whatever size it was recorded in -> (1, 3, SIDE, SIDE) in 0..1."""
+    picture = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255
+    return F.interpolate(picture, (SIDE, SIDE), mode="bilinear", antialias=True)
 
 
 def windows(length):

@@ -383,7 +383,8 @@ def judge_all(runs, cfg, file, reasons, say=print, pause=1.0, timeout=60.0):
     if lost:
         raise common.UserError(
             f"{len(lost)} of {len(runs)} trajectories could not be judged ({lost[0]}); the others "
-            f"are in {file}: the same command goes on with what is missing"
+            f"are in {file}: the same command goes on with what is missing (after "
+            f"--eval-only with --out {file.parent})"
         )
     silent = {"Reasoning": 0, "Alignment": 10}  # a specialist: Eq. 8 does not read them
     return [silent | done[key] for key in keys]
