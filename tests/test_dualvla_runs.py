@@ -84,6 +84,12 @@ def test_a_stage_starts_from_given_folders(finished, tmp_path):
     assert result(tmp_path / "run")["arm"] == "no-reason-teacher"
 
 
+def test_a_teacher_of_another_stage_is_refused(finished, tmp_path, status):
+    words = [*TINY, "--expert", str(finished / "generalist"), "--out", str(tmp_path / "run")]
+    code, _, err = status(dualvla.main, *words)
+    assert code == 2 and err.count("\n") == 1 and "is a run of --stage generalist" in err
+
+
 def test_evaluation_alone_repeats_the_runs_own(copied, tmp_path):
     words = ["--eval-only", str(copied / "dual"), "--gifs", "1", "--out", str(tmp_path / "again")]
     dualvla.main(words)

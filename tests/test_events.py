@@ -5,6 +5,7 @@ import threading
 import time
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -37,6 +38,15 @@ def test_f1_by_relative_distance():
     assert events.f1(found, truth, [20], 0.02) == 0
     assert events.f1([[5, 5.4]], [[5]], [20]) == pytest.approx(2 / 3)  # each boundary counts once
     assert events.f1([[], [3]], [[4], [3]], [20, 20]) == pytest.approx(2 / 3)  # pooled
+
+
+def test_pictures_read_one_by_one_are_those_of_an_array():
+    """A recording that is not cached gives its frames when asked for them, and of any size."""
+    film = np.random.default_rng(0).integers(0, 256, (4, 40, 56, 3), dtype=np.uint8)
+    stored, lazy = (SimpleNamespace(images={"a": x, "b": x}) for x in (film, list(film)))
+    frames = events.frames_of(stored)
+    assert frames.shape == (4, 6, events.SIDE, events.SIDE) and frames.max() <= 1
+    assert torch.equal(frames, events.frames_of(lazy))
 
 
 def test_windows_repeat_the_ends():

@@ -8,6 +8,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -654,6 +655,24 @@ def test_speaking_token_by_token_equals_one_pass(episodes):
         h = case.model.think(whole)[0].last_hidden_state[:, -6:-1]
     assert torch.equal(whole["right"]["input_ids"][:, -5:], ids)
     assert torch.equal(case.model.right.lm_head(h).argmax(-1), ids)
+    alone, end = twinbrain.sense(acting[:1], case.cfg, case.processor), int(ids[0, 1])
+    with torch.no_grad():
+        said = case.model.speak(alone, 5, end)[0].tolist()
+    assert said == ids[0].tolist()[: ids[0].tolist().index(end) + 1], "it goes on behind its end"
+
+
+def test_a_slot_is_one_token_of_any_tokenizer(episodes):
+    """A byte-level vocabulary has no entry written as the slot is, and still may have its token."""
+    case, known = Case(episodes, brain="vanilla", head="oft"), {}
+    want = case.model.slots(case.batch)
+    tokenizer = case.processor.tokenizer
+    reads = SimpleNamespace(tokenizer=lambda text, **how: known or tokenizer(text, **how))
+    case.model.processor = reads
+    assert want.sum(1).tolist() == [case.cfg.horizon] * len(want)
+    assert torch.equal(case.model.slots(case.batch), want)
+    known["input_ids"] = [1, 2]
+    with pytest.raises(common.UserError, match="no single token"):
+        case.model.slots(case.batch)
 
 
 def test_attention_map(case, episodes):
