@@ -896,6 +896,8 @@ def prepare(cfg, dist, run, resumed):
     acts, asks = data.recordings(cfg, dist, resumed)
     robots = {part.name: part.stats for part in acts}
     model, processor = build(cfg, *data.dims(robots), resumed)
+    if cfg.head in ("oft", "fast") and not (resumed or cfg.lora):
+        common.redraw_untrained(model.right)  # their words are the backbone's least known
     how = cfg.horizon, cfg.augment, (cfg.size, cfg.wrist_size)
     windows = [data.Windows(p.episodes, p.stats, *how, data.robot_name(p.name)) for p in acts]
     mixtures = [data.Mixture(windows, [p.weight for p in acts], cfg.seed)]

@@ -661,6 +661,23 @@ def test_speaking_token_by_token_equals_one_pass(episodes):
     assert said == ids[0].tolist()[: ids[0].tolist().index(end) + 1], "it goes on behind its end"
 
 
+def test_words_that_no_text_trained_are_drawn_anew():
+    vlm, processor = common.load_backbone("tiny")
+    words = vlm.get_input_embeddings().weight
+    before, ids = words.detach().clone(), processor.tokenizer.convert_tokens_to_ids
+    twins = [ids("<robot_action_0>"), ids("<robot_action_7>"), ids(twinbrain.SLOT)]
+    red = ids("Ġred")
+    assert torch.cosine_similarity(words[twins[0]], words[twins[1:]]).min() > 0.99
+    common.redraw_untrained(vlm)
+    changed = (words != before).any(1)
+    assert changed[twins].all() and not changed[red] and vlm.lm_head.weight is words
+    assert torch.cosine_similarity(words[twins[0]], words[twins[1:]]).max() < 0.9
+    assert 0.8 < words[changed].norm(dim=1).mean() / words[~changed].norm(dim=1).mean() < 1.25
+    drawn = words.detach().clone()
+    common.redraw_untrained(vlm)
+    assert torch.equal(words, drawn)
+
+
 def test_a_slot_is_one_token_of_any_tokenizer(episodes):
     """A byte-level vocabulary has no entry written as the slot is, and still may have its token."""
     case, known = Case(episodes, brain="vanilla", head="oft"), {}
