@@ -35,10 +35,12 @@ Assumptions, where the paper is silent
   A3  DeepStack stays on in both brains (the public code drops it: no longer the pretrained model).
   A4  The DiT is the framework's: even blocks look at H_R, odd ones at the action tokens; t is
       1 - Beta(1.5, 1); R noise draws a sample; its learning rate is ten times the backbone's.
-  A5  phi(s) is the last token of the right prompt. At paper scale simulation runs without (App. B).
+  A5  phi(s) is the last token of the right prompt (QwenOFT's slots and QwenFAST's words follow it).
+      At paper scale simulation runs without (App. B).
   A6  Actions past an episode's end leave the loss (public code repeats the last one, unmasked),
       but QwenFAST's, whose words mix all steps of a chunk.
-  A7  Co-training adds as many questions as actions to each step, their loss weighted 0.1.
+  A7  Co-training adds as many questions as actions to each step, their loss weighted 0.1; it, and
+      QwenFAST's, is a mean over the words of a process's batch.
   A8  QwenPI: each layer of the VLM gets one cross-attention and one self-attention block.
 Errata: Eq. 3 and 6 write Attn + FFN(H); the layers are ordinary pre-norm blocks with residuals.
 Appendix C calls QwenOFT discrete and autoregressive; the framework's, and ours, is continuous,
@@ -46,7 +48,7 @@ parallel and trained with L1.
 
   python twinbrain.py                                        # laptop: trains, acts, draws
   torchrun twinbrain.py --backbone Qwen3-VL-4B               # one GPU, the embedded world
-  torchrun --nproc-per-node 8 twinbrain.py --preset paper    # eight GPUs, Appendix B's settings
+  torchrun --nproc-per-node 8 twinbrain.py --preset paper --shard full --accumulate 2    # App. B
 """
 
 import copy
@@ -155,7 +157,10 @@ PAPER = dict(
     dropout=0.2, size=224, wrist_size=112, augment=0, execute=1, ensemble=True, episodes=480,
     workers=4,
 )  # fmt: skip
-LIBERO = dict(steps=100_000, horizon=8, normalise="minmax", execute=8, ensemble=False, episodes=500)
+LIBERO = dict(
+    steps=100_000, min_lr=0.1, horizon=8, normalise="minmax", execute=8, ensemble=False,
+    episodes=500,
+)  # fmt: skip
 SHORT = dict(steps=1000, episodes=100, domains=("in", "colour", "shape", "pair", "wording"))
 PRESETS = {"paper": PAPER, "libero": PAPER | LIBERO, "short": SHORT}  # App. B, F; for ablations
 
@@ -901,6 +906,8 @@ def prepare(cfg, dist, run, resumed):
     how = cfg.horizon, cfg.augment, (cfg.size, cfg.wrist_size)
     windows = [data.Windows(p.episodes, p.stats, *how, data.robot_name(p.name)) for p in acts]
     mixtures = [data.Mixture(windows, [p.weight for p in acts], cfg.seed)]
+    if asks and not cfg.cotrain:
+        raise common.UserError(f"--data {asks[0].name} asks questions: add --cotrain 0.1")
     if cfg.cotrain:
         asked = [p.episodes for p in asks] or [data.Questions(cfg.size, cfg.wrist_size)]
         mixtures.append(data.Mixture(asked, [p.weight for p in asks], cfg.seed))

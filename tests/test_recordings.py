@@ -61,6 +61,13 @@ def test_training_on_recordings_and_acting_like_one_of_them(script, both, capsys
         script.main([*acting, "--robot", "wide"])
 
 
+def test_questions_that_nobody_would_answer_are_not_ignored(both):
+    folder, spec = both
+    words = f"{spec},{write_questions(folder / 'asked', 'json')}"
+    with pytest.raises(common.UserError, match="asks questions: add --cotrain 0.1"):
+        twinbrain.main([*TINY, "--data", words, "--out", str(folder / "run")])
+
+
 def test_the_recordings_are_trained_on_by_their_weights(both):
     folder, spec = both
     cfg = twinbrain.Config(data=spec, normalise="minmax")
