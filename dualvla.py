@@ -34,9 +34,10 @@ Assumptions, where the paper is silent
       for detectors whose peaks and accelerations never meet.
   A2  Eq. 4: second difference, angles unwrapped, metres and radians in one norm; the ends of a
       trajectory have no acceleration, neither in the label nor in the mean. A change of the gripper
-      marks the first frame with the new value.
+      marks the first frame with the new value. `events.hand()`: where a recording says both.
   A3  A pruned sample keeps its question (`Say why.`) and loses the answer, so the model learns when
-      to talk (`--masking ignore` keeps the words and takes them out of the loss).
+      to talk (`--masking ignore` keeps the words and takes them out of the loss). An episode that
+      was recorded without reasoning is not pruned: where a move is asked for, it is named.
   A4  Where actions are continuous, Eq. 5 is the distance of two velocities at the same noise and
       time: the KL of two Gaussians of one fixed variance (`--actions tokens`: Eq. 5 to the letter).
   A5  T = 1; the KL is a mean over positions, as the losses are; one question for `--mix` robot
@@ -458,8 +459,7 @@ class DualVLA(nn.Module):
 
     def keys(self, h, batch):
         """Hidden states that end with the queries' -> what the flow expert's layers look at."""
-        state = batch["state"] if self.cfg.state else None
-        return self.flow.prefix(h[:, -self.cfg.queries :], batch["views"], state)
+        return self.flow.prefix(h[:, -self.cfg.queries :], batch["views"], batch["state"])
 
     def forward(self, batch, noise=None, soft=None):
         """Losses of one step, by name. noise: x_0 (B, R, H, A), t (B, R); soft: of `teach()`."""
@@ -640,7 +640,7 @@ class FlowExpert(nn.Module):
         W, self.horizon = cfg.width, cfg.horizon
         self.eye = Eye(condition, W)
         self.latent_in, self.action_in = nn.Linear(condition, W), nn.Linear(action_dim, W)
-        self.state_in = nn.Linear(state_dim, W) if cfg.state else None
+        self.state_in = nn.Linear(state_dim, W) if cfg.state and state_dim else None
         self.mix = nn.Sequential(nn.Linear(2 * W, W), nn.SiLU(), nn.Linear(W, W))
         self.place = nn.Parameter(0.02 * torch.randn(cfg.horizon, W))
         self.blocks = nn.ModuleList(Block(W, cfg.heads) for _ in range(cfg.depth))
@@ -648,9 +648,9 @@ class FlowExpert(nn.Module):
         self.out = nn.Sequential(nn.Linear(W, W), nn.SiLU(), nn.Linear(W, action_dim))
 
     def prefix(self, latents, views, state):
-        """latents (B, N, D), state (B, S) or None -> keys and values of each layer."""
+        """latents (B, N, D), state (B, S) -> keys and values of each layer."""
         parts = [self.eye(views, latents.mean(1)), self.latent_in(latents)]
-        if state is not None:
+        if self.state_in is not None:
             parts.append(self.state_in(state)[:, None])
         kind = [i for i, part in enumerate(parts) for _ in range(part.shape[1])]
         kind = torch.tensor(kind, device=latents.device)
@@ -826,31 +826,8 @@ def keep(scene, action, rule, rng=None):
 
 
 def action_labels(episode):
-    return acceleration_keyframes(episode.state[:, :-1][:, :6], episode.state[:, -1] > 0.5)
-
-
-def scene_labels(episodes, cfg, say=print):
-    """Event boundaries, marked or found -> scene labels (T,) bool of each episode."""
-    if not any(e.reasoning for e in episodes):  # nothing to prune
-        return [np.zeros(len(e.action), bool) for e in episodes]
-    if cfg.event_scores:
-        found = events.from_file(cfg.event_scores, episodes)
-    elif cfg.events == "phase":
-        found = [events.boundaries(e.phase) for e in episodes]
-        if not any(len(each) for each in found):
-            raise common.UserError("--events phase: these recordings mark no sub-goals; take "
-                                   "--events similarity or --event-scores FILE")  # fmt: skip
-    else:
-        known = []
-        if cfg.world != "none":
-            wanted = cfg.event_demos, cfg.seed + 500, cfg.size, cfg.wrist_size, cfg.noise
-            known = data.demonstrations(cfg.world, *wanted)
-        elif cfg.events == "ddm":
-            raise common.UserError("--events ddm learns from a world's marks: take "
-                                   "--events similarity or --event-scores FILE")  # fmt: skip
-        detector = events.detector(cfg.events, known, cfg.seed, say)
-        found = [detector.boundaries(e) for e in episodes]
-    return [events.dilate(f, len(e.action), cfg.reach) for f, e in zip(found, episodes)]
+    path = events.hand(episode)
+    return acceleration_keyframes(path[:, :-1], path[:, -1] > 0.5)
 
 
 def said_words(episodes, tokenizer):
@@ -861,12 +838,23 @@ def said_words(episodes, tokenizer):
 
 def keep_labels(episodes, cfg, say=print):
     """-> for each episode (T,) bool, after `--prune`."""
+    everywhere = [np.ones(len(e.action), bool) for e in episodes]
+    if cfg.prune == "none":
+        return everywhere
     rng = np.random.default_rng(cfg.seed)
     action = [action_labels(e) for e in episodes]
-    scene = action
-    if cfg.prune not in ("none", "action"):
-        scene = scene_labels(episodes, cfg, say)
-    return [keep(s, a, cfg.prune, rng) for s, a in zip(scene, action)]
+    scene = action if cfg.prune == "action" else scene_labels(episodes, cfg, say)
+    return [
+        keep(s, a, cfg.prune, rng) if e.reasoning else whole  # ASSUMPTION A3
+        for e, s, a, whole in zip(episodes, scene, action, everywhere)
+    ]
+
+
+def scene_labels(episodes, cfg, say=print):
+    wanted = cfg.event_demos, cfg.seed + 500, cfg.size, cfg.wrist_size, cfg.noise
+    return events.scene_labels(
+        episodes, cfg, lambda: data.demonstrations(cfg.world, *wanted), say
+    )
 
 
 class Samples(data.Windows):
@@ -884,24 +872,25 @@ class Samples(data.Windows):
         form, said, kept = "plain", "", bool(self.kept[e][t])
         if u < cfg.reason and episode.reasoning:
             form, said = "reason", episode.reasoning[t]
-        elif u < cfg.reason + cfg.motion:
-            form, said = "motion", events.move_name(episode.state, t)
+        elif cfg.reason <= u < cfg.reason + cfg.motion:
+            form, said = "motion", events.move_name(events.hand(episode), t)
         said = said if kept or cfg.masking == "ignore" else ""  # ASSUMPTION A3
         return sample | {"form": form, "said": said, "learn": kept}
 
 
 class Batches(data.Batches):
-    """Robot samples and, for `mix` of them, one question."""
+    """Robot samples and, for `mix` of them, one question: which ones follows from how many robot
+    samples came before, so that every question is read once, however many processes share a step.
+    A batch of fewer than `mix` has a question nevertheless."""
 
     def __init__(self, mixtures, collate, batch, rank=0, processes=1, mix=0):
         super().__init__(mixtures, collate, batch, rank, processes)
-        self.counts = [batch] + [max(batch // mix, 1)] * (len(mixtures) - 1) if mix else [batch]
+        self.per = [1, min(mix, batch)] if mix else [1]  # robot samples for one of each mixture
 
     def __getitem__(self, step):
-        samples = []
-        for mixture, count in zip(self.mixtures, self.counts):
-            first = (step * self.processes + self.rank) * count
-            samples += [mixture[i] for i in range(first, first + count)]
+        first, samples = (step * self.processes + self.rank) * self.batch, []
+        for mixture, n in zip(self.mixtures, self.per):
+            samples += [mixture[i] for i in range(first // n, (first + self.batch) // n)]
         return self.collate(samples)
 
 
@@ -1211,8 +1200,9 @@ def prepare(cfg, dist, run, resumed):
     counts = common.param_counts(model)
     words = ", ".join(f"{name} {common.human(n)}" for name, n in counts.items())
     run.say(f"{data.counted(acts, samples)}; parameters: {words}")
-    if cfg.reason and acts[0].episodes[0].reasoning:
-        run.say(f"reasoning stays at {np.concatenate(kept).mean():.1%} of the steps")
+    told = [k for k, e in zip(kept, episodes) if e.reasoning]
+    if cfg.reason and told:
+        run.say(f"reasoning stays at {np.concatenate(told).mean():.1%} of the steps")
     if dist.main and not resumed:
         shown = [mixtures[0][i] for i in range(4)]
         ids = sense(shown, cfg, processor)["prompt"]["input_ids"]

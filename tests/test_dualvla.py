@@ -410,6 +410,32 @@ def test_forms_come_at_their_shares(episodes):
         assert forms.count(form) / 600 == pytest.approx(share, abs=0.06)
 
 
+def test_episodes_without_reasoning_are_asked_plainly_and_keep_their_moves(episodes):
+    mute = [replace(e, reasoning=[]) for e in episodes]
+    cfg = replace(small(), reason=0.5, motion=0.2)
+    kept = dualvla.keep_labels([*episodes, *mute], cfg)
+    assert all(k.all() for k in kept[4:]) and not any(k.all() for k in kept[:4])
+    samples = dualvla.Samples(mute, data.statistics(mute), cfg, kept[4:])
+    rows = [samples.get(7, np.random.default_rng(i)) for i in range(600)]
+    forms = [row["form"] for row in rows]
+    assert set(forms) == {"plain", "motion"}
+    assert forms.count("motion") / 600 == pytest.approx(0.2, abs=0.06)
+    assert all(bool(row["said"]) == (row["form"] == "motion") for row in rows)
+
+
+def test_a_question_comes_with_every_mix_robot_samples_however_a_step_is_split():
+    def read(batch, processes, steps, mix=7):
+        parts = [[("robot", i) for i in range(999)], [("asked", i) for i in range(999)]]
+        made = [dualvla.Batches(parts, list, batch, r, processes, mix) for r in range(processes)]
+        return sorted(x for step in range(steps) for b in made for x in b[step])
+
+    whole = read(64, 1, 2)
+    assert len(whole) == len(set(whole)) == 128 + 18  # 128 // 7
+    assert whole == read(32, 2, 2) == read(16, 2, 4) == read(8, 8, 2)
+    few = read(4, 2, 3)  # a batch smaller than --mix has a question nevertheless
+    assert [kind for kind, _ in few].count("asked") == 6 == len(set(few)) - 24
+
+
 # --- two teachers ---------------------------------------------------------------------------------
 
 

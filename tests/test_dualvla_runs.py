@@ -6,7 +6,9 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_formats import LENGTHS, write_v2
 
+import common
 import dualvla
 from worlds import benchmarks
 
@@ -168,3 +170,18 @@ def test_foreign_checkpoints_are_refused(copied, status):
         path.write_text(path.read_text().replace('"method": "dualvla"', '"method": "twinbrain"'))
     code, _, err = status(dualvla.main, "--eval-only", str(copied))
     assert code == 2 and "is a checkpoint of twinbrain, not of dualvla" in err
+
+
+def test_recordings_without_a_state_are_pruned_and_trained_on(tmp_path, capsys):
+    root = write_v2(tmp_path / "blind", False)
+    about = json.loads((root / "meta/info.json").read_text())
+    del about["features"]["observation.state"]
+    (root / "meta/info.json").write_text(json.dumps(about))
+    said = [{"episode": e, "reasoning": [f"step {t}" for t in range(T)]} for e, T in
+            enumerate(LENGTHS)]  # fmt: skip
+    (root / "reasoning.jsonl").write_text("\n".join(map(json.dumps, said)))
+    words = [*TINY, "--data", str(root), "--events", "similarity", "--out", str(tmp_path / "run")]
+    dualvla.main(words[: TINY.index("--domains")] + words[TINY.index("--domains") + 2 :])
+    meta = common.load_checkpoint(tmp_path / "run" / "dual", "dualvla").meta
+    assert 0 < "".join(meta["kept"]).count("1") < sum(LENGTHS)
+    assert "reasoning stays at" in capsys.readouterr().out

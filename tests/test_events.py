@@ -359,3 +359,66 @@ def test_answers_written_as_lists():
     assert benchmarks.answers_of("['a', \"b\"]") == ["a", "b"]
     assert benchmarks.answers_of('["a"') == ['["a"']
     assert benchmarks.contains("It says STOP 4", ["stop4"]) == 1
+
+
+# --- the hand's way in recordings of any layout ---------------------------------------------------
+
+
+def recorded(state, action):
+    """An episode as it comes from a disk."""
+    return data.Episode({}, np.asarray(state, np.float32), np.asarray(action, np.float32), "go")
+
+
+def test_the_hand_of_worlds_and_of_bridge_is_in_the_state(episodes):
+    for e in (episodes[0], recorded(episodes[0].state, np.zeros((len(episodes[0].action), 7)))):
+        path = events.hand(e)
+        assert np.array_equal(path[:, :6], e.state[:, :6])
+        assert np.array_equal(path[:, 6], e.state[:, 7])
+
+
+def test_other_recordings_say_in_the_action_how_open_the_hand_is():
+    action = np.zeros((5, 7))
+    action[3:, 6] = 1
+    fingers = np.random.default_rng(0).random((5, 8))  # LIBERO: two joints at the end
+    path = events.hand(recorded(fingers, action))
+    assert path.shape == (5, 7) and path[:, 6].tolist() == [0, 0, 0, 1, 1]
+    assert np.allclose(path[:, :6], fingers[:, :6], atol=1e-6)
+
+
+def test_a_quaternion_becomes_a_turn_whatever_its_sign():
+    angles, q = 0.1 * np.arange(6), np.zeros((6, 8))
+    q[:, 5], q[:, 6] = np.sin(0.3 + angles / 2), np.cos(0.3 + angles / 2)  # about z
+    q[::2, 3:7] *= -1
+    path = events.hand(recorded(q, np.zeros((6, 7))))
+    assert np.allclose(path[:, 3:6], angles[:, None] * [0, 0, 1], atol=1e-5)
+
+
+def test_without_a_state_the_actions_are_the_way():
+    action = np.random.default_rng(0).random((5, 7))
+    path = events.hand(recorded(np.zeros((5, 0)), action))
+    assert path.shape == (5, 7) and not path[0, :6].any()
+    assert np.allclose(np.diff(path[:, :6], axis=0), action[:-1, :6], atol=1e-6)
+
+
+def test_scores_of_ddm_net_are_read_as_it_reads_them(tmp_path):
+    """Above 0.53, highest within 5 frames, none among the first 2 and the last 3."""
+    scores = np.zeros(20)
+    scores[[1, 5, 9, 15, 17]] = 0.9, 0.54, 0.7, 0.6, 0.8
+    (tmp_path / "s.json").write_text(json.dumps({"0": scores.tolist()}))
+    (found,) = events.from_file(tmp_path / "s.json", [recorded(np.zeros((20, 8)), scores[:, None])])
+    assert found == [9]  # 1 and 17 lie at the ends, and 17 hides 15; 9 hides 5
+    assert events.peaks(scores, 0.53) == [1, 5, 9, 15, 17]
+
+
+def test_boundaries_are_looked_for_where_there_is_reasoning(monkeypatch):
+    still = recorded(np.zeros((6, 8)), np.zeros((6, 7)))
+    said = recorded(np.zeros((6, 8)), np.zeros((6, 7)))
+    said.reasoning = ["why"] * 6
+    made = SimpleNamespace(boundaries=lambda e: [2])
+    monkeypatch.setattr(events, "detector", lambda *a: made)
+    cfg = replace(Config(), world="none", events="similarity")
+    labels = events.scene_labels([still, said], cfg, None)
+    assert [label.tolist() for label in labels] == [[0] * 6, [0, 0, 1, 0, 0, 0]]
+    assert not events.scene_labels([still], replace(cfg, events="ddm"), None)[0].any()
+    with pytest.raises(common.UserError, match="--events ddm learns from a world's marks"):
+        events.scene_labels([said], replace(cfg, events="ddm"), None)

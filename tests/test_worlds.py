@@ -200,7 +200,7 @@ def test_demonstrations_of_any_world_are_cached(floors, monkeypatch, tmp_path):
     assert data.expert_rates(made).startswith("the expert succeeded in 83.3% of its tries red ")
     labels = dualvla.action_labels(made[0])
     assert labels.shape == (len(made[0].action),) and labels.dtype == bool
-    assert events.move_name(made[0].state, 0).startswith("move ")
+    assert events.move_name(events.hand(made[0]), 0).startswith("move ")
 
 
 SMALL = ["--world", "floor", "--demos", "6", "--steps", "2", "--log-every", "1", "--episodes", "2",
