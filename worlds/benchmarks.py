@@ -25,10 +25,13 @@ from worlds import questions, score
 
 METRICS = {  # what a file's name begins with, in lower case without signs -> metric
     "mmmu": "choice", "mmstar": "choice", "mmbench": "choice", "seed": "choice",
-    "scienceqa": "choice", "pope": "yesno", "mme": "pairs", "textvqa": "vqa", "docvqa": "anls",
-    "infovqa": "anls", "ocrbench": "contains", "mmvet": "judge",
+    "scienceqa": "choice", "pope": "yesno", "mmerealworld": "choice", "mme": "pairs",
+    "textvqa": "vqa", "docvqa": "anls", "infovqa": "anls", "ocrbench": "contains", "mmvet": "judge",
 }  # fmt: skip
 LETTERS = "ABCDEFGHI"
+MEANT = re.compile(  # the letter an answer begins with: "B", "(B)", "The answer is: **B**"
+    r"\W*(?i:(?:the )?(?:correct )?(?:answer|option)(?: is)?\W+)?\(?([A-I])\b(?!\s+[a-z])"
+)
 
 
 # --- metrics of one answer, 0 to 1 ----------------------------------------------------------------
@@ -80,11 +83,12 @@ def anls(said, answers, least=0.5):
 
 def choice(said, options):
     """The letter that was meant: said alone or first, or by its option's words; else ""."""
-    found = re.match(r"\W*(?:answer\W+)?\(?([A-I])\b(?!\s+[a-z])", said.strip())
+    found = MEANT.match(said)
     if found and found[1] in options:
         return found[1]
-    meant = [letter for letter, words in options.items() if plain(words) == plain(said)]
-    inside = [letter for letter, words in options.items() if plain(words) in plain(said)]
+    said = f" {plain(said)} "
+    meant = [letter for letter, words in options.items() if f" {plain(words)} " == said]
+    inside = [letter for letter, words in options.items() if f" {plain(words)} " in said]
     meant = meant or inside
     return meant[0] if len(meant) == 1 else ""
 
@@ -98,7 +102,8 @@ def yes_or_no(said):
 
 
 def read(path):
-    """-> rows: {"index", "image" (h, w, 3), "question", "answers", "options", "group"}"""
+    """-> rows: {"index", "image" (h, w, 3), "question", "answers", "options", "hint", "category",
+    "group": what its picture is called}"""
     flag, rows, pictures = f"--benchmark {path}", [], {}
     csv.field_size_limit(2**31 - 1)
     try:
@@ -114,24 +119,24 @@ def read(path):
             image, name = picture_of(row, Path(path).parent, pictures)
         except (OSError, ValueError, KeyError, binascii.Error) as error:
             raise common.UserError(f"{flag}: row {index} has no readable image ({error})") from None
-        pictures[index] = image
+        pictures[index] = image, name
         options = {c: row[c] for c in LETTERS if row.get(c)}
         rows.append({"index": index, "image": image, "question": row["question"], "group": name,
                      "answers": answers_of(row["answer"] or ""), "options": options,
-                     "hint": row.get("hint") or ""})  # fmt: skip
+                     "hint": row.get("hint") or "", "category": row.get("category")})  # fmt: skip
     return rows
 
 
 def picture_of(row, folder, known):
     """A row's picture and what names it; a short "image" is the index of an earlier row's."""
-    text = row.get("image") or ""
-    if not text and row.get("image_path"):
-        image = Image.open(folder / row["image_path"])
-        return np.asarray(image.convert("RGB")), row["image_path"]
-    if len(text) < 64:
-        return known[text], text
-    image = Image.open(io.BytesIO(base64.b64decode(text, validate=True)))
-    return np.asarray(image.convert("RGB")), str(hash(text))
+    text, path = row.get("image") or "", row.get("image_path") or ""
+    if len(text) >= 64:
+        image = Image.open(io.BytesIO(base64.b64decode(text, validate=True)))
+    elif text or not path:
+        return known[text]
+    else:
+        image = Image.open(folder / path)
+    return np.asarray(image.convert("RGB")), path or hash(text)
 
 
 def answers_of(text):
@@ -165,9 +170,9 @@ def grade(said, row, metric, cfg=None):
     """One answer's worth, 0 to 1."""
     if metric == "choice":
         right = row["answers"][0].strip()
-        if not row["options"]:
+        if not row["options"] and right not in list(LETTERS):
             return exact(said, [right])
-        return float(choice(said, row["options"]) == right)
+        return float(choice(said, row["options"] or dict.fromkeys(LETTERS, "")) == right)
     if metric in ("yesno", "pairs"):
         return float(yes_or_no(said) == plain(row["answers"][0]))
     if metric == "judge":
@@ -196,14 +201,17 @@ def ask_judge(said, row, cfg):
 
 
 def total(grades, rows, metric):
-    """-> {"accuracy": ..., ...} of a file; MME adds the pictures with both answers right."""
+    """-> {"accuracy": ..., ...} of a file; MME adds the pictures with both answers right, and its
+    score, at most 200 for each category."""
     out = {"accuracy": float(np.mean(grades)), "questions": len(rows)}
     if metric == "pairs":
-        groups = {}
+        groups, points = {}, 0.0
         for g, row in zip(grades, rows):
-            groups.setdefault(row["group"], []).append(g)
-        out["accuracy+"] = float(np.mean([min(g) for g in groups.values()]))
-        out["score"] = 100 * (out["accuracy"] + out["accuracy+"])
+            groups.setdefault(row["category"], {}).setdefault(row["group"], []).append(g)
+        for pairs in (list(some.values()) for some in groups.values()):
+            points += 100 * (np.mean(sum(pairs, [])) + np.mean([min(p) for p in pairs]))
+        both = [min(p) for some in groups.values() for p in some.values()]
+        out |= {"accuracy+": float(np.mean(both)), "score": float(points)}
     return out
 
 
