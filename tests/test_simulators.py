@@ -110,6 +110,12 @@ def test_a_foreign_server_gets_no_reset(served):
     assert "reset" not in served.seen[0]
 
 
+def test_a_server_that_compiles_is_waited_for(served):
+    """openpi's answers no pings while it plans; whoever pings it gives up after 40 s."""
+    policy = client.Server(served.start(lambda message: {"actions": np.zeros((1, 7))}))
+    assert getattr(policy.socket, "ping_interval", None) is None
+
+
 @pytest.mark.parametrize("says, value, opened", [
     ("unit", 0.7, 1), ("unit", 0.3, 0), ("plus", 0.3, 1), ("plus", -1, 0), ("minus", -0.2, 1),
     ("minus", 1, 0)])  # fmt: skip
@@ -173,6 +179,34 @@ def test_the_ensemble_blends_the_last_chunks():
 def test_intervals_are_those_of_the_models():
     for won, n in ((0, 0), (0, 5), (3, 7), (24, 24), (171, 480)):
         assert np.allclose(client.ci95(won, n), common.ci95(won, n))
+
+
+def test_an_average_lies_in_its_interval():
+    """Tasks with few episodes count as much as others, and make it less sure."""
+    even = client.mean([client.rate([1] * 30 + [0] * 20), client.rate([1] * 10 + [0] * 40)])
+    assert even["success"] == 0.4 and np.allclose(even["ci95"], common.ci95(40, 100))
+    odd = client.mean([client.rate([1] * 10), client.rate([0] * 1000), None])
+    low, high = odd["ci95"]
+    assert odd["success"] == 0.5 and odd["episodes"] == 1010
+    assert low < 0.5 < high and np.allclose(odd["ci95"], common.ci95(19.8, 39.6), atol=0.001)
+
+
+def test_every_start_of_every_task_is_acted_from_once(tmp_path):
+    begun, said, policy = [], [], Planner(H=4)
+    world = Box(goal=2)
+    world.reset = lambda i, task: (begun.append((task, i)), setattr(world, "steps", 0))
+    results = client.Results("libero", tmp_path / "r.json", {}, policy, {})
+    many = {t: libero.episodes(libero.PROTOCOLS["vita"] | {"episodes": 30}, t)
+            for t in ("goal/a", "long/b")}  # fmt: skip
+    client.evaluate(world, policy, {"execute": 4, "ensemble": 0}, results, many, said.append)
+    assert begun == [("goal/a", i) for i in range(30)] + [("long/b", i) for i in range(20)]
+    assert len(said) == policy.resets == 50 and said[-1].startswith("long/b 20: success; so far")
+
+
+def test_out_names_a_file(tmp_path):
+    for out in (tmp_path, tmp_path / "none" / "r.json"):
+        with pytest.raises(common.UserError, match="--out .*: a file's name is needed"):
+            client.Results("libero", out, {}, Planner(1), {})
 
 
 def test_results_are_written_as_they_come(tmp_path):

@@ -78,7 +78,8 @@ class Server:
         if token:
             about["additional_headers"] = {"Authorization": f"Api-Key {token}"}
         if int(metadata.version("websockets").partition(".")[0]) >= 15:
-            about["proxy"] = None
+            # A server that compiles its first plan answers no pings meanwhile: patience bounds it.
+            about |= {"proxy": None, "ping_interval": None}
         try:
             link = connect(address if "://" in address else f"ws://{address}", **about)
             self.socket = contextlib.ExitStack().enter_context(link)
@@ -292,8 +293,8 @@ class Results:
         versions = {n: v for n, v in ({n: version(p) for n, p in versions.items()}).items() if v}
         self.about = {"benchmark": name, "protocol": protocol, "seed": protocol.get("seed"),
                       "versions": machine | versions, "server": server.metadata}  # fmt: skip
-        if not self.path.parent.is_dir():
-            raise UserError(f"--out {self.path}: there is no folder {self.path.parent}")
+        if not self.path.parent.is_dir() or self.path.is_dir():
+            raise UserError(f"--out {self.path}: a file's name is needed, in a folder that exists")
 
     def add(self, task, won, steps):
         self.wins.setdefault(task, []).append(bool(won))
@@ -320,6 +321,17 @@ class Results:
         return out
 
 
+def evaluate(world, policy, protocol, results, many, say=say):
+    """many: {task: n}; acts from the first n starts of each task."""
+    for task, n in many.items():
+        for i in range(n):
+            world.reset(i, task)
+            won = play(world, policy, protocol["execute"], protocol["ensemble"])
+            results.add(task, won, world.steps)
+            done = results.write()["tasks"][task]
+            say(f"{task} {i + 1}: {'success' if won else 'failure'}; so far {cell(done)}")
+
+
 def cell(measured):
     """{"success", "ci95", "episodes"} -> words"""
     if not measured or not measured["episodes"]:
@@ -344,14 +356,15 @@ def table(rows, papers, say=say):
 
 
 def mean(tasks):
-    """The average over tasks as the papers take it; its interval is that of all episodes."""
+    """The average over tasks as the papers take it. Its interval is that of as many episodes as
+    would, spread evenly, tell it as well: all of them if each task has as many."""
     some = [t for t in tasks if t and t["episodes"]]
     if not some:
         return None
-    wins = sum(round(t["success"] * t["episodes"]) for t in some)
-    n = sum(t["episodes"] for t in some)
     average = sum(t["success"] for t in some) / len(some)
-    return {"success": average, "ci95": ci95(wins, n), "episodes": n}
+    worth = len(some) ** 2 / sum(1 / t["episodes"] for t in some)
+    n = sum(t["episodes"] for t in some)
+    return {"success": average, "ci95": ci95(average * worth, worth), "episodes": n}
 
 
 def close(results, protocol, rows, papers, full, say=say):

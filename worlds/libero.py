@@ -201,15 +201,10 @@ class Libero:
 # --- main -----------------------------------------------------------------------------------------
 
 
-def evaluate(world, policy, protocol, tasks, results, say=client.say):
-    for task in tasks:
-        suite, asked = task.partition("/")[0], protocol["episodes"]
-        for i in range(min(asked, protocol.get(suite, asked))):
-            world.reset(i, task)
-            won = client.play(world, policy, protocol["execute"], protocol["ensemble"])
-            results.add(task, won, world.steps)
-            done = results.write()["tasks"][task]
-            say(f"{task} {i + 1}: {'success' if won else 'failure'}; so far {client.cell(done)}")
+def episodes(protocol, task):
+    """How many of a task's recorded starts are acted from."""
+    asked = protocol["episodes"]
+    return min(asked, protocol.get(task.partition("/")[0], asked))
 
 
 def rows(done):
@@ -241,7 +236,8 @@ def main(argv=None):
     policy = client.Server(args.server, args.token, args.gripper)
     versions = {n: n for n in ("hf-libero", "libero", "robosuite", "mujoco")}
     results = client.Results("libero", args.out, protocol, policy, versions)
-    evaluate(world, policy, protocol, tasks, results)
+    many = {task: episodes(protocol, task) for task in tasks}
+    client.evaluate(world, policy, protocol, results, many)
     world.env.close()  # at exit its renderer would complain
     client.close(results, protocol, rows, PAPERS, full=len(tasks) == 40)
 

@@ -113,16 +113,6 @@ class RoboCasa:
         return self.observe()
 
 
-def evaluate(world, policy, protocol, tasks, results, say=client.say):
-    for task in tasks:
-        for i in range(protocol["episodes"]):
-            world.reset(i, task)
-            won = client.play(world, policy, protocol["execute"], protocol["ensemble"])
-            results.add(task, won, world.steps)
-            done = results.write()["tasks"][task]
-            say(f"{task} {i + 1}: {'success' if won else 'failure'}; so far {client.cell(done)}")
-
-
 def rows(done):
     some = {task: done["tasks"].get(task) for task in TASKS}
     return some | {"average": client.mean(some.values())}
@@ -139,7 +129,7 @@ def main(argv=None):
     policy = client.Server(args.server, args.token, args.gripper)
     versions = {n: n for n in ("robocasa", "robosuite", "mujoco")}
     results = client.Results("robocasa", args.out, protocol, policy, versions)
-    evaluate(world, policy, protocol, tasks, results)
+    client.evaluate(world, policy, protocol, results, dict.fromkeys(tasks, protocol["episodes"]))
     client.close(results, protocol, rows, PAPERS, full=len(tasks) == len(TASKS))
 
 

@@ -263,16 +263,6 @@ class Simpler:
 # --- main -----------------------------------------------------------------------------------------
 
 
-def evaluate(world, policy, protocol, tasks, results, say=client.say):
-    for task in tasks:
-        for i in range(protocol["episodes"] or len(starts(task))):
-            world.reset(i, task)
-            won = client.play(world, policy, protocol["execute"], protocol["ensemble"])
-            results.add(task, won, world.steps)
-            done = results.write()["tasks"][task]
-            say(f"{task} {i + 1}: {'success' if won else 'failure'}; so far {client.cell(done)}")
-
-
 def main(argv=None):
     p = client.parser(__doc__, "simpler", "episodes of each task (widowx 120; google: all)")
     p.add_argument("--suite", default="widowx", choices=list(TASKS))
@@ -287,7 +277,8 @@ def main(argv=None):
     policy = client.Server(args.server, args.token, args.gripper)
     versions = {n: n for n in ("simpler_env", "mani_skill2_real2sim", "sapien")}
     results = client.Results("simpler", args.out, protocol, policy, versions)
-    evaluate(world, policy, protocol, tasks, results)
+    many = {task: protocol["episodes"] or len(starts(task)) for task in tasks}
+    client.evaluate(world, policy, protocol, results, many)
 
     def rows(done):
         some = {task: done["tasks"].get(task) for task in TASKS[args.suite]}
