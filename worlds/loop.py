@@ -2,8 +2,9 @@
 
 A policy has `act(observations, instructions, rng) -> (n, H, A)` action chunks in the world's units
 and `view(observation, instruction) -> picture or None`, a panel of its own for the films; it may
-have `said`, what it said before each of the last chunks. With an observation comes "memory", a dict
-for the policy's own use that lasts as long as its world's goal.
+have `said`, what it said before each of the last chunks, and `stats`, what it was trained on, which
+must suit the world. With an observation comes "memory", a dict for the policy's own use that lasts
+as long as its world's goal.
 """
 
 import importlib
@@ -158,6 +159,23 @@ def work(make, pipe):
             pipe.send((RuntimeError(traceback.format_exc()), {}))
 
 
+def measures(world):
+    """-> names of its cameras, how many numbers an action has"""
+    return list(world.observe()["images"]), len(world.expert().act())
+
+
+def suits(stats, name, cameras, width):
+    """Whether a policy trained on `stats` can act in a world: as many cameras, actions as wide but
+    for the zeros that fill up to another robot's."""
+    low, high = (np.array(stats["action"][bound]) for bound in ("min", "max"))
+    own = 1 + max(np.flatnonzero((low != 0) | (high != 0)), default=-1)
+    seen = stats.get("cameras") or cameras
+    if len(seen) != len(cameras) or not own <= width <= len(low):
+        there = f"{len(cameras)} cameras ({', '.join(cameras)}) and actions of {width} numbers"
+        here = f"{len(seen)} ({', '.join(seen)}) and {own}"
+        raise common.UserError(f"--world {name} has {there}, the policy was trained with {here}")
+
+
 def rollout(policy, cfg, world, starts, film=0, crew=None):
     """Acts in one world per start until success or the world's step limit.
 
@@ -170,6 +188,8 @@ def rollout(policy, cfg, world, starts, film=0, crew=None):
     n, rng, stride = len(starts), np.random.default_rng(cfg.seed), film_stride(world)[0]
     begin = (("chain", s) if task == "chain" else ("reset", s, task, d) for s, task, d in starts)
     crew.ask(dict(enumerate(begin)))
+    if stats := getattr(policy, "stats", None):
+        suits(stats, world, *crew.ask({0: (measures,)})[0])
     chunks, used = [[] for _ in starts], [0] * n  # plans; actions taken of the newest
     age, reached, said = [0] * n, [0] * n, [""] * n
     live, films, taken = list(range(n)), [[] for _ in range(film)], [[] for _ in range(film)]
