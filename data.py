@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common import UserError, nearest, run_main
+from common import UserError, convert, nearest, run_main
 from parts.formats import (
     GROUPS,
     SOURCES,
@@ -38,6 +38,7 @@ from parts.formats import (
     QuestionFile,
     Source,
     Store,
+    drafted,
     fingerprint,
     first_of,
     flat,
@@ -250,7 +251,10 @@ class Episodes:
         """Reads everything once, keeps the numbers in CACHE; faults stop it, or are left out."""
         if self.store is None:
             folder = CACHE / f"{self.path.name}-{fingerprint(self.path, self.source)}"
-            known = Store(folder) if (folder / "index.json").exists() and not again else None
+            try:
+                known = None if again else Store(folder)
+            except UserError:  # there is none yet, or the machine went down with it half on disk
+                known = None
             if known is None or (known.faults and not skip_bad):
                 write_store(self, folder, every=every)
             self.store = Store(folder)
@@ -261,15 +265,17 @@ class Episodes:
         return self.store
 
 
-def write_store(episodes, folder, pictures=False, side=0, every=False):
+def write_store(episodes, folder, pictures=False, side=0, every=False, skip_bad=True):
     """All numbers of a dataset in flat files, `pictures` too; otherwise each episode's first and
-    last picture is tried, or `every` one. What cannot be read is listed and left out."""
+    last picture is tried, or `every` one. What cannot be read is listed and left out or ends it."""
+    with drafted(folder) as draft:
+        fill_store(draft, episodes, pictures, side, every, skip_bad)
+
+
+def fill_store(folder, episodes, pictures, side, every, skip_bad):
     reader, fresh = episodes.reader, Episodes(episodes.path, episodes.source, episodes.reader)
     index = {"names": [], "kept": [], "text": [], "lengths": [], "sizes": {}}
     index |= {"faults": list(reader.faults), "fps": reader.fps, "dims": reader.dims}
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     for kept in (opened, parquet_numbers, parquet_pictures, parquet_groups):
         kept.cache_clear()  # the files may have been mended since they were last read
     words = f"reading {episodes.path.name} (once)"
@@ -287,31 +293,31 @@ def write_store(episodes, folder, pictures=False, side=0, every=False):
                         arrays[camera] = np.stack(taken)
         except UserError as fault:
             index["faults"].append(str(fault))
+            if not skip_bad:
+                break
             continue
         if pictures and not index["kept"]:
             needed = sum(reader.lengths) * sum(array[0].nbytes for array in arrays.values())
-            if needed > shutil.disk_usage(temporary).free:
-                raise UserError(f"{folder} needs {needed / 1e9:.1f} GB, more than is free: --size")
+            if needed > shutil.disk_usage(folder).free:
+                raise UserError(f"the store needs {needed / 1e9:.1f} GB, more than is free: --size")
         arrays |= {"state": episode.state, "action": episode.action}
         for name, array in arrays.items():
-            with open(temporary / name, "ab") as file:
+            with open(folder / name, "ab") as file:
                 file.write(array.tobytes())
         if pictures and episode.reasoning:
             said = {"episode": len(index["kept"]), "reasoning": episode.reasoning}
-            with open(temporary / "reasoning.jsonl", "a", encoding="utf-8") as file:
+            with open(folder / "reasoning.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(said) + "\n")
         row = fresh.names[i], i, episode.instruction, len(episode.action)
         for name, value in zip(("names", "kept", "text", "lengths"), row):
             index[name].append(value)
-    if not index["kept"]:
+    if not index["kept"] or (index["faults"] and not skip_bad):
         raise UserError(first_of(index["faults"], episodes.path))
     stats, T = {}, sum(index["lengths"])
     for kind, width in zip(("state", "action"), reader.dims):
-        stats[kind] = summary(flat(temporary / kind, "f4", (T, width)))
+        stats[kind] = summary(flat(folder / kind, "f4", (T, width)))
     index |= {"stats": stats, "normalise": episodes.source.normalise}
-    (temporary / "index.json").write_text(json.dumps(index))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    (folder / "index.json").write_text(json.dumps(index))
 
 
 def open_episodes(spec, skip_bad=False, every=False, again=False):
@@ -347,8 +353,9 @@ def named(spec):
     wanted = {}
     for word in filter(None, spec.split(",")):
         name, _, weight = word.partition("=")
-        with reading(f"--data {word}"):
-            weight = float(weight or 1)
+        weight = convert(f"--data {word}:", weight or "1", float, ())
+        if not 0 < weight < np.inf:
+            raise UserError(f"--data {word}: a weight is above 0")
         for member, share in GROUPS.get(name, {name: 1.0}).items():
             wanted[member] = weight * share
             if member.partition(":")[0] not in loop.WORLDS:
@@ -431,11 +438,10 @@ def counted(acts, windows):
 
 def summary(x):
     """(N, D) -> q01, q99, min, max of each dimension, exact over all N, as lists."""
-    columns = [np.asarray(column, np.float64) for column in x.T]
-    out = {"q01": [np.quantile(c, 0.01) for c in columns]}
-    out |= {"q99": [np.quantile(c, 0.99) for c in columns]}
-    out |= {"min": [c.min() for c in columns], "max": [c.max() for c in columns]}
-    return {name: [float(v) for v in values] for name, values in out.items()}
+    places = {"q01": 0.01, "q99": 0.99, "min": 0.0, "max": 1.0}
+    columns = (np.asarray(column, np.float64) for column in x.T)  # one at a time in memory
+    rows = [np.quantile(column, [*places.values()]).tolist() for column in columns]
+    return {name: [row[k] for row in rows] for k, name in enumerate(places)}
 
 
 def statistics(episodes):
@@ -684,7 +690,7 @@ def main(argv=None):
     folder = Path(args.out or f"{episodes.path.name}-frames")
     if folder.exists():
         raise UserError(f"{folder} exists: name another with --out")
-    write_store(episodes, folder, True, args.size)
+    write_store(episodes, folder, True, args.size, skip_bad=args.skip_bad)
     kept = Store(folder)
     print("\n".join(f"left out: {fault}" for fault in kept.faults))
     print(f"{len(kept.names)} episodes, {sum(kept.lengths)} steps in {folder}: --data {folder}")

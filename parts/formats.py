@@ -12,6 +12,8 @@ import json
 import os
 import pickle
 import re
+import shutil
+import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -131,6 +133,7 @@ def reading(place):
     except Exception as error:  # six libraries' worth of kinds, all of them a damaged file
         missing = isinstance(error, FileNotFoundError)
         words = "no such file" if missing else " ".join(str(error).split()) or repr(error)
+        words = f"no field {words}" if isinstance(error, KeyError) else words
         remedy = "fetch it again, or leave its episodes out with --skip-bad"
         raise UserError(f"{place}: {words[:300]}; {remedy}") from error
 
@@ -197,10 +200,14 @@ class Frames:
             return self.picture(t)
 
 
+PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow starts programs for some others
+
+
 def decode(content):
-    """A PNG or JPEG, as bytes or a path -> (height, width, 3) uint8."""
+    """A picture, as bytes or a path -> (height, width, 3) uint8."""
+    file = io.BytesIO(content) if isinstance(content, bytes) else content
     try:
-        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
+        with Image.open(file, formats=PICTURES) as image:
             return np.array(image.convert("RGB"))
     except Image.UnidentifiedImageError:
         raise ValueError("this is no picture") from None
@@ -360,21 +367,25 @@ class LeRobot:
             self.key["state"] = "observation.state" if "observation.state" in features else "state"
             shapes = {kind: features.get(key, {"shape": [0]}) for kind, key in self.key.items()}
             width = {kind: feature["shape"][0] for kind, feature in shapes.items()}
+            self.cameras = {}
+            for key, feature in features.items():
+                about = feature.get("info") or feature.get("video_info") or {}
+                if feature["dtype"] in ("video", "image") and not about.get("video.is_depth_map"):
+                    if "/" in key:  # a store names a file by it
+                        raise ValueError(f"field {key}: a name with a /")
+                    name = key.rpartition(".")[2]
+                    taken = name in (*self.cameras, "state", "action")
+                    self.cameras[key if taken else name] = key
+                    need("av" if feature["dtype"] == "video" else "pyarrow")
         parts = meta / "modality.json"
         self.modality = read_json(parts) if parts.exists() else {}
-        self.cuts, self.cameras, self.v3 = {}, {}, version.startswith("v3")
+        self.cuts, self.v3 = {}, version.startswith("v3")
         for kind in ("state", "action") if source.parts else ():
             with reading(f"{parts}, {kind} of {', '.join(source.parts)}"):
                 spans = [self.modality[kind][part] for part in source.parts]
                 self.cuts[kind] = np.r_[tuple(slice(s["start"], s["end"]) for s in spans)]
                 width[kind] = len(self.cuts[kind])
         self.dims = width["state"], width["action"]
-        for key, feature in features.items():
-            about = feature.get("info") or feature.get("video_info") or {}
-            if feature["dtype"] in ("video", "image") and not about.get("video.is_depth_map"):
-                name = key.rpartition(".")[2]
-                self.cameras[key if name in self.cameras else name] = key
-                need("av" if feature["dtype"] == "video" else "pyarrow")
         noted = self.modality.get("annotation", {}).items()  # name -> where its task number is
         said = [at.get("original_key", f"annotation.{name}") for name, at in noted]
         said = [key for key in said if key in features and "valid" not in key]
@@ -388,14 +399,14 @@ class LeRobot:
         with reading(f"{meta}, tasks"):
             text = [next(v for k, v in task.items() if k != "task_index") for task in tasks]
             self.tasks = {task["task_index"]: words for task, words in zip(tasks, text)}
+        self.first = {}  # v3.0: data file -> number of its first row in the whole dataset
         with reading(f"{meta}, episodes"):
             self.numbered = [int(row["episode_index"]) for row in self.rows]
             self.lengths = [int(row["length"]) for row in self.rows]
-        self.first = {}  # v3.0: data file -> number of its first row in the whole dataset
-        for row in self.rows if self.v3 else ():
-            file, at = self.path(row), row["dataset_from_index"]
-            self.first[file] = min(at, self.first.get(file, at))
-        self.names = [f"{self.path(r)}, episode {n}" for r, n in zip(self.rows, self.numbered)]
+            for row in self.rows if self.v3 else ():
+                file, at = self.path(row), row["dataset_from_index"]
+                self.first[file] = min(at, self.first.get(file, at))
+            self.names = [f"{self.path(r)}, episode {n}" for r, n in zip(self.rows, self.numbered)]
 
     def table(self, path):
         with reading(path):
@@ -538,6 +549,19 @@ def flat(path, kind, shape):
     return np.asarray(np.memmap(path, kind, "r", shape=shape)) if size else np.zeros(shape, kind)
 
 
+@contextmanager
+def drafted(folder):
+    """An empty folder that takes the place of `folder` if all goes well, and is gone if not."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    words = dict(prefix=f"{folder.name}.part-", dir=folder.parent, ignore_cleanup_errors=True)
+    with tempfile.TemporaryDirectory(**words) as aside:
+        draft = Path(aside, "store")
+        draft.mkdir()
+        yield draft
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(draft, folder)
+
+
 class Store:
     """What `write_store` left: numbers of whole episodes in flat files, pictures too if asked."""
 
@@ -552,6 +576,8 @@ class Store:
             self.starts, self.normalise = np.cumsum([0, *self.lengths]), index["normalise"]
             shapes = {"state": (self.dims[0],), "action": (self.dims[1],)}
             shapes |= {camera: tuple(size) for camera, size in sizes.items()}
+            if any("/" in name for name in shapes):
+                raise ValueError("a camera's name has a /")
         self.arrays, self.cameras = {}, list(sizes)
         for name, shape in shapes.items():
             with reading(root / name):
@@ -577,7 +603,10 @@ class QuestionFile:
             try:
                 with reading(f"{path}, item {number}"):
                     row = json.loads(row) if isinstance(row, str) else row
-                    self.samples += self.ask(row) if "conversations" in row else [self.choose(row)]
+                    asked = self.ask(row) if "conversations" in row else [self.choose(row)]
+                    if not all(answer.strip() for _, _, answer in asked):
+                        raise ValueError("an empty answer, from which nothing can be learned")
+                    self.samples += asked
             except UserError as fault:
                 self.faults.append(str(fault))
         if (self.faults and not skip_bad) or not self.samples:

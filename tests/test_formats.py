@@ -397,7 +397,10 @@ def test_the_table_holds_what_the_papers_trained_on():
     ("gr1", "--include 'gr1_unified.PnPBottleToCabinetClose_GR1ArmsAndWaistFourierHands_1000/*'"),
     ("calvin_abc_d", "wget http://calvin.cs.uni-freiburg.de/dataset/task_ABC_D.zip"),
     ("someone/else", "hf download someone/else"), ("brigde", "did you mean bridge?"),
-    ("/no/such/folder", "no dataset or path"), ("bridge=x", "--data bridge=x"),
+    ("/no/such/folder", "no dataset or path"),
+    ("bridge=x", "--data bridge=x: takes a number, not 'x'"),
+    ("bridge=-1,fractal", "--data bridge=-1: a weight is above 0"),
+    ("bridge=nan", "--data bridge=nan: takes a number"), ("bridge=inf", "a weight is above 0"),
 ])  # fmt: skip
 def test_what_is_not_on_disk_says_how_to_get_it(spec, words):
     with pytest.raises(UserError, match="(?s)" + __import__("re").escape(words)) as error:
@@ -543,6 +546,53 @@ def test_faults_of_meta_files(name, text, tmp_path):
         assert name.split(".")[0].split("/")[0] in str(error.value) or not text
 
 
+@pytest.mark.parametrize("field", ["episode_index", "data/chunk_index", "dataset_from_index"])
+def test_episodes_of_v3_without_a_field(field, tmp_path):
+    pq, root = pytest.importorskip("pyarrow.parquet"), write_v3(tmp_path / "set", False)
+    for path in root.glob("meta/episodes/*/*.parquet"):
+        pq.write_table(pq.read_table(path).drop_columns([field]), path)
+    with pytest.raises(UserError, match="set/meta, episodes: (no field '|unsupported)"):
+        data.open_episodes(root)
+    about = json.loads((root / "meta/info.json").read_text())
+    about["features"][KEYS[0]].pop("dtype")
+    (root / "meta/info.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match="info.json: no field 'dtype'"):
+        data.open_episodes(root)
+
+
+def rename(root, old, new):
+    """Gives a camera of a v2.1 image dataset another name."""
+    pq = pytest.importorskip("pyarrow.parquet")
+    path = root / "meta/info.json"
+    path.write_text(path.read_text().replace(json.dumps(old), json.dumps(new)))
+    for path in root.glob("data/*/*.parquet"):
+        table = pq.read_table(path)
+        names = [{old: new}.get(name, name) for name in table.schema.names]
+        pq.write_table(table.rename_columns(names), path)
+
+
+def test_a_cameras_name_names_no_other_file(tmp_path):
+    root, aim = write_v2(tmp_path / "set", False), tmp_path / "aim"
+    rename(root, KEYS[0], "observation.images.action")
+    data.main(["cache", str(root), "--out", "kept"])
+    assert list(data.load("kept")[0].episodes[0].images) == ["observation.images.action", "wrist"]
+    rename(root, "observation.images.action", f"observation.images.{aim}")
+    with pytest.raises(UserError, match="a name with a /"):
+        data.main(["cache", str(root), "--out", "other"])
+    index = json.loads((tmp_path / "kept/index.json").read_text())
+    index["sizes"][str(aim)] = index["sizes"].pop("wrist")
+    (tmp_path / "kept/index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="a camera's name has a /"):
+        data.load("kept")
+    assert not aim.exists()
+
+
+def test_only_pictures_are_decoded():
+    """Pillow would run Ghostscript for this one, found in a file of the user's."""
+    with pytest.raises(ValueError, match="this is no picture"):
+        formats.decode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n%%EOF\n")
+
+
 def test_faults_of_calvin(tmp_path):
     root = write_calvin(tmp_path / "calvin")
     truncate(root / "training/episode_0000102.npz")
@@ -572,6 +622,7 @@ def test_faults_of_libero(tmp_path):
     ("jsonl", lambda text: text[:-30], "item 3"), ("json", lambda text: text[:-30], "q.json"),
     ("jsonl", lambda text: text.replace("a.png", "b.png", 1), "item 1: field image: no file b.png"),
     ("jsonl", lambda text: text.replace('"image": "a.png", ', "", 1), "item 1: field image: none"),
+    ("jsonl", lambda text: text.replace("Red.", " ", 1), "item 1: an empty answer"),
     ("tsv", lambda text: text.replace("iVBOR", "?", 1), "item 1"),
 ])  # fmt: skip
 def test_faults_of_questions(kind, damage, words, tmp_path):
@@ -673,6 +724,24 @@ def test_the_frame_store_is_the_dataset(kind, tmp_path, capsys):
     truncate(tmp_path / "small/front")
     with pytest.raises(UserError, match="small/front.*write it again"):
         data.load("small")
+
+
+def test_a_store_leaves_out_what_it_was_told_to(tmp_path, capsys):
+    root = LEROBOT["v2.1-images"](tmp_path / "set")
+    bad_picture(root)
+    with pytest.raises(UserError, match="episode 2, field .* frame 3"):
+        data.main(["cache", str(root), "--out", "kept"])
+    assert {path.name for path in tmp_path.iterdir()} == {"set"}  # no half of a store either
+    data.main(["cache", str(root), "--out", "kept", "--skip-bad"])
+    assert "left out: " in capsys.readouterr().out
+    assert data.open_episodes("kept").names[2].endswith("episode 3")
+
+
+def test_numbers_kept_by_a_machine_that_went_down_are_read_again(tmp_path):
+    first = data.load(str(write_v2(tmp_path / "set", False)))[0]
+    (kept,) = (tmp_path / "cache").iterdir()
+    truncate(kept / "action")
+    assert data.load(str(tmp_path / "set"))[0].stats == first.stats
 
 
 def test_statistics_are_read_once(tmp_path, monkeypatch):
