@@ -62,10 +62,9 @@ Assumptions, where the paper is silent
 import dataclasses
 import json
 import math
-import re
 import time
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -73,11 +72,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import DynamicCache
 
 import common
 import data
-from worlds import benchmarks, events, loop, pictures, score
+from parts.instructvla import Block, Eye, Thread, add_experts, merge_expert, sinusoid
+from worlds import benchmarks, events, loop, pictures, reports, score
 
 # --- Config: the defaults are the laptop's run ----------------------------------------------------
 
@@ -186,11 +185,23 @@ STAGES = {  # what differs between the stages; --steps and --lr hold for all of 
     "generalist": dict(steps=400, lr=1e-3) | ALONE,
     "dual": dict(steps=600, lr=1e-3),
 }
+# DualVLA itself states that the learning rate is 2e-5 and fixed. What is marked "ours" nobody
+# states; the rest is its base model's, InstructVLA's, of whose sizes of pictures (448 for the VLM,
+# 224 for the flow expert's eye) one serves here.
 PAPER = dict(
     backbone="Eagle2-2B", rank=128, queries=64, horizon=16, width=768, depth=12, heads=12,
-    euler=10, batch=16, mix=7, reason=0.4, motion=0.2, optimizer="adamw", lr=2e-5, lr_head=5e-5,
-    min_lr=1.0, warmup=0, steps=20_000, size=224, wrist_size=224, augment=0, state=False,
-    execute=1, ensemble=True, repeats=1, workers=4, talk=50, new_words=False, speak=0.5,
+    euler=10,
+    batch=16,  # ours: on a process
+    mix=7, reason=0.4, motion=0.2, optimizer="adamw",
+    lr=2e-5,  # DualVLA's, for E and G too
+    lr_head=5e-5,
+    min_lr=1.0,  # DualVLA's
+    warmup=0,
+    steps=20_000,  # ours
+    size=224, wrist_size=224, augment=0, state=False, execute=1, ensemble=True,
+    repeats=1, workers=4,  # ours
+    talk=50, new_words=False,
+    speak=0.5,  # ours: greedy, as InstructVLA decodes
 )  # fmt: skip
 PRESETS = {"paper": PAPER}
 
@@ -271,12 +282,7 @@ def sense(samples, cfg, processor, form="", tail=True):
         if cfg.actions == "flow":  # when to act is learned; which query follows which is not
             learn = learn[: len(said) + 1] + [-100] * (cfg.queries - 1)
         labels.append(learn if tail else [])
-    prompt = processor.pad(rows, grids)
-    prompt["labels"] = answer_labels(prompt["input_ids"], labels)
-    batch = {
-        "prompt": prompt,
-        "pixel_values": torch.from_numpy(np.concatenate(pixels)),
-        "image_grid_thw": torch.tensor([g for grid in grids for g in grid]),
+    batch = pack(rows, labels, pixels, grids, processor) | {
         "state": torch.from_numpy(np.stack([s["state"] for s in samples])),  # (B, S)
         "views": {  # for the flow expert's eye: camera -> (B, h, w, 3)
             str(i): torch.from_numpy(np.stack(view))
@@ -296,21 +302,21 @@ def ask(samples, processor):
         processor.prompt(SYSTEM, "Question: " + s["question"], grid, s["answer"])
         for s, grid in zip(samples, grids)
     ]
-    prompt = processor.pad([ids + answer for ids, answer in pairs], grids)
-    prompt["labels"] = answer_labels(prompt["input_ids"], [answer for _, answer in pairs])
+    rows, answers = [ids + answer for ids, answer in pairs], [answer for _, answer in pairs]
+    return pack(rows, answers, pixels, grids, processor)
+
+
+def pack(rows, answers, pixels, grids, processor):
+    """Rows of ids that end with their answers, pictures -> batch; -100 for all but the answers."""
+    prompt = processor.pad(rows, grids)
+    prompt["labels"] = torch.full_like(prompt["input_ids"], -100)  # (B, T)
+    for labels, answer in zip(prompt["labels"], answers):
+        labels[len(labels) - len(answer) :] = torch.tensor(answer)
     return {
         "prompt": prompt,
         "pixel_values": torch.from_numpy(np.concatenate(pixels)),
         "image_grid_thw": torch.tensor([g for grid in grids for g in grid]),
     }
-
-
-def answer_labels(input_ids, answers):
-    """(B, T) ids whose rows end with their answers -> (B, T), -100 everywhere else."""
-    labels = torch.full_like(input_ids, -100)
-    for ids, answer in zip(labels, answers):
-        ids[len(ids) - len(answer) :] = torch.tensor(answer)
-    return labels
 
 
 def collate(samples, cfg, processor):
@@ -324,29 +330,6 @@ def collate(samples, cfg, processor):
 
 
 # --- Model: two LoRA experts behind learned gates, latent action queries --------------------------
-
-
-class Mixture(nn.Module):
-    """A frozen matrix and low-rank experts: W_0 x + sum_i lambda_i (alpha / r) B_i A_i x, where all
-    of a model read the lambdas of each token from the same gates.now; None: W_0 alone."""
-
-    def __init__(self, base, experts, rank, alpha, gates):
-        super().__init__()
-        self.base, self.alpha, self.gates = base, alpha, gates
-        self.down = nn.ParameterList(
-            nn.Parameter(torch.randn(rank, base.in_features) / base.in_features**0.5)
-            for _ in range(experts)
-        )
-        self.up = nn.ParameterList(
-            nn.Parameter(torch.zeros(base.out_features, rank)) for _ in range(experts)
-        )
-
-    def forward(self, x):
-        y, lambdas = self.base(x), self.gates.now  # (B, T, experts) or (1, 1, experts)
-        if lambdas is not None:
-            for i, (A, B) in enumerate(zip(self.down, self.up)):
-                y = y + self.alpha * lambdas[..., i : i + 1] * F.linear(F.linear(x, A), B)
-        return y
 
 
 class DualVLA(nn.Module):
@@ -364,40 +347,23 @@ class DualVLA(nn.Module):
         self.untouched = set()  # weights that stay the backbone's own: no checkpoint holds them
         if cfg.tune == "lora":
             vlm.requires_grad_(False)
-            self.add_experts(1 if alone else 2)
+            layers, experts = vlm.model.language_model.layers, 1 if alone else 2
+            add_experts(layers, experts, cfg.rank, cfg.alpha, self.gates)
             new = (".down.", ".up.", "embed_tokens.", "lm_head.")
             self.untouched = {n for n in self.state_dict() if not any(x in n for x in new)}
             if alone:
                 self.learn_words(range(self.first, self.first + BINS))
             else:
                 widths = [(D, 128), (128, 128), (128, 128), (128, 2)]  # four layers
-                layers = [m for i, o in widths for m in (nn.Linear(i, o), nn.ReLU())]
-                self.gate = nn.Sequential(*layers[:-1])
-                nn.init.zeros_(layers[-2].weight)
-                nn.init.zeros_(layers[-2].bias)
+                parts = [m for i, o in widths for m in (nn.Linear(i, o), nn.ReLU())]
+                self.gate = nn.Sequential(*parts[:-1])
+                nn.init.zeros_(self.gate[-1].weight)
+                nn.init.zeros_(self.gate[-1].bias)
         if cfg.actions == "flow":
             self.queries = nn.Parameter(0.02 * torch.randn(cfg.queries, D))
             self.flow = FlowExpert(cfg, D, state_dim, action_dim)
             if not alone:  # ASSUMPTION A6
                 self.flow.requires_grad_(False)
-
-    def add_experts(self, experts):
-        """Puts a Mixture in the place of each matrix of the language model's layers."""
-        cfg, layers = self.cfg, self.vlm.model.language_model.layers
-        names = [n for n, m in layers.named_modules() if isinstance(m, nn.Linear)]
-        for name in names:
-            parent, _, leaf = name.rpartition(".")
-            parent = layers.get_submodule(parent)
-            mixture = Mixture(getattr(parent, leaf), experts, cfg.rank, cfg.alpha, self.gates)
-            setattr(parent, leaf, mixture)
-
-    def merge(self):
-        """E alone: its one expert counts fully everywhere, so it can join the frozen matrices."""
-        for name, m in [*self.named_modules()]:
-            if isinstance(m, Mixture):
-                m.base.weight.data += m.alpha * m.up[0] @ m.down[0]
-                parent, _, leaf = name.rpartition(".")
-                setattr(self.get_submodule(parent), leaf, m.base)
 
     def learn_words(self, ids):
         """The embeddings of these words train: E's are those of actions, G's of what is said."""
@@ -545,90 +511,7 @@ class DualVLA(nn.Module):
         return from_tokens(torch.cat(ids, dim=1), self.first, self.action_dim).float()
 
 
-class Thread:
-    """Decoding in progress: caches of both passes, which tokens count, the newest hidden state.
-
-    A row that has said all it has to say is carried on with tokens that nobody looks at.
-    """
-
-    def __init__(self, model, batch):
-        prompt = batch["prompt"]
-        self.model, self.caches = model, (DynamicCache(), DynamicCache())
-        self.real, self.position = prompt["real"], prompt["position_ids"][..., -1:]
-        self.h = model.read(prompt, batch, caches=self.caches)[:, -1]  # (B, D)
-
-    def go_on(self, x, use):
-        """New tokens x (B, n, D), use (B, n): which of them are real -> hidden states (B, n, D)."""
-        self.real = torch.cat([self.real, use], dim=1)
-        place = self.position + use.cumsum(1)  # (3, B, n), or (B, n) where rows do not count
-        mask = common.causal_mask(self.real)[:, :, -x.shape[1] :]
-        h = self.model.look(x, mask, place, caches=self.caches)
-        self.position = place[..., -1:]
-        self.h = torch.where(use[:, -1:], h[:, -1], self.h)
-        return h
-
-
 # --- Model: the flow expert -----------------------------------------------------------------------
-
-
-def sinusoid(t, width):
-    """t (...,) in [0, 1] -> (..., width), periods from a hundredth to one."""
-    rates = 2 * math.pi * 100 ** torch.linspace(0, 1, width // 2, device=t.device)
-    return torch.cat([(t[..., None] * rates).cos(), (t[..., None] * rates).sin()], dim=-1)
-
-
-class Eye(nn.Module):
-    """The flow expert's own sight: convolutions, modulated by the mean latent action (FiLM)."""
-
-    def __init__(self, condition, width, cameras=4):
-        super().__init__()
-        sizes = [5, 32, 64, 96, width]  # colours and the place of each pixel first
-        self.convs = nn.ModuleList(
-            nn.Conv2d(i, o, 3, stride=2, padding=1) for i, o in zip(sizes, sizes[1:])
-        )
-        self.norms = nn.ModuleList(nn.GroupNorm(8, o) for o in sizes[1:])
-        self.films = nn.ModuleList(nn.Linear(condition, 2 * o) for o in sizes[1:])
-        self.camera = nn.Parameter(0.02 * torch.randn(cameras, condition))
-        for film in self.films:
-            nn.init.zeros_(film.weight)
-            nn.init.zeros_(film.bias)
-
-    def forward(self, views, latent):
-        """views: camera -> (B, h, w, 3) uint8, latent (B, D) -> (B, all cameras' tokens, width)."""
-        tokens = []
-        for i, view in enumerate(views.values()):
-            x = view.permute(0, 3, 1, 2).float() / 127.5 - 1  # (B, 3, h, w)
-            lines = [torch.linspace(-1, 1, n, device=x.device) for n in x.shape[2:]]
-            grid = torch.stack(torch.meshgrid(*lines, indexing="ij")).expand(len(x), -1, -1, -1)
-            x = torch.cat([x, grid], dim=1)
-            for conv, norm, film in zip(self.convs, self.norms, self.films):
-                gamma, beta = film(latent + self.camera[i])[:, :, None, None].chunk(2, dim=1)
-                x = F.silu(norm(conv(x)) * (1 + gamma) + beta)
-            tokens.append(x.flatten(2).transpose(1, 2))
-        return torch.cat(tokens, dim=1)
-
-
-class Block(nn.Module):
-    """A layer as Llama has it; the attention itself is where the masks are."""
-
-    def __init__(self, width, heads):
-        super().__init__()
-        self.heads, inner = heads, 3 * width
-        self.norm = nn.RMSNorm(width, elementwise_affine=False)
-        self.qkv, self.o = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.gate, self.up = nn.Linear(width, inner), nn.Linear(width, inner)
-        self.down = nn.Linear(inner, width)
-
-    def project(self, x):
-        """(B, N, width) -> q, k, v (B, heads, N, d)."""
-        parts = self.qkv(self.norm(x)).chunk(3, dim=-1)
-        return [z.unflatten(-1, (self.heads, -1)).transpose(1, 2) for z in parts]
-
-    def finish(self, x, y):
-        """Attention's y (B, heads, N, d) and the MLP added to x."""
-        x = x + self.o(y.transpose(1, 2).flatten(2))
-        h = self.norm(x)
-        return x + self.down(F.silu(self.gate(h)) * self.up(h))
 
 
 class FlowExpert(nn.Module):
@@ -902,7 +785,7 @@ class Policy:
 
     def __init__(self, model, cfg, processor, robots, device):
         """robots: {what was trained on: its statistics}; --robot says like which to act."""
-        self.model, self.cfg, self.processor = model, cfg, processor
+        self.model, self.cfg, self.processor, self.robots = model, cfg, processor, robots
         self.robot, self.stats = data.acting(robots, cfg.robot)
         self.device, self.said = device, []
         self.form = "plain" if cfg.stage == "expert" else "reason"  # how it is asked
@@ -937,8 +820,8 @@ class Policy:
     def view(self, observation, instruction):
         return None
 
-    def write(self, samples, limit=20):
-        """Samples with "images" and "question" -> its answers in words."""
+    def write(self, samples, limit):
+        """Samples with "images" and "question" -> its answers, of `limit` words at most."""
         with common.autocast(self.device, self.cfg.dtype), torch.no_grad():
             samples = [s | {"answer": ""} for s in samples]
             asked = common.to_device(ask(samples, self.processor), self.device)
@@ -987,24 +870,6 @@ def vla_score(R, A, intent, RA, B, reasons=True, bracket="outer"):
     return (R + A * intent) / 2 * RA * B  # ((R + A I) / 2) RA B  # Eq. (8)
 
 
-def judged(policy, cfg, folder, say):
-    """VLA Score over trajectories in the demonstrations' domain -> means of its parts and of it, or
-    None where the world cannot be asked for the truth."""
-    if not score.knows(cfg.world):
-        say("  no VLA Score: its judges need a world that can be copied")
-        return None
-    reasons = policy.form != "plain"
-    starts = loop.starts_of(cfg.world, "in", cfg.score_episodes, cfg.seed)
-    runs = score.trajectories(policy, cfg, cfg.world, starts)
-    rows = score.judge_all(runs, cfg, folder / "scores.jsonl", reasons, say)
-    for r in rows:
-        parts = [r[k] / 10 for k in ("Reasoning", "Action", "Intention", "Alignment")]
-        r["score"] = vla_score(*parts, r["success"], reasons, cfg.bracket)
-    score.report(folder / "score.html", runs, rows, cfg)
-    names = ("Reasoning", "Action", "Intention", "Alignment", "success", "score")
-    return {n: float(np.mean([r[n] for r in rows])) for n in names} | {"judge": cfg.judge}
-
-
 def evaluate(policy, cfg, dist, folder, say, sets):
     """Everything that a stage's result reports."""
     results, acts = {}, cfg.world != "none"
@@ -1017,7 +882,10 @@ def evaluate(policy, cfg, dist, folder, say, sets):
             results[form] |= score.speed(policy, cfg)
     vqa = abilities(policy.model, cfg, policy.processor, policy.device, sets)["answers"]
     say("  questions: " + ", ".join(f"{name} {share:.1%}" for name, share in vqa.items()))
-    vla = judged(policy, cfg, folder, say) if dist.main and acts and cfg.score_episodes else None
+    vla = None
+    if dist.main and acts and cfg.score_episodes:
+        reasons = policy.form != "plain"
+        vla = score.judged(policy, cfg, folder, say, vla_score, reasons)
     first = {f: next(iter(r["domains"].values()), loop.NOTHING) for f, r in results.items()}
     head = first[policy.form]
     return {
@@ -1039,15 +907,16 @@ def make_optimizers(model, cfg):
             matrix = p.dim() == 2 and name.endswith(("weight", ".0", ".1"))
             words = "embed" in name or "lm_head" in name
             muon = cfg.optimizer == "muon" and matrix and not words
-            groups.setdefault((muon, peak), []).append(p)
+            # where some words train alone (`forget_words()`), decay would shrink all others
+            decay = 0.0 if words and model.words else cfg.weight_decay
+            groups.setdefault((muon, peak, decay), []).append(p)
     adam, muon = (
-        [{"params": p, "lr": r, "peak": r} for (m, r), p in groups.items() if m == matrices]
-        for matrices in (False, True)
-    )
+        [{"params": p, "lr": r, "peak": r, "weight_decay": d} for (m, r, d), p in groups.items()
+         if m == matrices] for matrices in (False, True)
+    )  # fmt: skip
     made = [common.adamw(adam, cfg)]
     if muon:
-        same = dict(weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")
-        made.append(common.Muon(muon, **same))
+        made.append(common.Muon(muon, adjust_lr_fn="match_rms_adamw"))
     return made
 
 
@@ -1170,7 +1039,31 @@ def load_policy(folder, device, robot=""):
     return Policy(model.to(device).eval().requires_grad_(False), cfg, processor, robots, device)
 
 
-def prepare(cfg, dist, run, resumed):
+def load_teachers(cfg, device):
+    """-> {"expert": E, "generalist": G}, those that --teachers asks for, as frozen policies."""
+    domains = {"expert": "action", "generalist": "reason"}
+    asked = (name for name, domain in domains.items() if cfg.teachers in ("both", domain))
+    return {name: load_policy(getattr(cfg, name), device) for name in asked}
+
+
+def same_units(name, teacher, robots, cfg):
+    """What E and G read and say lies between the bounds of their own recordings: of each of the
+    student's, one of theirs must have about the same, within a twentieth of the range."""
+
+    def alike(stats, known):
+        pairs = [[np.array(data.bounds(s[kind])) for s in (stats, known)]
+                 for kind in ("state", "action")]  # fmt: skip
+        return all(a.shape == b.shape and (abs(a - b) <= (a[1] - a[0]) / 20).all()
+                   for a, b in pairs)  # fmt: skip
+
+    for recordings, stats in robots.items():
+        if not any(alike(stats, known) for known in teacher.robots.values()):
+            words = f"--{name} {getattr(cfg, name)} learned from {', '.join(teacher.robots)}, whose"
+            raise common.UserError(f"{words} bounds of state and action are not those of "
+                                   f"{recordings}: train one on it, --stage {name}")  # fmt: skip
+
+
+def prepare(cfg, dist, run, resumed, teachers):
     """Demonstrations, pruning, statistics, model -> Policy, batches, meta."""
     before = {"expert": "", "generalist": cfg.expert, "dual": cfg.generalist}[cfg.stage]
     start = resumed or (common.load_checkpoint(before, "dualvla") if before else None)
@@ -1179,6 +1072,8 @@ def prepare(cfg, dist, run, resumed):
     views = {name: stats["cameras"] for name, stats in robots.items()}
     if len({len(names) for names in views.values()}) > 1 or len(max(views.values(), key=len)) > 4:
         raise common.UserError(f"--data: as many cameras in each, at most 4, not {views}")
+    for name, teacher in teachers.items():
+        same_units(name, teacher, robots, cfg)
     model, processor = build(cfg, *data.dims(robots), start)
     episodes = [e for part in acts for e in part.episodes]
     bits = resumed.meta["kept"] if resumed else None
@@ -1212,51 +1107,38 @@ def prepare(cfg, dist, run, resumed):
     batches = Batches(mixtures, join, cfg.batch, dist.rank, dist.processes, cfg.mix)
     settings = {"method": "dualvla", "config": dataclasses.asdict(cfg)}
     meta = settings | {"robots": robots, "kept": bits}
-    model = common.place(model, cfg, dist, run.say)
+    beside = {name: teacher.model for name, teacher in teachers.items()}
+    model = common.place(model, cfg, dist, run.say, beside=beside)
     return Policy(model, cfg, processor, robots, dist.device), batches, meta
 
 
 def check(cfg):
     """What no type can say about the flags, before anything is spent on them."""
     loop.check(cfg)
+    score.check(cfg)
     data.named(cfg.data)
     common.find_backbone(cfg.backbone)
     for name in ("batch", "accumulate", "demos", "repeats", "episodes", "parallel", "log_every",
-                 "queries", "rank", "euler", "depth", "save_every", "event_demos"):  # fmt: skip
+                 "queries", "rank", "euler", "depth", "heads", "save_every",
+                 "event_demos"):  # fmt: skip
         if getattr(cfg, name) < 1:
             raise common.UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: at least 1")
-    if cfg.width % cfg.heads:
-        raise common.UserError(f"--heads {cfg.heads} do not divide --width {cfg.width}")
-    if cfg.questions < 2 or cfg.questions % 2:
-        raise common.UserError(f"--questions {cfg.questions}: an even number, MME asks in pairs")
-    if not 1 <= cfg.execute <= cfg.horizon:
-        raise common.UserError(f"--execute {cfg.execute}: from 1 to --horizon {cfg.horizon}")
-    if not 0 <= cfg.speak < 1:
-        raise common.UserError(f"--speak {cfg.speak}: a probability, from 0 to below 1")
-    if cfg.temperature <= 0:
-        raise common.UserError(f"--temperature {cfg.temperature}: above 0")
-    if cfg.reason + cfg.motion > 1 or min(cfg.reason, cfg.motion, cfg.mix) < 0:
-        raise common.UserError("--reason and --motion are shares, --mix a number of samples")
-    if cfg.benchmark and not cfg.eval_only:
-        raise common.UserError(f"--benchmark {cfg.benchmark} needs --eval-only RUN")
-    if cfg.show not in ("", "pruning", "pareto"):
-        raise common.UserError(f"--show {cfg.show}: pruning or pareto")
-    if not re.match(r"offline$|local:.|https?://.", cfg.judge):
-        raise common.UserError(f"--judge {cfg.judge}: offline, http(s)://..., or local:BACKBONE")
-
-
-def list_ablations():
-    """Each row with the paper's number and, where a result file holds it, ours."""
-    lines = common.result_lines("dualvla")
-    print(f"{'--ablation':18} {'row':45} {'paper %':>8}   ours %: success, answers (seeds)")
-    points = {}
-    for name, about in ABLATIONS.items():
-        mine, ours = [r for r in lines if r["arm"] == name and not r.get("flags")], "not run"
-        if mine:
-            success, answers = (100 * np.mean([r[k] for r in mine]) for k in ("success", "answers"))
-            ours, points[name] = f"{success:.1f}, {answers:.1f} ({len(mine)})", [(answers, success)]
-        print(f"{name:18} {about['_row']:45} {about['_paper'] or '-':>8}   {ours}")
-    return points
+    faults = {
+        f"--heads {cfg.heads} do not divide --width {cfg.width}": cfg.width % cfg.heads,
+        f"--questions {cfg.questions}: an even number, MME asks in pairs":
+            cfg.questions < 2 or cfg.questions % 2,
+        f"--execute {cfg.execute}: from 1 to --horizon {cfg.horizon}":
+            not 1 <= cfg.execute <= cfg.horizon,
+        f"--speak {cfg.speak}: a probability, from 0 to below 1": not 0 <= cfg.speak < 1,
+        f"--temperature {cfg.temperature}: above 0": cfg.temperature <= 0,
+        "--reason and --motion are shares, --mix a number of samples":
+            cfg.reason + cfg.motion > 1 or min(cfg.reason, cfg.motion, cfg.mix) < 0,
+        f"--benchmark {cfg.benchmark} needs --eval-only RUN": cfg.benchmark and not cfg.eval_only,
+        f"--show {cfg.show}: pruning or pareto": cfg.show not in ("", "pruning", "pareto"),
+    }  # fmt: skip
+    for words, so in faults.items():
+        if so:
+            raise common.UserError(words)
 
 
 def show(cfg):
@@ -1264,25 +1146,15 @@ def show(cfg):
     folder = Path(cfg.out or ".")
     folder.mkdir(parents=True, exist_ok=True)
     if cfg.show == "pareto":
-        title = "actions against answers"
-        return pictures.plot_curves(
-            folder / "pareto.png", list_ablations(), title, "answers %", "success %"
-        )
+        return reports.pareto(ABLATIONS, folder)
     acts, _ = data.recordings(cfg, common.setup(cfg))
     episodes = [e for part in acts for e in part.episodes]
-    action, scene = [action_labels(e) for e in episodes], scene_labels(episodes, cfg)
-    _, processor = common.load_backbone(cfg.backbone)
-    count = lru_cache(lambda text: len(processor.tokenizer.encode(text)))
-    words = np.array([count(text) for e in episodes for text in e.reasoning])
-    print(f"{'--prune':8} {'frames':>8} {'kept':>8} {'share':>7} {'words':>9} {'words left':>10}")
-    for rule in ("none", "both", "action", "scene", "either", "random"):
-        rng = np.random.default_rng(cfg.seed)
-        kept = np.concatenate([keep(s, a, rule, rng) for s, a in zip(scene, action)])
-        row = f"{rule:8} {len(kept):8} {kept.sum():8} {kept.mean():7.1%}"
-        print(f"{row} {words.sum():9} {words[kept].sum():10}")
-    labels = {"action": action[0], "scene": scene[0], "kept": keep(scene[0], action[0], "both")}
-    events.timeline(folder / "pruning.png", episodes[0], labels)
-    print(f"an episode's timeline: {folder / 'pruning.png'}")
+    if not any(e.reasoning for e in episodes):
+        raise common.UserError(f"--show pruning: {cfg.data} has no reasoning to prune; a "
+                               "reasoning.jsonl beside the recordings holds it")  # fmt: skip
+    scene = scene_labels(episodes, cfg)
+    told = [(e, s, action_labels(e)) for e, s in zip(episodes, scene) if e.reasoning]
+    reports.pruning(told, keep, cfg.seed, common.load_backbone(cfg.backbone)[1].tokenizer, folder)
 
 
 def export(cfg):
@@ -1293,10 +1165,9 @@ def export(cfg):
             f"--export {cfg.export}: its two LoRA experts are weighted anew for each token, so no "
             "ordinary checkpoint equals it; --benchmark FILE asks it, --tune full can be exported"
         )
-    policy.model.merge()
-    out = cfg.out or f"{cfg.export}/export"
+    merge_expert(policy.model)
     name, tokenizer = policy.cfg.backbone, policy.processor.tokenizer
-    common.export_backbone(policy.model.vlm, name, tokenizer, out)
+    common.export_backbone(policy.model.vlm, name, tokenizer, cfg.out or f"{cfg.export}/export")
 
 
 def last_stage(cfg):
@@ -1330,12 +1201,10 @@ def run_stage(cfg, dist):
     (folder / "metrics.jsonl").unlink(missing_ok=True) if not resumed else None
     run = common.Run(cfg, "dualvla", __file__, dist, cfg.steps, resumed)
     run.say(f"stage {cfg.stage}: {run.folder}; {dist.processes} process(es) on {dist.device}")
-    policy, batches, meta = prepare(cfg, dist, run, resumed)
+    frozen = load_teachers(cfg, dist.device)
+    policy, batches, meta = prepare(cfg, dist, run, resumed, frozen)
     sets = data.question_sets(ABILITIES, cfg.questions, cfg.size, cfg.wrist_size)
-    teachers = [
-        load_policy(where, dist.device).model if cfg.teachers in ("both", domain) else None
-        for domain, where in (("action", cfg.expert), ("reason", cfg.generalist))
-    ]
+    teachers = [frozen[name].model if name in frozen else None for name in ORDER[:2]]
     measure = partial(along_the_way, policy, cfg, sets)
     seconds = train(cfg, dist, run, policy.model, batches, meta, resumed, measure, teachers)
     result = {
@@ -1363,7 +1232,7 @@ def evaluate_only(cfg, dist):
     check(cfg)
     policy.cfg = policy.model.cfg = cfg
     if cfg.benchmark:
-        return benchmarks.run(cfg.benchmark, policy.write, cfg)
+        return benchmarks.run(cfg.benchmark, policy.write, cfg) if dist.main else None
     run = common.Run(cfg, "dualvla", __file__, dist, cfg.steps)
     sets = data.question_sets(ABILITIES, cfg.questions, cfg.size, cfg.wrist_size)
     facts = {"method": "dualvla", "arm": cfg.ablation or cfg.stage, "stage": cfg.stage}
@@ -1371,23 +1240,10 @@ def evaluate_only(cfg, dist):
     run.close()
 
 
-def summary(results, say=print):
-    """The chain's outcome: one line a stage."""
-    heads = f"{'success':>8} {'answers':>8} {'VLA Score':>9} {'ms/plan':>8} words"
-    say(f"{'stage':10} {'form':7} {heads}")
-    for stage, r in results.items():
-        for form, f in r["forms"].items():
-            success = next(iter(f["domains"].values()))["success"]
-            last = form == list(r["forms"])[-1]
-            vla = f"{r['vla_score']['score']:9.3f}" if r["vla_score"] and last else " " * 9
-            line = f"{stage:10} {form:7} {success:8.1%} {r['answers']:8.1%} {vla} {f['ms']:8.1f}"
-            say(f"{line} {f['words']:.1f}")
-
-
 def main(argv=None):
     cfg = common.parse(Config, PRESETS, ABLATIONS, argv)
     if cfg.ablation == "list":
-        list_ablations()
+        reports.ablations(ABLATIONS)
         return
     if not (cfg.resume or cfg.eval_only):  # of these the run's own flags are checked
         check(cfg)
@@ -1435,8 +1291,7 @@ def main(argv=None):
             results[stage] = json.loads((folders[stage] / "result.json").read_text())
     if dist.main:
         common.write_json(out / "result.json", results.get(last, {}) | {"stages": results})
-        if cfg.world != "none":
-            summary(results)
+        reports.stages(results)
         print(f"results, pictures, films and scores of each stage are in {out}")
     dist.destroy()
 

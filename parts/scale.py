@@ -73,14 +73,17 @@ def merge_lora(model):
         setattr(model.get_submodule(parent), leaf, lora.base)
 
 
-def place(model, cfg, dist, say, replicate=None):
+def place(model, cfg, dist, say, replicate=None, beside=()):
     """A built model, ready to train on `dist.device`: `model.blocks()` one by one compiled,
-    recomputed, sharded as the flags say; `replicate`: a part that --shard leaves whole. Says what
-    it takes, by part; what cannot fit is a UserError that names the flags which would help."""
+    recomputed, sharded as the flags say; `replicate`: a part that --shard leaves whole; `beside`:
+    {name: another model that stands still on the device}. Says what it takes, by part; what cannot
+    fit is a UserError that names the flags which would help."""
     store_frozen(model, cfg, dist.device)
     split = dist.processes if cfg.shard == "full" else 1
     copied = {*replicate.parameters()} if replicate is not None else set()
     rows, there = memory_rows(model, cfg, split, copied), device_memory(dist.device)
+    for name, other in dict(beside).items():
+        rows[f"teacher {name}"] = [sum(p.nbytes for p in other.parameters()), 0, 0]
     need, kind = sum(map(sum, rows.values())), "GPU" if dist.device.type == "cuda" else "machine"
     say(f"{'memory of a process:':24} {'weights':>10} {'gradients':>10} {'optimizer':>10}")
     for name, parts in rows.items():

@@ -18,6 +18,7 @@ import data
 import dualvla
 import twinbrain
 from dualvla import ABLATIONS, Config, acceleration_keyframes, keep
+from parts.instructvla import Mixture
 
 SMALL = replace(
     Config(), dtype="fp32", batch=4, horizon=4, width=32, depth=2, heads=2, queries=4, rank=4,
@@ -517,13 +518,26 @@ def test_fused_kl_never_holds_the_vocabulary_for_all_positions(monkeypatch):
     assert max(sizes) == 256 and sum(sizes) == 2000
 
 
+def test_a_teacher_of_other_units_is_refused(case):
+    robots, cfg = {"mine": case.stats}, small()
+    dualvla.same_units("expert", SimpleNamespace(robots={"its": case.stats}), robots, cfg)
+    wide = json.loads(json.dumps(case.stats))
+    wide["action"]["q99"][0] *= 1.5
+    narrow = json.loads(json.dumps(case.stats))
+    narrow["state"] = {name: row[:7] for name, row in narrow["state"].items()}
+    for other in (wide, narrow):
+        with pytest.raises(common.UserError, match="--expert .* learned from its") as error:
+            dualvla.same_units("expert", SimpleNamespace(robots={"its": other}), robots, cfg)
+        assert "\n" not in str(error.value) and "mine" in str(error.value)
+
+
 # --- the model ------------------------------------------------------------------------------------
 
 
 def test_mixture_of_lora_experts_written_out():
     common.seed_all(0)
     gates = SimpleNamespace(now=None)
-    m = dualvla.Mixture(torch.nn.Linear(5, 3), 2, 2, 0.5, gates)
+    m = Mixture(torch.nn.Linear(5, 3), 2, 2, 0.5, gates)
     for up in m.up:
         torch.nn.init.normal_(up)
     x, gates.now = torch.randn(1, 4, 5), torch.rand(1, 4, 2)
@@ -675,7 +689,7 @@ def test_answers_are_those_of_greedy_decoding(case):
     sets = data.question_sets(["pope"], 6)["pope"]
     with torch.no_grad():
         right = case.model.answer(dualvla.ask(sets, case.processor)).tolist()
-    said = case.policy.write(sets)
+    said = case.policy.write(sets, 20)
     assert [s == w["answer"] for s, w in zip(said, sets)] == right
 
 
@@ -710,6 +724,21 @@ def test_one_batch_overfits(episodes):
         if step == 0:
             first = losses["action"].item()
     assert losses["action"].item() < first / 4
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_decay_leaves_words_alone_that_do_not_train(episodes, optimizer):
+    case = Case(episodes, "expert", optimizer=optimizer, weight_decay=0.5, lr=0.1, lr_head=0.1)
+    opts = dualvla.make_optimizers(case.model, case.cfg)
+    words = case.model.vlm.get_input_embeddings().weight
+    (up,) = [p for n, p in case.model.named_parameters() if n.endswith("flow.action_in.weight")]
+    before, shrinking = words.detach().clone(), float(up.detach().norm())
+    for opt in opts:
+        for p in (p for group in opt.param_groups for p in group["params"]):
+            p.grad = torch.zeros_like(p)
+        opt.step()
+    assert torch.equal(words.detach(), before)
+    assert float(up.detach().norm()) == pytest.approx(0.95 * shrinking, rel=1e-3)
 
 
 def test_config_of_the_stages():

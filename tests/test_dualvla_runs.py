@@ -10,7 +10,7 @@ from test_formats import LENGTHS, write_v2
 
 import common
 import dualvla
-from worlds import benchmarks
+from worlds import benchmarks, reports
 
 TINY = [
     "--steps", "2", "--save-every", "1", "--log-every", "1", "--demos", "20", "--episodes", "2",
@@ -76,13 +76,15 @@ def test_resuming_equals_never_having_stopped(finished, copied):
         assert result(finished)[key] == result(copied)[key]
 
 
-def test_a_stage_starts_from_given_folders(finished, tmp_path):
+def test_a_stage_starts_from_given_folders(finished, tmp_path, capsys):
     given = ["--expert", str(finished), "--generalist", str(finished / "generalist")]
     words = [*TINY, "--steps", "1", "--ablation", "no-reason-teacher", *given]
     dualvla.main([*words, "--out", str(tmp_path / "run")])
     assert [p.name for p in (tmp_path / "run").iterdir() if p.is_dir()] == ["dual"]
     line = json.loads((tmp_path / "run" / "dual" / "metrics.jsonl").read_text().splitlines()[-1])
     assert "kd_action" in line and "kd_reason" not in line
+    said = capsys.readouterr().out  # the memory that a process takes
+    assert "  teacher expert " in said and "teacher generalist" not in said
     assert result(tmp_path / "run")["arm"] == "no-reason-teacher"
 
 
@@ -116,6 +118,19 @@ def test_show_pruning_prints_and_draws(tmp_path, capsys):
     assert kept["both"] == kept["random"] < min(kept["action"], kept["scene"]) < kept["either"]
     assert kept["either"] < kept["none"] == int(rows[0][1])
     assert (tmp_path / "pruning.png").stat().st_size > 1000
+
+
+def test_show_pruning_says_that_there_is_no_reasoning(tmp_path, status):
+    root = str(write_v2(tmp_path / "mute", False))
+    code, _, err = status(dualvla.main, "--show", "pruning", "--data", root)
+    assert code == 2 and err.count("\n") == 1 and "mute has no reasoning to prune" in err
+
+
+def test_a_chain_that_never_acted_has_a_summary_too():
+    results = {"dual": {"answers": 0.5, "vla_score": None, "forms": {"plain": {"domains": {}}}}}
+    said = []
+    reports.stages(results, said.append)
+    assert said[1].split() == ["dual", "plain", "-", "50.0%", "-", "-", "-"]
 
 
 @pytest.mark.parametrize("words, names", [

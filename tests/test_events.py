@@ -157,6 +157,25 @@ def test_the_expert_is_judged_well_and_a_liar_badly(runs):
     assert set(score.judge_offline(runs("")[0], False)) == {"Action", "Intention"}
 
 
+def test_trajectories_are_acted_as_the_closed_loop_acts(episodes):
+    """--execute steps of a plan, or with --ensemble a plan each step, the last seven blended."""
+    starts, count = loop.starts_of("tabletop:bridge", "in", 1, 0), [0]
+
+    def act(seen, instructions, rng):
+        count[0] += 1
+        return [np.full((8, 7), 0.01 * count[0])]
+
+    policy = SimpleNamespace(act=act, said=["so it is"])
+    for ensemble in (False, True):
+        count[0], cfg = 0, replace(Config(), execute=4, ensemble=ensemble)
+        (run,) = score.trajectories(policy, cfg, "tabletop:bridge", starts)
+        plans, steps = len(run["said"]), len(run["actions"])
+        assert run["execute"] == (1 if ensemble else 4)
+        assert plans == (steps if ensemble else -(-steps // 4))
+        tenth = run["actions"][9][0]  # without: of the third plan; with: plans 4 to 10
+        assert tenth == pytest.approx(0.07 if ensemble else 0.03, abs=0.002)
+
+
 # --- judges at an address, well behaved and not ---------------------------------------------------
 
 
@@ -330,8 +349,8 @@ def test_files_of_the_world_and_pairs(tmp_path):
     benchmarks.export("mme", 8, file)
     rows = benchmarks.read(file)
     assert len(rows) == 8 and benchmarks.metric_of(file, rows) == "pairs"
-    assert rows[0]["image"].shape == (64, 64, 3) and rows[0]["group"] == rows[1]["group"]
-    found = benchmarks.run(file, lambda samples: [r["answers"][0] for r in rows], None, str)
+    assert rows[0]["images"][0].shape == (64, 64, 3) and rows[0]["group"] == rows[1]["group"]
+    found = benchmarks.run(file, lambda *asked: [r["answers"][0] for r in rows], None, str)
     assert found == {"accuracy": 1, "accuracy+": 1, "score": 200, "questions": 8}
     half = benchmarks.total([1, 1, 1, 0, 1, 1, 1, 1], rows, "pairs")
     assert half["accuracy"] == 7 / 8 and half["accuracy+"] == 3 / 4
@@ -355,10 +374,60 @@ def test_bad_files_are_named(tmp_path, text, names):
 
 
 def test_answers_written_as_lists():
-    assert benchmarks.answers_of("left") == ["left"]
-    assert benchmarks.answers_of("['a', \"b\"]") == ["a", "b"]
-    assert benchmarks.answers_of('["a"') == ['["a"']
+    assert benchmarks.several("left") == ["left"]
+    assert benchmarks.several("['a', \"b\"]") == ["a", "b"]
+    assert benchmarks.several('["a"') == ['["a"']
     assert benchmarks.contains("It says STOP 4", ["stop4"]) == 1
+
+
+class Writer:
+    """Says what it is told to, and notes how many words it was allowed."""
+
+    def __init__(self, *said):
+        self.said, self.limits = said, []
+
+    def __call__(self, samples, limit):
+        self.limits.append(limit)
+        return self.said
+
+
+def table(path, *rows):
+    path.write_text("\n".join("\t".join(row) for row in rows))
+    return path
+
+
+def test_mmbench_counts_a_question_that_is_right_however_its_options_are_turned(tmp_path):
+    shot = score.png(np.zeros((8, 8, 3), np.uint8))
+    rows = [
+        ("index", "image", "question", "answer", "A", "B"),
+        ("7", shot, "which", "A", "cup", "ball"), ("1000007", "7", "which", "B", "ball", "cup"),
+        ("9", shot, "who", "B", "I", "you"), ("1000009", "9", "who", "A", "you", "I"),
+    ]  # fmt: skip
+    write = Writer("A", "B", "B", "B")
+    found = benchmarks.run(table(tmp_path / "MMBench_DEV_EN_V11.tsv", *rows), write, None, str)
+    assert found == {"accuracy": 0.5, "questions": 2, "of each turn": 0.75} and write.limits == [64]
+
+
+def test_a_row_may_have_several_pictures(tmp_path):
+    shots = [np.full((8, 8, 3), shade, np.uint8) for shade in (0, 200)]
+    for name, shot in zip("ab", shots):
+        score.Image.fromarray(shot).save(tmp_path / f"{name}.png")
+    rows = [
+        ("index", "image", "image_path", "question", "answer"),
+        ("1", str([score.png(shot) for shot in shots]), "", "q", "x"),
+        ("2", "", "['a.png', 'b.png']", "q", "x"), ("3", "1", "", "q", "x"),
+    ]  # fmt: skip
+    for row in benchmarks.read(table(tmp_path / "MMMU_DEV_VAL.tsv", *rows)):
+        assert [image.mean() for image in row["images"]] == [0, 200]
+
+
+def test_a_judge_of_answers_that_stays_silent_is_one_line(stub, tmp_path, monkeypatch):
+    monkeypatch.setattr(score.time, "sleep", lambda seconds: None)
+    benchmarks.export("pope", 1, tmp_path / "MMVet.tsv")
+    Stub.faults, write = [500] * 6, Writer("yes")
+    with pytest.raises(common.UserError, match="question 0, no usable answer after 6") as error:
+        benchmarks.run(tmp_path / "MMVet.tsv", write, replace(Config(), judge=stub), str)
+    assert "\n" not in str(error.value) and len(Stub.asked) == 6 and write.limits == [512]
 
 
 # --- the hand's way in recordings of any layout ---------------------------------------------------

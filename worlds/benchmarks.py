@@ -2,8 +2,8 @@
 
     python -m worlds.benchmarks pope 100 pope.tsv        # the world's questions in the same form
 
-Columns: index, image (base64) or image_path, question, answer (one, or a list as JSON or Python
-writes it), the options A, B, C, ..., hint, category. The metric follows from the file's name.
+Columns: index, image (base64) or image_path, question, answer (each one, or a list as Python or
+JSON writes it), the options A, B, C, ..., hint, category. The metric follows from the file's name.
 """
 
 import ast
@@ -24,10 +24,11 @@ import common
 from worlds import questions, score
 
 METRICS = {  # what a file's name begins with, in lower case without signs -> metric
-    "mmmu": "choice", "mmstar": "choice", "mmbench": "choice", "seed": "choice",
+    "mmmu": "choice", "mmstar": "choice", "mmbench": "circular", "seed": "choice",
     "scienceqa": "choice", "pope": "yesno", "mmerealworld": "choice", "mme": "pairs",
     "textvqa": "vqa", "docvqa": "anls", "infovqa": "anls", "ocrbench": "contains", "mmvet": "judge",
 }  # fmt: skip
+LIMITS = {"judge": 512, "contains": 128, "anls": 128, "yesno": 16, "pairs": 16}  # words; else 64
 LETTERS = "ABCDEFGHI"
 MEANT = re.compile(  # the letter an answer begins with: "B", "(B)", "The answer is: **B**"
     r"\W*(?i:(?:the )?(?:correct )?(?:answer|option)(?: is)?\W+)?\(?([A-I])\b(?!\s+[a-z])"
@@ -102,8 +103,8 @@ def yes_or_no(said):
 
 
 def read(path):
-    """-> rows: {"index", "image" (h, w, 3), "question", "answers", "options", "hint", "category",
-    "group": what its picture is called}"""
+    """-> rows: {"index", "images" [(h, w, 3)], "question", "answers", "options", "hint",
+    "category", "group": what its pictures are called}"""
     flag, rows, pictures = f"--benchmark {path}", [], {}
     csv.field_size_limit(2**31 - 1)
     try:
@@ -116,31 +117,32 @@ def read(path):
     for number, row in enumerate(table):
         index = row.get("index") or str(number)
         try:
-            image, name = picture_of(row, Path(path).parent, pictures)
+            images, name = pictures_of(row, Path(path).parent, pictures)
         except (OSError, ValueError, KeyError, binascii.Error) as error:
             raise common.UserError(f"{flag}: row {index} has no readable image ({error})") from None
-        pictures[index] = image, name
+        pictures[index] = images, name
         options = {c: row[c] for c in LETTERS if row.get(c)}
-        rows.append({"index": index, "image": image, "question": row["question"], "group": name,
-                     "answers": answers_of(row["answer"] or ""), "options": options,
+        rows.append({"index": index, "images": images, "question": row["question"], "group": name,
+                     "answers": several(row["answer"] or ""), "options": options,
                      "hint": row.get("hint") or "", "category": row.get("category")})  # fmt: skip
     return rows
 
 
-def picture_of(row, folder, known):
-    """A row's picture and what names it; a short "image" is the index of an earlier row's."""
+def pictures_of(row, folder, known):
+    """A row's pictures and what names them; a short "image" is the index of an earlier row's."""
     text, path = row.get("image") or "", row.get("image_path") or ""
     if len(text) >= 64:
-        image = Image.open(io.BytesIO(base64.b64decode(text, validate=True)))
+        files = [io.BytesIO(base64.b64decode(part, validate=True)) for part in several(text)]
     elif text or not path:
         return known[text]
     else:
-        image = Image.open(folder / path)
-    return np.asarray(image.convert("RGB")), path or hash(text)
+        files = [folder / name for name in several(path)]
+    images = [np.asarray(Image.open(file).convert("RGB")) for file in files]
+    return images, path or hash(text)
 
 
-def answers_of(text):
-    """One answer, or a list of them as JSON or Python writes it."""
+def several(text):
+    """One text, or a list of them as Python or JSON writes it."""
     if text.startswith("["):
         try:
             found = ast.literal_eval(text)
@@ -168,7 +170,7 @@ def metric_of(path, rows):
 
 def grade(said, row, metric, cfg=None):
     """One answer's worth, 0 to 1."""
-    if metric == "choice":
+    if metric in ("choice", "circular"):
         right = row["answers"][0].strip()
         if not row["options"] and right not in list(LETTERS):
             return exact(said, [right])
@@ -197,13 +199,23 @@ def ask_judge(said, row, cfg):
 
     content = [{"type": "text", "text": words}]
     key = os.environ.get("OPENAI_API_KEY", "")
-    return score.chat(cfg.judge, cfg.judge_model, key, content, read=number)
+    try:
+        return score.chat(cfg.judge, cfg.judge_model, key, content, read=number)
+    except TimeoutError as error:
+        raise common.UserError(f"--judge {cfg.judge}: question {row['index']}, {error}") from None
 
 
 def total(grades, rows, metric):
     """-> {"accuracy": ..., ...} of a file; MME adds the pictures with both answers right, and its
-    score, at most 200 for each category."""
+    score, at most 200 for each category. In MMBench a question stands there once for each turn of
+    its options (7, 1000007, 2000007, ...) and is right where all are."""
     out = {"accuracy": float(np.mean(grades)), "questions": len(rows)}
+    if metric == "circular":
+        turns = {}
+        for g, row in zip(grades, rows):
+            turns.setdefault(row["index"].zfill(6)[-6:], []).append(g)
+        right = float(np.mean([min(each) for each in turns.values()]))
+        out = {"accuracy": right, "questions": len(turns), "of each turn": out["accuracy"]}
     if metric == "pairs":
         groups, points = {}, 0.0
         for g, row in zip(grades, rows):
@@ -216,15 +228,15 @@ def total(grades, rows, metric):
 
 
 def run(path, write, cfg, say=print, at_once=32):
-    """Answers a file; write(samples) -> answers in words. -> its metric, printed too."""
+    """Answers a file; write(samples, most words of each) -> answers. -> its metric, printed too."""
     rows = read(path)
     metric = metric_of(path, rows)
     if metric == "judge" and not cfg.judge.startswith("http"):
         raise common.UserError(f"--benchmark {path}: MM-Vet needs --judge URL")
     said = []
     for i in range(0, len(rows), at_once):
-        samples = [{"images": [r["image"]], "question": asked(r)} for r in rows[i : i + at_once]]
-        said += write(samples)
+        samples = [{"images": r["images"], "question": asked(r)} for r in rows[i : i + at_once]]
+        said += write(samples, LIMITS.get(metric, 64))
     grades = [grade(s, r, metric, cfg) for s, r in zip(said, rows)]
     found = total(grades, rows, metric)
     words = ", ".join(f"{name} {value:.4g}" for name, value in found.items())

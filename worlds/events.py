@@ -301,8 +301,8 @@ def hand(episode):
 
 
 def turned(q):
-    """Unit quaternions (T, 4), x y z w, of either sign -> (T, 3) turn since the first, as axis times
-    angle."""
+    """Unit quaternions (T, 4), x y z w, of either sign -> turn since the first, axis times angle
+    (T, 3)."""
     v, w, v_0, w_0 = q[:, :3], q[:, 3:], q[:1, :3], q[:1, 3:]
     real = w * w_0 + (v * v_0).sum(1, keepdims=True)  # of q times the first one's conjugate
     axis = v * w_0 - w * v_0 - np.cross(v, v_0)

@@ -3,7 +3,7 @@
 Three judges give the marks: `offline` reads the embedded world's ground truth (no VLM: for tests
 and laptops), an OpenAI-compatible address, or a local VLM (`local:BACKBONE`). Marks are kept in a
 JSONL file as they come, so that an interrupted judgement goes on where it stopped, and a paid call
-is made once. Equation 8, which makes one number of them, is in the method's script.
+is made once. Equation 8, which makes one number of them, is in the method's script and handed in.
 """
 
 import base64
@@ -14,6 +14,7 @@ import io
 import json
 import math
 import os
+import re
 import time
 import urllib.error
 import urllib.request
@@ -25,10 +26,39 @@ from PIL import Image
 
 import common
 from worlds import loop
+from worlds.client import blend
 
 PARTS = ("Action", "Intention", "Reasoning", "Alignment")
+MEANS = ("Reasoning", "Action", "Intention", "Alignment", "success", "score")
 FRAMES = 8  # pictures of a trajectory that a judge is shown
 SIGHTS = 15  # plans that a speed is the median of
+
+
+# --- from a policy to its score -------------------------------------------------------------------
+
+
+def check(cfg):
+    """Whether there is such a judge, before anything is spent."""
+    if not re.match(r"offline$|local:.|https?://.", cfg.judge):
+        raise common.UserError(f"--judge {cfg.judge}: offline, http(s)://..., or local:BACKBONE")
+    examples_of(cfg.judge_examples)
+
+
+def judged(policy, cfg, folder, say, formula, reasons):
+    """VLA Score over trajectories in the demonstrations' domain -> means of its parts and of it, or
+    None where the world cannot be asked for the truth. formula: R, A, I, RA, B, reasons, --bracket
+    -> a trajectory's score."""
+    if not knows(cfg.world):
+        say("  no VLA Score: its judges need a world that can be copied")
+        return None
+    starts = loop.starts_of(cfg.world, "in", cfg.score_episodes, cfg.seed)
+    runs = trajectories(policy, cfg, cfg.world, starts)
+    rows = judge_all(runs, cfg, folder / "scores.jsonl", reasons, say)
+    for r in rows:
+        parts = [r[name] / 10 for name in MEANS[:4]]
+        r["score"] = formula(*parts, r["success"], reasons, cfg.bracket)
+    report(folder / "score.html", runs, rows, cfg)
+    return {n: float(np.mean([r[n] for r in rows])) for n in MEANS} | {"judge": cfg.judge}
 
 
 # --- trajectories, with the truth about them ------------------------------------------------------
@@ -58,12 +88,14 @@ def truth(world):
 
 
 def trajectories(policy, cfg, world, starts):
-    """Acts from each start -> [{"id", "task", "frames", "said", "actions", "success", ...}].
+    """Acts from each start as the closed loop does, --execute or --ensemble -> [{"start", "task",
+    "frames", "said", "actions", "success", ...}].
 
     For the offline judge each plan comes with what the expert says, the steps to go before and
     after it, and how the hand moved.
     """
     rng, runs = np.random.default_rng(cfg.seed), []
+    every, newest = 1 if cfg.ensemble else cfg.execute, [[] for _ in starts]
     World, suite = loop.find(world)
     worlds = [World(suite, cfg.size, cfg.wrist_size) for _ in starts]
     scratch = World(suite, 8, 8)
@@ -81,7 +113,8 @@ def trajectories(policy, cfg, world, starts):
             run["said"].append(said)
             run["expert"].append(truth(world))
             run["to_go"].append(steps_to_go(world, scratch))
-            for action in chunk[: cfg.execute]:
+            newest[i] = (newest[i] + [chunk])[-7:]
+            for action in [blend(newest[i])] if cfg.ensemble else chunk[:every]:
                 run["poses"].append([*world.pose, world.opening])
                 run["actions"].append(np.asarray(action, float).round(3).tolist())
                 world.step(action)
@@ -93,7 +126,7 @@ def trajectories(policy, cfg, world, starts):
         run["poses"].append([*world.pose, world.opening])
         run["to_go"].append(0 if world.success else steps_to_go(world, scratch))
         run["frames"].append(world.observe()["images"]["static"])
-        run["success"], run["execute"] = int(world.success), cfg.execute
+        run["success"], run["execute"] = int(world.success), every
     return runs
 
 
@@ -395,17 +428,16 @@ def judge_all(runs, cfg, file, reasons, say=print, pause=1.0, timeout=60.0):
 
 def report(path, runs, rows, cfg):
     """One HTML file: pictures, words and marks of every trajectory."""
-    names = ("Reasoning", "Action", "Intention", "Alignment", "success", "score")
-    means = {n: np.mean([r[n] for r in rows]) for n in names}
+    means = {n: np.mean([r[n] for r in rows]) for n in MEANS}
     who = {"offline": "the world's ground truth, no VLM"}.get(cfg.judge, cfg.judge)
-    head = "".join(f"<th>{n}</th>" for n in names)
+    head = "".join(f"<th>{n}</th>" for n in MEANS)
     cells = "".join(f"<td>{v:.2f}</td>" for v in means.values())
     parts = [f"<h1>VLA Score {means['score']:.3f}</h1><p>Judge: {html.escape(who)}; "]
     parts += [f"{len(rows)} trajectories.</p><table><tr>{head}</tr><tr>{cells}</tr></table>"]
     for run, r in zip(runs, rows):
         parts.append(f"<h2>{html.escape(run['task'])}: {r['score']:.2f}</h2><p>")
         parts += [f'<img src="data:image/png;base64,{png(f, 2)}">' for f in shown(run)]
-        marks = ", ".join(f"{n} {r[n]}" for n in names[:-1])
+        marks = ", ".join(f"{n} {r[n]}" for n in MEANS[:-1])
         said = [s for i, s in enumerate(run["said"]) if s and s not in run["said"][:i]]
         parts.append(f"</p><p>{marks}</p><p>{html.escape(r.get('Thought', ''))}</p><ul>")
         parts += [f"<li>{html.escape(s)}</li>" for s in said]

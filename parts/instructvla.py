@@ -1,0 +1,146 @@
+"""InstructVLA (arXiv 2507.17520), the base model of dualvla.py: what it is made of.
+
+Here: LoRA experts around matrices, decoding with the caches of two passes, the layers of the flow
+expert. Gates and queries, who sees whom, and what is learned are in dualvla.py. Letters: B batch, T
+and N tokens, n new ones, D width of the VLM, d of a head.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import DynamicCache
+
+from parts.kernels import causal_mask
+
+# --- Experts --------------------------------------------------------------------------------------
+
+
+class Mixture(nn.Module):
+    """A frozen matrix and low-rank experts: W_0 x + sum_i lambda_i (alpha / r) B_i A_i x, where all
+    of a model read the lambdas of each token from the same gates.now; None: W_0 alone."""
+
+    def __init__(self, base, experts, rank, alpha, gates):
+        super().__init__()
+        self.base, self.alpha, self.gates = base, alpha, gates
+        self.down = nn.ParameterList(
+            nn.Parameter(torch.randn(rank, base.in_features) / base.in_features**0.5)
+            for _ in range(experts)
+        )
+        self.up = nn.ParameterList(
+            nn.Parameter(torch.zeros(base.out_features, rank)) for _ in range(experts)
+        )
+
+    def forward(self, x):
+        y, lambdas = self.base(x), self.gates.now  # (B, T, experts) or (1, 1, experts)
+        if lambdas is not None:
+            for i, (A, B) in enumerate(zip(self.down, self.up)):
+                y = y + self.alpha * lambdas[..., i : i + 1] * F.linear(F.linear(x, A), B)
+        return y
+
+
+def add_experts(layers, experts, rank, alpha, gates):
+    """Puts a Mixture in the place of each matrix of a language model's layers."""
+    for name in [n for n, m in layers.named_modules() if isinstance(m, nn.Linear)]:
+        parent, _, leaf = name.rpartition(".")
+        parent = layers.get_submodule(parent)
+        setattr(parent, leaf, Mixture(getattr(parent, leaf), experts, rank, alpha, gates))
+
+
+def merge_expert(model):
+    """E alone: its one expert counts fully everywhere, so it can join the frozen matrices."""
+    for name, m in [x for x in model.named_modules() if isinstance(x[1], Mixture)]:
+        whole = m.base.weight.data.float()  # 16 bits would round most of the change away
+        m.base.weight.data = whole + m.alpha * m.up[0] @ m.down[0]
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, m.base)
+
+
+# --- Decoding -------------------------------------------------------------------------------------
+
+
+class Thread:
+    """Decoding in progress: caches of both passes, which tokens count, the newest hidden state.
+
+    A row that has said all it has to say is carried on with tokens that nobody looks at.
+    """
+
+    def __init__(self, model, batch):
+        prompt = batch["prompt"]
+        self.model, self.caches = model, (DynamicCache(), DynamicCache())
+        self.real, self.position = prompt["real"], prompt["position_ids"][..., -1:]
+        self.h = model.read(prompt, batch, caches=self.caches)[:, -1]  # (B, D)
+
+    def go_on(self, x, use):
+        """New tokens x (B, n, D), use (B, n): which of them are real -> hidden states (B, n, D)."""
+        self.real = torch.cat([self.real, use], dim=1)
+        place = self.position + use.cumsum(1)  # (3, B, n), or (B, n) where rows do not count
+        mask = causal_mask(self.real)[:, :, -x.shape[1] :]
+        h = self.model.look(x, mask, place, caches=self.caches)
+        self.position = place[..., -1:]
+        self.h = torch.where(use[:, -1:], h[:, -1], self.h)
+        return h
+
+
+# --- Layers of the flow expert --------------------------------------------------------------------
+
+
+def sinusoid(t, width):
+    """t (...,) in [0, 1] -> (..., width), periods from a hundredth to one."""
+    rates = 2 * math.pi * 100 ** torch.linspace(0, 1, width // 2, device=t.device)
+    return torch.cat([(t[..., None] * rates).cos(), (t[..., None] * rates).sin()], dim=-1)
+
+
+class Eye(nn.Module):
+    """The flow expert's own sight: convolutions, modulated by the mean latent action (FiLM)."""
+
+    def __init__(self, condition, width, cameras=4):
+        super().__init__()
+        sizes = [5, 32, 64, 96, width]  # colours and the place of each pixel first
+        self.convs = nn.ModuleList(
+            nn.Conv2d(i, o, 3, stride=2, padding=1) for i, o in zip(sizes, sizes[1:])
+        )
+        self.norms = nn.ModuleList(nn.GroupNorm(8, o) for o in sizes[1:])
+        self.films = nn.ModuleList(nn.Linear(condition, 2 * o) for o in sizes[1:])
+        self.camera = nn.Parameter(0.02 * torch.randn(cameras, condition))
+        for film in self.films:
+            nn.init.zeros_(film.weight)
+            nn.init.zeros_(film.bias)
+
+    def forward(self, views, latent):
+        """views: camera -> (B, h, w, 3) uint8, latent (B, D) -> (B, all cameras' tokens, width)."""
+        tokens = []
+        for i, view in enumerate(views.values()):
+            x = view.permute(0, 3, 1, 2).float() / 127.5 - 1  # (B, 3, h, w)
+            lines = [torch.linspace(-1, 1, n, device=x.device) for n in x.shape[2:]]
+            grid = torch.stack(torch.meshgrid(*lines, indexing="ij")).expand(len(x), -1, -1, -1)
+            x = torch.cat([x, grid], dim=1)
+            for conv, norm, film in zip(self.convs, self.norms, self.films):
+                gamma, beta = film(latent + self.camera[i])[:, :, None, None].chunk(2, dim=1)
+                x = F.silu(norm(conv(x)) * (1 + gamma) + beta)
+            tokens.append(x.flatten(2).transpose(1, 2))
+        return torch.cat(tokens, dim=1)
+
+
+class Block(nn.Module):
+    """A layer as Llama has it; the attention itself is where the masks are."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads, inner = heads, 3 * width
+        self.norm = nn.RMSNorm(width, elementwise_affine=False)
+        self.qkv, self.o = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.gate, self.up = nn.Linear(width, inner), nn.Linear(width, inner)
+        self.down = nn.Linear(inner, width)
+
+    def project(self, x):
+        """(B, N, width) -> q, k, v (B, heads, N, d)."""
+        parts = self.qkv(self.norm(x)).chunk(3, dim=-1)
+        return [z.unflatten(-1, (self.heads, -1)).transpose(1, 2) for z in parts]
+
+    def finish(self, x, y):
+        """Attention's y (B, heads, N, d) and the MLP added to x."""
+        x = x + self.o(y.transpose(1, 2).flatten(2))
+        h = self.norm(x)
+        return x + self.down(F.silu(self.gate(h)) * self.up(h))

@@ -1,0 +1,64 @@
+"""What dualvla.py prints and draws beside training: its ablations, pruning, a chain's outcome."""
+
+import numpy as np
+
+import common
+from worlds import events, pictures
+
+
+def ablations(rows):
+    """Prints each row with the paper's number and, where a result file holds it, ours -> {name:
+    [(answers %, success %)]} of those that were run."""
+    lines, points = common.result_lines("dualvla"), {}
+    print(f"{'--ablation':18} {'row':45} {'paper %':>8}   ours %: success, answers (seeds)")
+    for name, about in rows.items():
+        mine, ours = [r for r in lines if r["arm"] == name and not r.get("flags")], "not run"
+        if mine:
+            success, answers = (100 * np.mean([r[k] for r in mine]) for k in ("success", "answers"))
+            ours, points[name] = f"{success:.1f}, {answers:.1f} ({len(mine)})", [(answers, success)]
+        print(f"{name:18} {about['_row']:45} {about['_paper'] or '-':>8}   {ours}")
+    return points
+
+
+def pareto(rows, folder):
+    """--show pareto: the same as a picture."""
+    points = ablations(rows)
+    names = "actions against answers", "answers %", "success %"
+    pictures.plot_curves(folder / "pareto.png", points, *names)
+
+
+def pruning(told, keep, seed, tokenizer, folder):
+    """--show pruning. told: (episode, scene, action labels) of those with reasoning; keep: scene,
+    action, --prune, rng -> frames that keep it."""
+    episodes = [e for e, _, _ in told]
+    lengths = {text: len(tokenizer.encode(text)) for e in episodes for text in set(e.reasoning)}
+    words = np.array([lengths[text] for e in episodes for text in e.reasoning])
+    print(f"{'--prune':8} {'frames':>8} {'kept':>8} {'share':>7} {'words':>9} {'words left':>10}")
+    for rule in ("none", "both", "action", "scene", "either", "random"):
+        rng = np.random.default_rng(seed)
+        stays = np.concatenate([keep(s, a, rule, rng) for _, s, a in told])
+        row = f"{rule:8} {len(stays):8} {stays.sum():8} {stays.mean():7.1%}"
+        print(f"{row} {words.sum():9} {words[stays].sum():10}")
+    episode, scene, action = told[0]
+    labels = {"action": action, "scene": scene, "kept": keep(scene, action, "both")}
+    events.timeline(folder / "pruning.png", episode, labels)
+    print(f"an episode's timeline: {folder / 'pruning.png'}")
+
+
+def stages(results, say=print):
+    """A chain's outcome: a line for each way in which a stage is asked, without what was not
+    measured (`--world none`)."""
+
+    def cell(value, width, form):
+        return f"{'-' if value is None else format(value, form):>{width}}"
+
+    heads = f"{'success':>8} {'answers':>8} {'VLA Score':>9} {'ms/plan':>8} words"
+    say(f"{'stage':10} {'form':7} {heads}")
+    for stage, r in results.items():
+        for form, f in r["forms"].items():
+            success = next((d["success"] for d in f["domains"].values()), None)
+            last = form == list(r["forms"])[-1]
+            vla = r["vla_score"]["score"] if r["vla_score"] and last else None
+            cells = cell(success, 8, ".1%"), cell(r["answers"], 8, ".1%"), cell(vla, 9, ".3f")
+            cells += cell(f.get("ms"), 8, ".1f"), cell(f.get("words"), 0, ".1f")
+            say(f"{stage:10} {form:7} {' '.join(cells)}")
