@@ -16,6 +16,7 @@
     slow, fps                            spread over processes when acted in; steps in a second
 
 S, A, the cameras and their sizes are the world's choice: models take them from the data. A world
-may have more: `chain(seed)` and `next_goal()` for goals in a row, `state_dict()` and
-`load_state_dict()` for the offline judge of the VLA Score.
+may have more: `untouched(suite, domain)`, static, the tasks that a domain leaves as demonstrated,
+so that none of its evaluations takes them; `chain(seed)` and `next_goal()` for goals in a row;
+`state_dict()` and `load_state_dict()` for the offline judge of the VLA Score.
 """

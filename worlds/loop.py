@@ -76,7 +76,8 @@ def starts_of(world, domain, episodes, seed):
     if domain == "pick_all":
         return [(first + i, "pick_all", "in") for i in range(episodes)]
     World, suite = find(world)
-    tasks, _ = World.offers(suite)
+    same = World.untouched(suite, domain) if hasattr(World, "untouched") else ()
+    tasks = [task for task in World.offers(suite)[0] if task not in same]
     return [(first + i, tasks[i % len(tasks)], domain) for i in range(episodes)]
 
 
