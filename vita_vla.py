@@ -8,11 +8,12 @@
   [ VLM: ... <img> words <state> <act> <act> <act> ...] -> a_h -> [ mapper M ] -> [ decoder D ] -> a
                                                       stage 2, fine-tune: L1 and 0.01 BCE
 
-Conventions: arm actions are normalised to [-1, 1] between q01 and q99 and leave the decoder through
-a tanh; the gripper's label is 1 for open (> 0 in the recording), as in the released code, where the
-paper says closed. Steps are consecutive frames, oldest first. Letters: B batch, S steps of history,
-N = 3 future actions, T tokens, D width of the VLM, H width of Seer, P patches, A action.
-Words: docs/glossary.md.
+Conventions: arm actions are normalised to [-1, 1] (`--normalise`) and leave the decoder through a
+tanh; the gripper's label is 1 for open (paper: closed; its code: open on CALVIN, closed on LIBERO).
+Steps are consecutive frames, oldest first. Letters: B batch, S steps of history, N = 3 future
+actions, T tokens, D width of the VLM, H width of Seer, P patches, A numbers of an action; of a
+teacher's step C tokens of context and G of foresight a picture. Words: docs/glossary.md.
+parts/seer.py holds Seer's layers, eyes and files, parts/history.py what is kept between steps.
 
 Equation map
   Eq. 1  [img][text][state][act][act][act] per step  -> chat()
@@ -27,17 +28,20 @@ Assumptions and decisions, where paper and released code differ or are silent
   A2  L_arm is the mean absolute error, over joints too (`--arm-loss mae`); the released code has
       `smooth`. Neither paper says where gradients are clipped: at 1 (Seer's code: 0.1).
   A3  The gripper term counts (`--gripper-weight`); in the released code it is lost (`no-gripper`).
-  A4  One long causal sequence, a chat of S turns: a step sees all before it, act_2 sees act_1.
+  A4  One causal chat of S turns, in words of ours: a step sees all before it, act_2 sees act_1.
   A5  History grows from one step, as at an episode's start in training; nothing is repeated.
   A6  Actions past an episode's end leave the losses; foresight shows its last picture there.
       Stage 2 starts from stage 1's `--student`.
-  A7  Executed is the prediction for now (`--act-index 0`); the paper's CALVIN code takes the next.
+  A7  Executed is the prediction for now (`--act-index 0`); the released CALVIN code takes the next.
   A8  The teacher stands still in stage 1: no dropout, no gradient (the released code drops out).
   A9  On the laptop Seer's frozen encoders are the tiny backbone's vision tower and, for a vector of
       an instruction, the mean of its words' states halfway up the language model, which tell what
       each word is there for (`--eyes backbone`; paper: MAE and CLIP, `mae`). assets/seer, taken by
       default, has seen 12,000 demonstrations, a student sees 3,000 (paper: the same data).
   A10 There, with 16 and 4 tokens a picture, the resampler is left out: with it, learning is slower.
+  A11 A released Seer (`--teacher seer.pth`) speaks of the arm as recorded, in [-1, 1]: `--normalise
+      raw`, as in the presets. LIBERO's has seen pictures as the renderer leaves them, half a turn
+      from ours, and says 1 for closed: `--released libero` (parts/seer.py).
 Errata: the "3-layer MLP" connector of Section 3.2 has two layers; the 13 steps of a sample are 10
 observed and 3 future ones; Table 7's captions (b) and (c) are exchanged.
 
@@ -59,13 +63,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
-from transformers import AutoTokenizer, DynamicCache
 
 import common
 import data
-from worlds import loop, pictures
+from parts import history, seer
+from worlds import ablations, loop, pictures
 
 # --- Config: the defaults are the laptop's run ----------------------------------------------------
 
@@ -98,6 +101,7 @@ class Config:
     finetune_steps: int = 1000  # of stage 2 (paper: 2 epochs)
     # the teacher, Seer
     eyes: str = "backbone"  # backbone | mae: frozen encoders, the backbone's or MAE and CLIP (A9)
+    released: str = "calvin"  # calvin | libero: whose pictures, gripper a released Seer has (A11)
     width: int = 128  # H (paper: 1024 on CALVIN, 384 on LIBERO)
     depth: int = 4  # GPT-2 blocks (paper: 24)
     heads: int = 4  # attention heads (paper: 16, 12)
@@ -110,9 +114,9 @@ class Config:
     dropout: float = 0.0  # what the GPT-2 blocks add to their input (paper: 0.1)
     attention_dropout: float = 0.0  # of the GPT-2 blocks' attention (paper: 0.1)
     embedding_dropout: float = 0.0  # of what enters the GPT-2 blocks (paper: 0.1)
-    goal: int = 0  # pre-training on play: foresight sees the state this many steps ahead (Seer: 4)
+    goal: int = 0  # pre-training: foresight sees the state so many steps ahead (Seer: 4, then 0)
     action_sees: str = "all"  # all | pictures | pictures-state: pictures are Seer's atten_only_obs
-    hide_foresight: float = 0.0  # share that actions do not see (Seer's mask_l_obs_ratio: 0, 0.5)
+    hide_foresight: float = 0.0  # share hidden from actions, drawn for each batch (Seer: 0, 0.5)
     # the student
     history: int = 3  # S, observed steps (paper: 10 on CALVIN, 7 on LIBERO)
     future: int = 3  # N, actions predicted at each step
@@ -150,7 +154,7 @@ class Config:
     size: int = 64  # static camera, pixels (paper: 200); VITA-1.5 reads both cameras at this size
     wrist_size: int = 32  # wrist camera, pixels
     augment: int = 2  # random shift of the pictures, in 64ths of their side
-    normalise: str = "auto"  # auto | q99 | minmax: bounds of actions, state; auto: see SOURCES
+    normalise: str = "auto"  # auto | q99 | minmax | raw: bounds of actions, state; raw: see A11
     # evaluation and logging
     domains: tuple[str, ...] = ()  # what differs from training; empty: chain in abc_d, else all
     execute: int = 1  # actions executed of each plan: one, as the history is made of every step
@@ -164,16 +168,18 @@ class Config:
     save_every: int = 500  # steps between checkpoints
 
 
-CALVIN = dict(  # 3 and 2 epochs of about 930,000 windows, 256 a step on 8 GPUs, 1 to warm up
+# 3 and 2 epochs of about 930,000 windows, 256 a step on 8 GPUs, 1 to warm up. In stage 2 Table 5
+# has 128 a step, and warms up in both epochs
+CALVIN = dict(
     align_steps=11_000, finetune_steps=7_300, warmup=3_600, accumulate=4, backbone="VITA-1.5",
     eyes="mae", width=1024, depth=24, heads=16, resampler=3, queries=16, foresight=16, patch=16,
     dropout=0.1, attention_dropout=0.1, embedding_dropout=0.1, foresight_steps=0, history=10,
     batch=8, lr=1e-4, lr_head=1e-4, lr_teacher=1e-3, gripper_weight=0.01, optimizer="adamw",
-    size=200, wrist_size=84, act_index=1, episodes=1000, workers=4, augment=0,
+    size=200, wrist_size=84, act_index=1, episodes=1000, workers=4, augment=0, normalise="raw",
 )  # fmt: skip
 LIBERO = dict(align_steps=3_200, finetune_steps=2_100, warmup=1_000,  # 270,000 windows
               width=384, heads=12, queries=6, foresight=9, history=7, act_index=0, ensemble=True,
-              gripper_state="raw", wrist_size=200, episodes=500)  # fmt: skip
+              gripper_state="raw", released="libero", wrist_size=200, episodes=500)  # fmt: skip
 SHORT = dict(align_steps=250, finetune_steps=500)  # half the length, for ablations over seeds
 PRESETS = {"calvin": CALVIN, "libero": CALVIN | LIBERO, "short": SHORT}  # Tables 5 and 6; ours
 
@@ -229,78 +235,38 @@ def chat(sample, grids, cfg, processor):
 
 
 def sense(samples, cfg, processor):
-    """Samples of n <= S steps, with "images" [n][cameras], "instruction", "state" (n, S) and, in
-    training, "action" (n, N, A), "mask" (n, N), "goal" [n or fewer][cameras] -> batch, padded to S.
-    Training and acting both come through here."""
-    B, S = len(samples), max(len(s["images"]) for s in samples)
-    pixels, grids, rows, text = [], [], [], []
-    for s in samples:
-        flat = [image for step in s["images"] for image in step]
-        patches, grid = processor.images(flat)
-        pixels.append(patches)
-        grids.append(grid)
-        rows.append(chat(s, grid, cfg, processor))
-        words = encode(processor.tokenizer, s["instruction"]) or (processor.pad_token_id,)
-        text.append(torch.tensor(words))
+    """Samples of n <= S steps, with "images" [n][cameras], "instruction", "state" (n, numbers) and,
+    in training, "action" (n, N, A), "mask" (n, N), "ahead" [n or fewer][cameras] -> batch, padded
+    to S. Training and acting both come through here."""
+
+    def padded(name):
+        """-> (B, S, ...), zero where there is no step."""
+        return nn.utils.rnn.pad_sequence([torch.from_numpy(s[name]) for s in samples], True)
+
+    S = max(len(s["images"]) for s in samples)
+    pixels, grids = zip(*(processor.images(sum(s["images"], [])) for s in samples))
+    rows = [chat(s, grid, cfg, processor) for s, grid in zip(samples, grids)]
+    words = [encode(processor.tokenizer, s["instruction"]) for s in samples]
+    text = [torch.tensor(ids or (processor.pad_token_id,)) for ids in words]
     batch = {
         "prompt": processor.pad(rows, grids),
         "pixel_values": torch.from_numpy(np.concatenate(pixels)),
         "image_grid_thw": torch.tensor([g for grid in grids for g in grid]),
         "text": nn.utils.rnn.pad_sequence(text, True, -1),  # (B, words), -1 where there is none
         "steps": torch.tensor([[i < len(s["images"]) for i in range(S)] for s in samples]),
-        "state": torch.from_numpy(fill(B, S, [s["state"] for s in samples])),  # (B, S, state)
+        "state": padded("state"),  # (B, S, numbers)
     }
     if cfg.eyes == "mae" and cfg.stage != "finetune":
-        batch |= mae_inputs(samples)
+        batch |= seer.mae_inputs(samples, cfg.released)
     if "action" in samples[0]:
-        batch["action"] = torch.from_numpy(fill(B, S, [s["action"] for s in samples]))
-        batch["mask"] = torch.from_numpy(fill(B, S, [s["mask"] for s in samples]))  # (B, S, N)
+        batch["action"] = padded("action")
+        batch["mask"] = padded("mask")  # (B, S, N)
     if "action" in samples[0] and cfg.stage == "teacher":
-        goals = zip(*(step for s in samples for step in s["goal"]))  # by camera
-        batch["goal"] = [foresight_target(np.stack(g), cfg) for g in goals]  # (n, P, p * p * 3)
-        last = batch["steps"].sum(1, keepdim=True) - torch.arange(S)  # 1 for a window's last step
-        batch["imagined"] = batch["steps"] & (last <= (cfg.foresight_steps or S))  # (B, S), n True
+        cameras = zip(*(step for s in samples for step in s["ahead"]))
+        batch["ahead"] = [seer.foresight_target(np.stack(a), cfg) for a in cameras]
+        last = batch["steps"].sum(1, keepdim=True) - cfg.goal - torch.arange(S)  # 1 for the last
+        batch["foresees"] = (last > 0) & (last <= (cfg.foresight_steps or S))  # (B, S), n True
     return batch
-
-
-def fill(B, S, arrays):
-    """B arrays of (n, ...), n <= S -> (B, S, ...), zero where there is no step."""
-    out = np.zeros((B, S, *arrays[0].shape[1:]), arrays[0].dtype)
-    for place, array in zip(out, arrays):
-        place[: len(array)] = array
-    return out
-
-
-def foresight_target(images, cfg):
-    """(n, height, width, 3) uint8 -> (n, P, p * p * 3): each patch with mean 0 and deviation 1."""
-    if cfg.eyes == "mae":
-        images = clip_pixels(images).transpose(0, 2, 3, 1)
-    n, height, width, _ = images.shape
-    p = cfg.patch
-    x = images.astype(np.float32).reshape(n, height // p, p, width // p, p, 3)
-    x = x.transpose(0, 1, 3, 2, 4, 5).reshape(n, -1, p * p * 3)
-    return torch.from_numpy((x - x.mean(-1, keepdims=True)) / (x.std(-1, keepdims=True) + 1e-3))
-
-
-def clip_pixels(images, size=224):
-    """Pictures -> (n, 3, 224, 224) float32 in CLIP's normalisation, which Seer's MAE reads."""
-    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-    fitted = [Image.fromarray(i).resize((size, size), Image.Resampling.BICUBIC) for i in images]
-    x = np.stack([np.asarray(i, np.float32) / 255 for i in fitted])
-    return ((x - np.float32(mean)) / np.float32(std)).transpose(0, 3, 1, 2)
-
-
-@lru_cache(maxsize=1)
-def clip_tokenizer():
-    return AutoTokenizer.from_pretrained(common.SeerEyes.CLIP)
-
-
-def mae_inputs(samples):
-    steps = [step for s in samples for step in s["images"]]
-    seen = [torch.from_numpy(clip_pixels(images)) for images in zip(*steps)]
-    words = [s["instruction"] for s in samples]
-    ids = clip_tokenizer()(words, padding="max_length", truncation=True, return_tensors="pt")
-    return {"seen": seen, "text": ids["input_ids"]}
 
 
 # --- Model: what teacher and student share --------------------------------------------------------
@@ -314,7 +280,7 @@ def add_state_encoder(model, width, arm):
 
 
 def encode_state(model, state, how):
-    """Normalised state (..., S): the arm's numbers first, the gripper last -> (..., width)."""
+    """Normalised state (..., numbers), the arm's first, the gripper's last -> (..., width)."""
     gripper = state[..., -2:]
     if how == "onehot":  # closed or open
         gripper = F.one_hot((state[..., -1] > 0).long(), 2).to(state.dtype)
@@ -338,19 +304,21 @@ def decode(model, h):
     return model.arm_action_decoder(h).float(), model.gripper_action_decoder(h)[..., 0].float()
 
 
-DECODER = ("action_decoder.", "arm_action_decoder.", "gripper_action_decoder.")
+STATE_ENCODER = ("arm_state_encoder", "gripper_state_encoder", "state_projector")
+DECODER = ("action_decoder", "arm_action_decoder", "gripper_action_decoder")
 
 
 # --- Model: the teacher, Seer ---------------------------------------------------------------------
 
 
-def seer_mask(S, context, foresight, actions, goal=0, action_sees="all", hide=0.0, seed=0):
-    """(S * n, S * n) True where a token looks: at the context (words, state, pictures) of its own
-    and earlier steps, an action token also at its step's foresight; nobody at anything else.
+def seer_mask(S, context, foresight, actions, goal=0, action_sees="all", hide=0.0):
+    """(S * n, S * n) True where a token looks, n tokens a step: at the context (words, state,
+    pictures) of its own and earlier steps, an action token also at its step's foresight; nobody at
+    anything else, itself included.
 
     As Seer pre-trains: with goal > 0, foresight sees the state (second token) of that many steps
     ahead; of the context, actions see their own step's pictures only, or these and its state; and
-    at each step a share `hide` of the foresight, drawn once, stays hidden from them."""
+    a share `hide` of each step's foresight, drawn anew at each call, stays hidden from them."""
     n = context + foresight + actions
     step, kind = torch.arange(S * n) // n, torch.arange(S * n) % n
     sees = (step[None] <= step[:, None]) & (kind < context)[None]
@@ -360,127 +328,13 @@ def seer_mask(S, context, foresight, actions, goal=0, action_sees="all", hide=0.
         first = 1 if action_sees == "pictures-state" else 2
         sees &= ~is_action | (same & (kind >= first)[None])
     shown = is_foresight.clone()
-    generator = torch.Generator().manual_seed(seed)
-    for i in range(S):
-        hidden = torch.randperm(foresight, generator=generator)[: int(hide * foresight)]
+    for i in range(S) if hide else ():
+        hidden = torch.randperm(foresight)[: int(hide * foresight)]
         shown[i * n + context + hidden] = False
     sees |= same & is_action & shown[None]
     if goal:
         sees |= is_foresight[:, None] & (kind == 1)[None] & (step[None] == step[:, None] + goal)
     return sees
-
-
-class PerceiverAttention(nn.Module):
-    """The latents look at a picture's features and at themselves; names as in Seer's files."""
-
-    def __init__(self, dim, heads=8, head_dim=64):
-        super().__init__()
-        self.heads = heads
-        self.norm_media, self.norm_latents = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.to_q = nn.Linear(dim, heads * head_dim, bias=False)
-        self.to_kv = nn.Linear(dim, 2 * heads * head_dim, bias=False)
-        self.to_out = nn.Linear(heads * head_dim, dim, bias=False)
-
-    def forward(self, x, latents):
-        """x (n, P, dim), latents (n, Q, dim) -> (n, Q, dim)."""
-        x, latents = self.norm_media(x), self.norm_latents(latents)
-        k, v = self.to_kv(torch.cat([x, latents], dim=1)).chunk(2, dim=-1)
-        q, k, v = (
-            z.unflatten(-1, (self.heads, -1)).transpose(1, 2) for z in (self.to_q(latents), k, v)
-        )
-        return self.to_out(common.attend(q, k, v).transpose(1, 2).flatten(2))
-
-
-class PerceiverResampler(nn.Module):
-    """Any number of picture features -> Q tokens."""
-
-    def __init__(self, dim, queries, depth):
-        super().__init__()
-        self.latents = nn.Parameter(torch.randn(queries, dim))
-
-        def mlp():
-            wide = nn.Linear(dim, 4 * dim, bias=False), nn.Linear(4 * dim, dim, bias=False)
-            return nn.Sequential(nn.LayerNorm(dim), wide[0], nn.GELU(), wide[1])
-
-        self.layers = nn.ModuleList(
-            nn.ModuleList([PerceiverAttention(dim), mlp()]) for _ in range(depth)
-        )
-        self.norm = nn.LayerNorm(dim)
-
-    def forward(self, x):
-        latents = self.latents.expand(len(x), -1, -1)
-        for attention, mlp in self.layers:
-            latents = latents + attention(x, latents)
-            latents = latents + mlp(latents)
-        return self.norm(latents)
-
-
-class Attention(nn.Module):
-    def __init__(self, width, heads, fused, out, dropout=0.0):
-        super().__init__()
-        self.heads, self.fused, self.out, self.dropout = heads, fused, out, dropout
-        self.add_module(fused, nn.Linear(width, 3 * width))
-        self.add_module(out, nn.Linear(width, width))
-
-    def forward(self, x, mask=None):
-        q, k, v = self.get_submodule(self.fused)(x).chunk(3, dim=-1)
-        q, k, v = (z.unflatten(-1, (self.heads, -1)).transpose(1, 2) for z in (q, k, v))
-        if self.training and self.dropout:
-            y = F.scaled_dot_product_attention(q, k, v, mask, self.dropout)
-        else:
-            y = common.attend(q, k, v, mask)
-        return self.get_submodule(self.out)(y.transpose(1, 2).flatten(2))
-
-
-class Block(nn.Module):
-    """A pre-norm block with the names of GPT-2 (Seer's trunk) or of timm (its image decoder)."""
-
-    GPT2 = ("ln_1", "attn", "ln_2", "mlp", "c_attn", "c_proj", "c_fc", "c_proj")
-    TIMM = ("norm1", "attn", "norm2", "mlp", "qkv", "proj", "fc1", "fc2")
-
-    def __init__(self, width, heads, names, dropout=0.0, attention_dropout=0.0):
-        super().__init__()
-        self.names, tanh = names, "tanh" if names is Block.GPT2 else "none"
-        first, attention, second, mlp, fused, out, up, down = names
-        self.add_module(first, nn.LayerNorm(width))
-        self.add_module(attention, Attention(width, heads, fused, out, attention_dropout))
-        self.add_module(second, nn.LayerNorm(width))
-        parts = {up: nn.Linear(width, 4 * width), "act": nn.GELU(approximate=tanh)}
-        self.add_module(mlp, nn.Sequential())
-        for name, part in (parts | {down: nn.Linear(4 * width, width)}).items():
-            self.get_submodule(mlp).add_module(name, part)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x, mask=None):
-        first, attention, second, mlp = (self.get_submodule(name) for name in self.names[:4])
-        x = x + self.dropout(attention(first(x), mask))
-        return x + self.dropout(mlp(second(x)))
-
-
-class BackboneEyes(nn.Module):
-    """ASSUMPTION A9: the VLM's frozen vision tower, and half of its language model."""
-
-    def __init__(self, vlm):
-        super().__init__()
-        self.vlm = vlm
-        self.picture_width = self.text_width = vlm.width
-
-    def forward(self, batch, cameras):
-        """-> picture features by camera [(steps, P, dim)], words (B, dim)."""
-        grids = batch["image_grid_thw"].prod(1)  # patches of each picture
-        levels = self.vlm.see(batch["pixel_values"], batch["image_grid_thw"])
-        tokens, batch["features"] = levels[0], levels  # in stage 1 the student has the same eyes
-        patches_of_a_token = int(grids.sum()) // len(tokens)
-        sizes = (grids[:cameras] // patches_of_a_token).tolist()
-        parts = tokens.unflatten(0, (len(grids) // cameras, -1)).split(sizes, dim=1)
-        real = batch["text"] >= 0
-        x = self.vlm.language.get_input_embeddings()(batch["text"].clamp(min=0))
-        layers = self.vlm.language(
-            inputs_embeds=x, attention_mask=common.causal_mask(real), use_cache=False,
-            output_hidden_states=True,
-        ).hidden_states  # fmt: skip
-        h = F.layer_norm(layers[len(layers) // 2].float(), x.shape[-1:])  # (B, words, dim)
-        return parts, (h * real[..., None]).sum(1) / real.sum(1, keepdim=True)
 
 
 class Seer(nn.Module):
@@ -495,7 +349,7 @@ class Seer(nn.Module):
         self.text_projector = nn.Linear(eyes.text_width, H)
         add_state_encoder(self, H, arm)
         if cfg.resampler:
-            self.perceiver_resampler = PerceiverResampler(E, cfg.queries, cfg.resampler)
+            self.perceiver_resampler = seer.PerceiverResampler(E, cfg.queries, cfg.resampler)
         for camera in self.cameras:
             self.add_module(f"image_{camera}_projector", nn.Linear(E, H))
             self.add_module(f"cls_token_{camera}_projector", nn.Linear(E, H))
@@ -506,7 +360,7 @@ class Seer(nn.Module):
         self.embedding_layer_norm = nn.LayerNorm(H)
         self.transformer_backbone = nn.Module()
         self.transformer_backbone.h = nn.ModuleList(
-            Block(H, cfg.heads, Block.GPT2, cfg.dropout, cfg.attention_dropout)
+            seer.Block(H, cfg.heads, seer.Block.GPT2, cfg.dropout, cfg.attention_dropout)
             for _ in range(cfg.depth)
         )
         self.transformer_backbone.ln_f = nn.LayerNorm(H)
@@ -514,7 +368,8 @@ class Seer(nn.Module):
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, H))
         self.image_decoder_obs_pred_projector = nn.Linear(H, H)
         heads = 16 if cfg.eyes == "mae" else cfg.heads
-        self.image_decoder = nn.Sequential(*(Block(H, heads, Block.TIMM) for _ in range(2)))
+        blocks = (seer.Block(H, heads, seer.Block.TIMM) for _ in range(2))
+        self.image_decoder = nn.Sequential(*blocks)
         self.image_decoder_norm = nn.LayerNorm(H)
         self.image_decoder_pred = nn.Linear(H, 3 * cfg.patch**2)
         self.untouched = {n for n in self.state_dict() if n.startswith("eyes.")}
@@ -524,7 +379,7 @@ class Seer(nn.Module):
         return [*self.transformer_backbone.h]
 
     def context(self, batch):
-        """-> (B, S, A, H): words, state, Q (or all) tokens of each picture, a summary of each."""
+        """-> (B, S, C, H): words, state, Q (or all) tokens of each picture, a summary of each."""
         steps = batch["steps"]  # (B, S)
         with torch.no_grad():
             features, words = self.eyes(batch, len(self.cameras))
@@ -534,85 +389,47 @@ class Seer(nn.Module):
         for camera, x in zip(self.cameras, features):  # x (real steps, P, E)
             summary, x = (x[:, :1], x[:, 1:]) if self.cfg.eyes == "mae" else (x.mean(1, True), x)
             x = self.perceiver_resampler(x) if self.cfg.resampler else x
-            x = self.get_submodule(f"image_{camera}_projector")(x)
-            summary = self.get_submodule(f"cls_token_{camera}_projector")(summary)
-            tokens.append(x)
-            summaries.append(summary)
+            tokens.append(self.get_submodule(f"image_{camera}_projector")(x))
+            summaries.append(self.get_submodule(f"cls_token_{camera}_projector")(summary))
         seen = torch.cat(tokens + summaries, dim=1)
         out = seen.new_zeros(*steps.shape, *seen.shape[1:])
         out[steps] = seen
         return torch.cat([text[:, :, None].to(out.dtype), state[:, :, None].to(out.dtype), out], 2)
 
     def hidden(self, batch):
-        """-> states after the last norm: action tokens (B, S, N, H), foresight (B, S, 2 F, H)."""
+        """-> states after the last norm: action tokens (B, S, N, H), foresight (B, S, 2 G, H)."""
         cfg, x = self.cfg, self.context(batch)
-        B, S, A, _ = x.shape
+        B, S, C, _ = x.shape
         more = self.obs_tokens.expand(B, S, -1, -1), self.action_pred_token.expand(B, S, -1, -1)
         x = torch.cat([x, *(m.to(x.dtype) for m in more)], dim=2)
         x = x + self.transformer_backbone_position_embedding[:, :S]
         x = self.embedding_layer_norm(x.flatten(1, 2))  # (B, S * n, H)
         x = F.dropout(x, cfg.embedding_dropout, self.training)
-        how = cfg.goal, cfg.action_sees, cfg.hide_foresight, cfg.seed
-        mask = seer_mask(S, A, 2 * cfg.foresight, cfg.future, *how).to(x.device)
+        how = cfg.goal, cfg.action_sees, cfg.hide_foresight if self.training else 0.0
+        mask = seer_mask(S, C, 2 * cfg.foresight, cfg.future, *how).to(x.device)
         for block in self.transformer_backbone.h:
             x = block(x, mask)
         x = self.transformer_backbone.ln_f(x).unflatten(1, (S, -1))  # (B, S, n, H)
-        return x[:, :, -cfg.future :], x[:, :, A : -cfg.future]
+        return x[:, :, -cfg.future :], x[:, :, C : -cfg.future]
 
     def imagine(self, h, side):
-        """One camera's foresight states (n, F, H) -> its picture's patches (n, P, p * p * 3)."""
+        """One camera's foresight states (n, G, H) -> its picture's patches (n, P, p * p * 3)."""
         h = self.image_decoder_obs_pred_projector(h)
         mask = self.mask_token.expand(len(h), side**2, -1)
         width, own = h.shape[-1], math.isqrt(h.shape[1])
-        where = torch.cat([grid_code(own, width), grid_code(side, width)]).to(h)
+        where = torch.cat([seer.grid_code(own, width), seer.grid_code(side, width)]).to(h)
         h = self.image_decoder(torch.cat([h, mask.to(h.dtype)], dim=1) + where)
         return self.image_decoder_pred(self.image_decoder_norm(h[:, -(side**2) :])).float()
 
     def forward(self, batch, h_teacher=None):
-        """Losses of one step, by name."""
-        h, ahead = self.hidden(batch)
+        """Losses of one step, by name; Seer's own, whatever the student's are."""
+        h, foresight = self.hidden(batch)
         losses = action_losses(decode(self, h), batch, "smooth")
         errors = []
-        for half, target in zip(ahead[batch["imagined"]].chunk(2, dim=1), batch["goal"]):
+        for half, target in zip(foresight[batch["foresees"]].chunk(2, dim=1), batch["ahead"]):
             picture = self.imagine(half, math.isqrt(target.shape[1]))
             errors.append(((picture - target) ** 2).mean())
         return losses | {"foresight": sum(errors) / 2}
-
-
-@lru_cache(maxsize=16)
-def grid_code(side, width):
-    """MAE's fixed sine and cosine positions of a square -> (side * side, width)."""
-    rate = 1 / 10000 ** (torch.arange(width // 4) / (width / 4))
-    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    waves = [v.flatten()[:, None] * rate for v in (x, y)]  # the column goes first
-    return torch.cat([part for w in waves for part in (w.sin(), w.cos())], dim=1)
-
-
-def load_seer(model, path):
-    """A released Seer checkpoint into the model; what does not fit is an error that names it."""
-    tensors = common.read_seer(path)
-    place = "transformer_backbone_position_embedding"
-    ours = model.state_dict()
-    if place in tensors and tensors[place].shape[1] > ours[place].shape[1]:
-        tensors[place] = tensors[place][:, : ours[place].shape[1]]  # a teacher of longer windows
-    for name in [n for n in ours if not n.startswith("eyes.")] + list(tensors):
-        if name not in tensors or name not in ours or tensors[name].shape != ours[name].shape:
-            there, here = (tuple(d[name].shape) if name in d else "no" for d in (tensors, ours))
-            hint = "--width, --depth, --history, --queries, --foresight"
-            raise common.UserError(f"--teacher {path}: {name}: {there} there, {here} here ({hint})")
-    model.load_state_dict(tensors, strict=False)
-
-
-def read_recorded(model, stats, how):
-    """A released Seer has read the state as recorded; its first matrices now take our normalised
-    one: W x = W (half x' + middle)."""
-    low, high = (torch.from_numpy(x) for x in data.bounds(stats))
-    half, middle = (high - low) / 2, (high + low) / 2
-    parts = [(model.arm_state_encoder, slice(model.arm_state_encoder.in_features))]
-    parts += [(model.gripper_state_encoder, slice(-2, None))] if how == "raw" else []
-    for layer, part in parts:
-        layer.bias.data += layer.weight.data @ middle[part].to(layer.weight)
-        layer.weight.data *= half[part].to(layer.weight)
 
 
 # --- Model: the student ---------------------------------------------------------------------------
@@ -624,7 +441,8 @@ class DecoderMapper(nn.Module):
     def __init__(self, D, H):
         super().__init__()
         self.enter = nn.Linear(D, H)
-        self.blocks = nn.ModuleList(Block(H, max(H // 32, 1), Block.GPT2) for _ in range(2))
+        how = H, max(H // 32, 1), seer.Block.GPT2
+        self.blocks = nn.ModuleList(seer.Block(*how) for _ in range(2))
 
     def forward(self, h):
         lead, h = h.shape[:-2], self.enter(h).flatten(0, -3)  # (B * S, N, H)
@@ -639,8 +457,7 @@ class VitaVLA(nn.Module):
 
     def __init__(self, cfg, vlm, processor, arm=6):
         super().__init__()
-        D, H, self.cfg, self.processor = vlm.width, cfg.width, cfg, processor
-        self.vlm = vlm
+        D, H, self.cfg, self.vlm, self.processor = vlm.width, cfg.width, cfg, vlm, processor
         add_state_encoder(self, D, arm)
         count = cfg.future if cfg.tokens == "separate" else 1
         std = vlm.language.get_input_embeddings().weight.std()  # at home among the words
@@ -656,18 +473,13 @@ class VitaVLA(nn.Module):
         if train_vlm and cfg.lora:
             common.add_lora(vlm.language.layers, cfg.lora)
         # weights that stay the backbone's own: no checkpoint holds them
-        eyes = ("vision", "projector", "model.visual", "model.vision_tower")
-        eyes = tuple(f"vlm.{part}." for part in (*eyes, "model.multi_modal_projector"))
-        frozen = eyes if train_vlm else ("vlm.",)
-        frozen = ("vlm.",) if cfg.lora else frozen
-        names = [n for n in self.state_dict() if not n.endswith((".down", ".up"))]
-        self.untouched = {n for n in names if n.startswith(frozen)}
-        for name, p in self.named_parameters():
-            if name.startswith(DECODER):
-                p.requires_grad_(cfg.stage == "finetune")
-        if cfg.state_input == "text":
-            for name in ("arm_state_encoder", "gripper_state_encoder", "state_projector"):
-                self.get_submodule(name).requires_grad_(False)
+        own = ("vlm.language.", "vlm.model.language_model.") if train_vlm and not cfg.lora else ()
+        names = [n for n in self.state_dict() if n.startswith("vlm.") and not n.startswith(own)]
+        self.untouched = {n for n in names if not n.endswith((".down", ".up"))}
+        for name in DECODER:
+            self.get_submodule(name).requires_grad_(cfg.stage == "finetune")
+        for name in STATE_ENCODER:
+            self.get_submodule(name).requires_grad_(cfg.state_input == "encoder")
 
     def blocks(self):
         """What is recomputed, compiled or sharded by itself."""
@@ -675,7 +487,8 @@ class VitaVLA(nn.Module):
         return [*self.vlm.language.layers, *eyes]
 
     def embed(self, prompt, seen, state, places):
-        """Prompt (B, T), picture tokens (n, D), states (steps, S) in order -> (B, T, D)."""
+        """Prompt (B, T), tokens of all pictures [(tokens, D)] by level, states (steps, numbers), in
+        order -> (B, T, D)."""
         x = self.vlm.language.get_input_embeddings()(prompt["input_ids"])
         x = put(x, places, seen[0])
         if self.cfg.state_input == "encoder":
@@ -693,8 +506,7 @@ class VitaVLA(nn.Module):
     def hidden(self, batch):
         """-> a_h (B, S, N, D), zero at steps that are not there."""
         prompt, steps = batch["prompt"], batch["steps"]
-        seen = batch.get("features")
-        seen = seen or self.vlm.see(batch["pixel_values"], batch["image_grid_thw"])
+        seen = batch.get("features") or self.vlm.see(batch["pixel_values"], batch["image_grid_thw"])
         places = prompt["real"] & (prompt["input_ids"] == self.processor.image_token_id)
         x = self.embed(prompt, seen, batch["state"][steps], places)
         h = self.vlm.read(x, prompt, common.causal_mask(prompt["real"]), places, seen)
@@ -720,8 +532,7 @@ def put(x, where, values):
 
 
 def masked_mean(x, mask):
-    """x (B, S, N, ...), mask (B, S, N) -> mean over each sample's inside, then over samples."""
-    x = x.flatten(3).mean(-1) if x.dim() > 3 else x
+    """x, mask (B, S, N) -> mean over each sample's inside, then over samples."""
     return ((x * mask).flatten(1).sum(1) / mask.flatten(1).sum(1).clamp(min=1)).mean()
 
 
@@ -738,7 +549,7 @@ def action_losses(decoded, batch, how):
     arm, gripper = decoded
     target, mask = batch["action"], batch["mask"]
     error = F.l1_loss if how == "mae" else F.smooth_l1_loss  # ASSUMPTION A2
-    arm = masked_mean(error(arm, target[..., :-1], reduction="none"), mask)
+    arm = masked_mean(error(arm, target[..., :-1], reduction="none").mean(-1), mask)
     open_ = (target[..., -1] > 0).float()
     bce = F.binary_cross_entropy_with_logits(gripper, open_, reduction="none")
     return {"arm": arm, "gripper": masked_mean(bce, mask)}
@@ -760,19 +571,20 @@ class Histories:
 
     def __init__(self, episodes, stats, cfg):
         self.episodes, self.stats, self.cfg = episodes, stats, cfg
-        counts = [max(1, T - cfg.history + 1) for T in data.lengths(episodes)]
+        counts = [max(1, T - cfg.history + 1) * (T > cfg.goal) for T in data.lengths(episodes)]
         self.starts = np.cumsum([0] + counts)
 
     def __len__(self):
         return int(self.starts[-1])
 
     def get(self, index, rng):
-        """-> "images" [n][cameras], "goal" of the last steps, N on, "instruction", "state" (n, S),
-        "action" (n, N, A), "mask" (n, N), for n <= S steps."""
+        """-> "images" [n][cameras], "ahead", those N steps on, of the last steps, "instruction",
+        "state" (n, numbers), "action" (n, N, A), "mask" (n, N), for n <= S steps."""
         cfg, e = self.cfg, int(np.searchsorted(self.starts, index, side="right")) - 1
         episode, t = self.episodes[e], index - int(self.starts[e])
         T = len(episode.action)
         now = np.arange(t, min(t + cfg.history, T))
+        learned = now[: len(now) - cfg.goal]  # --goal: steps whose goal is in the window
         ahead = now[:, None] + np.arange(cfg.future)  # (n, N)
         cameras = list(episode.images.values())
         moves = rng.integers(-cfg.augment, cfg.augment + 1, (len(cameras), 2))
@@ -785,11 +597,11 @@ class Histories:
         action = episode.action[np.minimum(ahead, T - 1)]  # (n, N, A)
         return {
             "images": [look(t) for t in now],
-            "goal": [look(t + cfg.future) for t in now[-cfg.foresight_steps :]],
+            "ahead": [look(t + cfg.future) for t in learned[-cfg.foresight_steps :]],
             "instruction": episode.instruction,
             "state": data.normalise(episode.state[now], self.stats["state"]),
             "action": data.normalise(action, self.stats["action"]),
-            "mask": ahead < T,  # ASSUMPTION A6
+            "mask": (ahead < T) & (now <= learned[-1])[:, None],  # ASSUMPTION A6
         }
 
 
@@ -842,61 +654,20 @@ class Policy:
     def recall(self, samples, observations):
         """As `hidden` at the newest step, (n, N, D), but a picture is encoded once, and keys and
         values are kept while a history grows; once its window slides, the VLM reads it anew."""
+        model, memories = self.model, [o["memory"] for o in observations]
         newest = [s | {"images": s["images"][-1:], "state": s["state"][-1:]} for s in samples]
         batch = common.to_device(sense(newest, self.cfg, self.processor), self.device)
-        seen = self.model.vlm.see(batch["pixel_values"], batch["image_grid_thw"])
-        grids = batch["image_grid_thw"].unflatten(0, (len(samples), -1)).tolist()
-        parts = zip(*(level.unflatten(0, (len(samples), -1)) for level in seen))
-        memories = [o["memory"] for o in observations]
-        for memory, grid, mine in zip(memories, grids, parts):
-            memory["steps"][-1] |= {"grid": [tuple(g) for g in grid], "seen": mine}
-        grows = [m.get("length", 0) + 1 == len(m["steps"]) > 1 for m in memories]
+        seen = model.vlm.see(batch["pixel_values"], batch["image_grid_thw"])
+        history.keep_pictures(memories, seen, batch["image_grid_thw"])
+        grids = [history.grids_of(m) for m in memories]
+        rows = [chat(s, grid, self.cfg, self.processor) for s, grid in zip(samples, grids)]
         out = [None] * len(samples)
-        for kind in (True, False):
-            group = [i for i, grow in enumerate(grows) if grow is kind]
-            if group:
-                some = [samples[i] for i in group], [memories[i] for i in group]
-                for i, h in zip(group, self.read_on(*some, kind)):
-                    out[i] = h
+        for grow, which in history.groups(memories):
+            some = [rows[i] for i in which], [memories[i] for i in which]
+            h, prompt = history.read_on(model, *some, grow)
+            for i, row, act in zip(which, h, model.where(prompt, ACT)):
+                out[i] = row[act][-self.cfg.future :]
         return torch.stack(out)
-
-    def read_on(self, samples, memories, grow):
-        """The VLM over the newest step of each history behind what is kept (grow), or over all of
-        it -> (n, N, D); the memories keep its keys and values."""
-        model, cfg, processor = self.model, self.cfg, self.processor
-        grids = [[g for step in m["steps"] for g in step["grid"]] for m in memories]
-        rows = [chat(s, grid, cfg, processor) for s, grid in zip(samples, grids)]
-        kept = [m["past"][0][0].shape[1] if grow else 0 for m in memories]
-        fresh = [len(row) - k for row, k in zip(rows, kept)]  # tokens to read
-        prompt = processor.pad(rows, grids)
-        W, P = max(fresh), max(kept)
-        prompt = {k: v[..., -W:] for k, v in prompt.items()}
-        prompt["real"] = torch.arange(W) >= W - torch.tensor(fresh)[:, None]  # (n, W)
-        prompt = common.to_device(prompt, self.device)
-        behind = torch.arange(P) >= P - torch.tensor(kept)[:, None]  # (n, P)
-        behind, cache = behind.to(self.device), DynamicCache()
-        for layer in range(model.vlm.language.config.num_hidden_layers if grow else 0):
-            both = zip(*(m["past"][layer] for m in memories))
-            padded = [[F.pad(x, (0, 0, P - x.shape[1], 0)) for x in xs] for xs in both]
-            cache.update(*(torch.stack(xs) for xs in padded), layer)
-        steps = [m["steps"][-1:] if grow else m["steps"] for m in memories]
-        seen = [torch.cat(x) for x in zip(*(step["seen"] for some in steps for step in some))]
-        state = [torch.from_numpy(step["state"]) for some in steps for step in some]
-        places = prompt["real"] & (prompt["input_ids"] == processor.image_token_id)
-        x = model.embed(prompt, seen, torch.stack(state).to(self.device), places)
-        mask = behind[:, None, None].expand(-1, 1, W, -1)
-        mask = torch.cat([mask, common.causal_mask(prompt["real"])], dim=-1)
-        h = model.vlm.read(x, prompt, mask, places, seen, cache)
-        real = torch.cat([behind, prompt["real"]], dim=1)
-        for i, memory in enumerate(memories):
-            memory["length"] = len(memory["steps"])
-            if memory["length"] == cfg.history:  # from now on the window slides
-                memory.pop("past", None)
-                continue
-            kept = ((layer.keys[i], layer.values[i]) for layer in cache.layers)
-            memory["past"] = [(k[:, real[i]], v[:, real[i]]) for k, v in kept]
-        acts = model.where(prompt, ACT)
-        return torch.stack([row[act][-cfg.future :] for row, act in zip(h, acts)])
 
     def choose(self, observation, plan):
         """plan (N, A), the gripper a probability -> the action to execute now (A,)."""
@@ -1018,7 +789,7 @@ def build(cfg, checkpoint=None, arm=6):
     vlm, processor = common.load_vlm(cfg.backbone, cfg.size)
     common.seed_all(cfg.seed)
     if cfg.stage == "teacher":
-        model = Seer(cfg, common.SeerEyes() if cfg.eyes == "mae" else BackboneEyes(vlm), arm)
+        model = Seer(cfg, seer.paper_eyes() if cfg.eyes == "mae" else seer.BackboneEyes(vlm), arm)
     else:
         model = VitaVLA(cfg, vlm, processor, arm)
     if checkpoint:
@@ -1042,8 +813,9 @@ def fit(model, tensors, path):
     model.load_state_dict(tensors, strict=False)
 
 
+RELEASED = (".pth", ".pt")  # how a --teacher ends that is Seer's own file
 TINY = common.ASSETS / "seer"  # the laptop's teacher, trained; its result.json has the command
-SHAPES = ("width", "future", "history", "size", "wrist_size", "eyes", "normalise")  # fit a teacher
+SHAPES = ("width", "future", "history", "size", "wrist_size", "eyes", "released", "normalise")
 TEACHES = (*SHAPES, "backbone", "world", "data", "depth", "heads", "resampler", "queries",
            "foresight", "foresight_weight", "foresight_steps", "patch", "goal", "action_sees",
            "hide_foresight", "gripper_state", "lr_teacher", "teacher_steps", "dropout",
@@ -1061,35 +833,43 @@ def choose_teacher(cfg):
 
 def load_teacher(cfg, device):
     """`--teacher` -> Seer, frozen; it must fit the flags."""
-    if cfg.teacher.endswith((".pth", ".pt")):
+    if cfg.teacher.endswith(RELEASED):
         model, _ = build(replace(cfg, stage="teacher"))
-        load_seer(model, cfg.teacher)
-        return model.to(device).eval().requires_grad_(False)
-    place = TINY if cfg.teacher == "tiny" else cfg.teacher
-    checkpoint = common.load_checkpoint(place, "vita_vla")
-    theirs = common.resume_config(Config(), checkpoint.meta["config"])
-    if theirs.stage != "teacher":
-        raise common.UserError(f"--teacher {cfg.teacher} is a run of --stage {theirs.stage}")
-    for name in SHAPES + ("backbone",) * (cfg.eyes == "backbone"):
-        mine, yours = getattr(cfg, name), getattr(theirs, name)
-        if mine != yours and not (name == "history" and mine < yours):
-            flag = "--" + name.replace("_", "-")
-            raise common.UserError(f"--teacher {cfg.teacher} has {flag} {yours}, this run {mine}")
-    model, _ = build(theirs, checkpoint)
-    model.robots = checkpoint.meta["robots"]
+        seer.load_seer(model, cfg.teacher, cfg.released)
+        model.robots = {}  # its units are not in the file
+    else:
+        place = TINY if cfg.teacher == "tiny" else cfg.teacher
+        checkpoint = common.load_checkpoint(place, "vita_vla")
+        theirs = common.resume_config(Config(), checkpoint.meta["config"])
+        if theirs.stage != "teacher":
+            raise common.UserError(f"--teacher {cfg.teacher} is a run of --stage {theirs.stage}")
+        for name in SHAPES + ("backbone",) * (cfg.eyes == "backbone"):
+            mine, its = getattr(cfg, name), getattr(theirs, name)
+            if mine != its and not (name == "history" and mine < its):
+                flag = "--" + name.replace("_", "-")
+                raise common.UserError(f"--teacher {cfg.teacher} has {flag} {its}, this run {mine}")
+        model, _ = build(replace(theirs, goal=0), checkpoint)  # no student knows what lies ahead
+        model.robots = checkpoint.meta["robots"]
     return model.to(device).eval().requires_grad_(False)
 
 
-def same_units(teacher, stats, cfg):
-    """A teacher reads states and speaks of actions in the bounds of the recordings it learned from:
-    they must be about the student's, up to half of what a number ranges over."""
-    for kind in ("state", "action"):
-        low, high = data.bounds(stats[kind])
-        for name, robot in teacher.robots.items():
-            theirs = np.array(data.bounds(robot[kind]))  # (2, A)
-            if theirs.shape[1] != len(low) or (abs(theirs - (low, high)) > (high - low) / 2).any():
-                words = f"whose bounds of {kind} are not this run's: train one, --stage teacher"
-                raise common.UserError(f"--teacher {cfg.teacher} learned from {name}, {words}")
+def introduce(teacher, policy, cfg, resumed):
+    """A teacher reads states and speaks of actions in its own recordings' bounds: a released one's
+    become the student's, another's must be about the same, up to half of what a number ranges over.
+    Its decoder is the student's from then on."""
+    if cfg.teacher.endswith(RELEASED):
+        seer.read_recorded(teacher, *data.bounds(policy.stats["state"]), cfg.gripper_state)
+    for name, kind in ((n, k) for n in teacher.robots for k in ("state", "action")):
+        low, high = data.bounds(policy.stats[kind])
+        other = np.array(data.bounds(teacher.robots[name][kind]))  # (2, numbers)
+        if other.shape[1] != len(low) or (abs(other - (low, high)) > (high - low) / 2).any():
+            words = f"whose bounds of {kind} are not this run's: train one, --stage teacher"
+            raise common.UserError(f"--teacher {cfg.teacher} learned from {name}, {words}")
+    if not resumed:
+        given, ours = teacher.state_dict(), policy.model.state_dict()
+        tensors = {n: common.spread(given[n], ours[n]) for n in ours if n.startswith(DECODER)}
+        policy.model.load_state_dict(tensors, strict=False)
+    common.store_frozen(teacher, cfg, policy.device)
 
 
 def load_policy(folder, device, robot=""):
@@ -1110,6 +890,8 @@ def prepare(cfg, dist, run, resumed):
         if len(stats["cameras"]) != 2:
             raise common.UserError(f"{name}: VITA-VLA reads a static and a wrist camera, this has "
                                    f"{', '.join(stats['cameras'])}")  # fmt: skip
+        if cfg.normalise == "raw":
+            seer.as_recorded(name, stats)  # ASSUMPTION A11
     model, processor = build(cfg, resumed, data.dims(robots)[1] - 1)
     windows = [Histories(part.episodes, part.stats, cfg) for part in acts]
     mixtures = [data.Mixture(windows, [part.weight for part in acts], cfg.seed)]
@@ -1138,55 +920,47 @@ def check(cfg):
                  "future"):  # fmt: skip
         if getattr(cfg, name) < 1:
             raise common.UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: at least 1")
-    if cfg.stage == "align" and not (cfg.teacher or cfg.describe):
-        raise common.UserError("--stage align needs --teacher RUN: make one with `python "
-                               "vita_vla.py --stage teacher --out RUN`")  # fmt: skip
-    if cfg.stage == "align" and cfg.recipe == "only-finetune":
-        raise common.UserError("--recipe only-finetune has no --stage align: take finetune")
     begun = cfg.resume or cfg.eval_only or cfg.describe
-    if cfg.stage == "finetune" and not (cfg.student or cfg.teacher or begun):
-        raise common.UserError("--stage finetune needs --student RUN, of stage align, or for "
-                               "only-finetune --teacher RUN, whose decoder it takes")  # fmt: skip
-    if not 0 <= cfg.hide_foresight <= 1:
-        raise common.UserError(f"--hide-foresight {cfg.hide_foresight}: a share, from 0 to 1")
-    if cfg.stage == "chain" and cfg.freeze_vlm:
-        raise common.UserError("--freeze-vlm is of --stage finetune; a chain: --recipe freeze-vlm")
     first = STAGES[cfg.recipe][1] if cfg.stage == "chain" else cfg.stage
-    if cfg.student and first != "finetune" and not begun:
-        raise common.UserError("--student is what --stage finetune or frozen starts from")
-    if cfg.ensemble and cfg.act_index:
-        raise common.UserError("--ensemble blends what is said about now: no --act-index beside it")
-    if cfg.execute != 1:
-        raise common.UserError("--execute is 1 here: the history is made of every step")
-    if not 0 <= cfg.act_index < cfg.future:
-        raise common.UserError(f"--act-index {cfg.act_index}: from 0 to {cfg.future - 1}")
-    if math.isqrt(cfg.foresight) ** 2 != cfg.foresight:
-        raise common.UserError(f"--foresight {cfg.foresight}: a square number")
-    if cfg.width % cfg.heads:
-        raise common.UserError(f"--heads {cfg.heads} do not divide --width {cfg.width}")
+    for wrong, words in (
+        (cfg.teacher.endswith(RELEASED) and cfg.normalise != "raw",
+         f"--teacher {cfg.teacher} speaks of actions as recorded: add --normalise raw"),
+        (cfg.stage == "teacher" and cfg.teacher,
+         "--stage teacher begins one from nothing: no --teacher beside it"),
+        (cfg.stage == "align" and not (cfg.teacher or cfg.describe),
+         "--stage align needs --teacher RUN: make one with `python vita_vla.py --stage teacher "
+         "--out RUN`"),
+        (cfg.stage == "align" and cfg.recipe == "only-finetune",
+         "--recipe only-finetune has no --stage align: take finetune"),
+        (cfg.stage == "finetune" and not (cfg.student or cfg.teacher or begun),
+         "--stage finetune needs --student RUN, of stage align, or for only-finetune --teacher "
+         "RUN, whose decoder it takes"),
+        (cfg.stage == "chain" and cfg.freeze_vlm,
+         "--freeze-vlm is of --stage finetune; a chain: --recipe freeze-vlm"),
+        (cfg.student and first != "finetune" and not begun,
+         "--student is what --stage finetune or frozen starts from"),
+        (cfg.goal and cfg.stage in ("align", "finetune"),
+         f"--goal {cfg.goal} is of a teacher's training: --stage teacher"),
+        (not 0 <= cfg.goal < cfg.history, f"--goal {cfg.goal}: from 0 to {cfg.history - 1}"),
+        (not 0 <= cfg.hide_foresight <= 1,
+         f"--hide-foresight {cfg.hide_foresight}: a share, from 0 to 1"),
+        (cfg.ensemble and cfg.act_index,
+         "--ensemble blends what is said about now: no --act-index beside it"),
+        (cfg.execute != 1, "--execute is 1 here: the history is made of every step"),
+        (not 0 <= cfg.act_index < cfg.future,
+         f"--act-index {cfg.act_index}: from 0 to {cfg.future - 1}"),
+        (math.isqrt(cfg.foresight) ** 2 != cfg.foresight,
+         f"--foresight {cfg.foresight}: a square number"),
+        (cfg.width % cfg.heads, f"--heads {cfg.heads} do not divide --width {cfg.width}"),
+    ):  # fmt: skip
+        if wrong:
+            raise common.UserError(words)
     for name in ("size", "wrist_size") if cfg.eyes == "backbone" else ():
         if getattr(cfg, name) % cfg.patch:
             flag = f"--{name.replace('_', '-')} {getattr(cfg, name)}"
             raise common.UserError(f"{flag}: a multiple of --patch {cfg.patch}")
     usual = ("chain",) if cfg.world == "tabletop:abc_d" else ()
     return replace(cfg, domains=cfg.domains or usual)
-
-
-def list_ablations():
-    """Each row with the paper's number and, where a result file holds it, ours."""
-    lines = common.result_lines("vita_vla")
-    print(f"{'--ablation':16} {'row':42} {'paper: % first, length':22}  ours (seeds)")
-    for name, about in ABLATIONS.items():
-        found = {}
-        for r in lines:
-            if r["arm"] == name:
-                first = r["domains"].get("chain", r)["success"]
-                found.setdefault(r["flags"], []).append((100 * first, r["length"]))
-        ours = "; ".join(
-            "{:.1f}, {:.2f} ({}) {}".format(*np.mean(v, 0), len(v), flags).strip()
-            for flags, v in found.items()
-        )
-        print(f"{name:16} {about['_row']:42} {about['_paper'] or '-':22}  {ours or 'not run'}")
 
 
 def export(cfg):
@@ -1208,6 +982,12 @@ STAGES = {
     "only-finetune": ("teacher", "finetune"),
     "freeze-vlm": ("teacher", "align", "finetune", "frozen"),
 }
+
+
+def begin(cfg, name):
+    """The Config of one of STAGES; `frozen` is finetune with the VLM as it is."""
+    frozen, goal = name == "frozen", cfg.goal if name == "teacher" else 0
+    return replace(cfg, stage="finetune" if frozen else name, freeze_vlm=frozen, goal=goal)
 
 
 def chain(cfg, dist):
@@ -1233,10 +1013,8 @@ def chain(cfg, dist):
     for name in STAGES[cfg.recipe]:
         if name == "teacher" and cfg.teacher:
             continue
-        stage = "finetune" if name == "frozen" else name
-        steps = cfg.steps or getattr(cfg, f"{stage}_steps")
-        here = replace(cfg, stage=stage, steps=steps, teacher=teacher, student=before, resume="",
-                       out=str(folder / name), freeze_vlm=name == "frozen")  # fmt: skip
+        here = replace(begin(cfg, name), teacher=teacher, student=before, out=str(folder / name),
+                       resume="")  # fmt: skip
         if name == "teacher":  # ABLATION no-gripper: the released student's loss alone lacks it
             here.gripper_weight = cfg.gripper_weight or Config.gripper_weight
         here.explicit = tuple(name for name in cfg.explicit if name in FREE and name != "out")
@@ -1270,19 +1048,12 @@ def session(cfg, dist):
     run = common.Run(cfg, "vita_vla", __file__, dist, cfg.steps, resumed)
     run.say(f"{cfg.stage}: run folder {run.folder}; {dist.processes} process(es) on {dist.device}")
     if not policy:
-        teacher = None
-        if cfg.stage == "align" or (cfg.stage == "finetune" and not cfg.student and cfg.teacher):
-            teacher = load_teacher(cfg, dist.device)
+        begins = cfg.stage == "finetune" and cfg.teacher and not cfg.student
+        teacher = load_teacher(cfg, dist.device) if cfg.stage == "align" or begins else None
         policy, batches, meta = prepare(cfg, dist, run, resumed)
-        if teacher and cfg.teacher.endswith((".pth", ".pt")):
-            read_recorded(teacher, policy.stats["state"], cfg.gripper_state)
-        elif teacher:
-            same_units(teacher, policy.stats, cfg)
-        if teacher and not resumed:  # the decoder is the teacher's
-            given, ours = teacher.state_dict(), policy.model.state_dict()
-            tensors = {n: common.spread(given[n], ours[n]) for n in ours if n.startswith(DECODER)}
-            policy.model.load_state_dict(tensors, strict=False)
-        teacher = teacher if cfg.stage == "align" else None
+        if teacher:
+            introduce(teacher, policy, cfg, resumed)
+        teacher = None if begins else teacher  # its decoder is all that is needed
         seconds = train(cfg, dist, run, policy.model, batches, meta, resumed, teacher)
     results = loop.evaluate(policy, cfg, dist, run.folder, run.say)
     first = next(iter(results.values()), loop.NOTHING)
@@ -1304,7 +1075,7 @@ def session(cfg, dist):
 def main(argv=None):
     cfg = common.parse(Config, PRESETS, ABLATIONS, argv)
     if cfg.ablation == "list":
-        return list_ablations()
+        return ablations.show(ABLATIONS)
     if cfg.stage == "frozen":  # recipe freeze-vlm's last, by itself
         cfg.stage, cfg.freeze_vlm = "finetune", True
     elif cfg.stage == "finetune" and cfg.recipe == "freeze-vlm" and not cfg.freeze_vlm:
@@ -1314,12 +1085,7 @@ def main(argv=None):
     if cfg.describe:
         alone = "frozen" if cfg.freeze_vlm else cfg.stage
         stages = STAGES[cfg.recipe] if cfg.stage == "chain" else (alone,)
-        builds = {
-            f"VITA-VLA, {name}": lambda s=name: build(
-                replace(cfg, stage=s.replace("frozen", "finetune"), freeze_vlm=s == "frozen")
-            )[0]
-            for name in stages
-        }
+        builds = {f"VITA-VLA, {n}": lambda n=n: build(begin(cfg, n))[0] for n in stages}
         return common.describe(cfg.backbone, common.load_vlm, builds)
     if cfg.export:
         return export(cfg)

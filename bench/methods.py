@@ -21,7 +21,7 @@ import data  # noqa: E402
 import dualvla  # noqa: E402
 import twinbrain  # noqa: E402
 import vita_vla  # noqa: E402
-from parts import backbones  # noqa: E402
+from parts import backbones, seer  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SCRIPTS = {"twinbrain": twinbrain, "vita_vla": vita_vla, "dualvla": dualvla}
@@ -89,7 +89,7 @@ def build(method, cfg, random, device=DEVICE):
     """-> model on the device, its processor. random: weights drawn, none loaded."""
     dims = () if method == "vita_vla" else (8, 7)
     if random:  # its files are on the hub
-        vita_vla.clip_tokenizer = lambda: clip_words
+        seer.clip_tokenizer = lambda: clip_words
     with drawn(device) if random else nullcontext():
         model, processor = SCRIPTS[method].build(cfg, *dims)
     common.store_frozen(model, cfg, DEVICE)

@@ -21,7 +21,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 import common
 import data
 import vita_vla
-from parts import backbones
+from parts import backbones, seer as small
 from vita_vla import ABLATIONS, Config, Histories, Seer, VitaVLA, seer_mask, sense
 from worlds import tabletop
 
@@ -40,7 +40,7 @@ DECODER = ("action_decoder", "arm_action_decoder", "gripper_action_decoder")
 
 def cut(sample, n):
     """The first n steps of a sample, as after n steps of an episode."""
-    steps = ("images", "goal", "state", "action", "mask")
+    steps = ("images", "ahead", "state", "action", "mask")
     return {k: v[:n] if k in steps else v for k, v in sample.items()}
 
 
@@ -54,7 +54,7 @@ class Case:
         self.windows = Histories(episodes, self.stats, cfg)
         common.seed_all(0)
         if cfg.stage == "teacher":
-            self.model = Seer(cfg, vita_vla.BackboneEyes(self.vlm)).eval()
+            self.model = Seer(cfg, small.BackboneEyes(self.vlm)).eval()
             for token in (self.model.action_pred_token, self.model.obs_tokens):
                 nn.init.normal_(token)  # as after some training
         else:
@@ -378,15 +378,25 @@ def test_seers_actions_may_see_their_own_steps_pictures_alone(action_sees, want)
 
 
 def test_part_of_the_foresight_stays_hidden_from_actions():
-    free, half = (seer_mask(4, 3, 6, 2, hide=h, seed=1) for h in (0.0, 0.5))
+    torch.manual_seed(1)
+    free, half = (seer_mask(4, 3, 6, 2, hide=h) for h in (0.0, 0.5))
     lost = (free & ~half).nonzero().tolist()
     assert {row % 11 for row, _ in lost} == {9, 10}
     assert {column % 11 for _, column in lost} <= {*range(3, 9)}
     for step in range(4):
         first, second = ([c for r, c in lost if r == step * 11 + a] for a in (9, 10))
         assert first == second and len(first) == 3
-    assert torch.equal(half[:22, :22], seer_mask(2, 3, 6, 2, hide=0.5, seed=1))  # as histories grow
-    assert not torch.equal(half, seer_mask(4, 3, 6, 2, hide=0.5, seed=2))
+
+
+def test_what_is_hidden_is_drawn_for_each_batch_of_training_alone(episodes):
+    """As Seer's forward() in pre-training; who teaches or acts hides nothing."""
+    case = Case(episodes, stage="teacher", foresight=4, hide_foresight=0.5)
+    plain = Case(episodes, stage="teacher", foresight=4)
+    before = torch.get_rng_state()
+    assert torch.equal(case.hidden(), plain.hidden())
+    assert torch.equal(torch.get_rng_state(), before), "nothing is drawn where nothing is hidden"
+    case.model.train()
+    assert not torch.equal(case.hidden(), case.hidden())
 
 
 @pytest.mark.parametrize("flag", ["dropout", "attention_dropout", "embedding_dropout"])
@@ -661,7 +671,7 @@ def saved(path, state):
 def seer(tmp_path_factory):
     """A Seer with 16 heads in its image decoder, from a released file of small shapes."""
     model = Seer(SEER, PictureStub()).eval()
-    vita_vla.load_seer(model, saved(tmp_path_factory.mktemp("seer") / "seer.pth", drawn()))
+    small.load_seer(model, saved(tmp_path_factory.mktemp("seer") / "seer.pth", drawn()))
     return model
 
 
@@ -672,10 +682,10 @@ def test_released_checkpoints_fit_at_their_own_size(H, heads, queries, foresight
                       history=10)  # fmt: skip
         model = Seer(cfg, PictureStub())
         state = released(H, 24, queries, foresight, 14, lambda name, shape: torch.empty(shape))
-    vita_vla.load_seer(model, saved(tmp_path / "seer.pth", state))
+    small.load_seer(model, saved(tmp_path / "seer.pth", state))
     del state["module.obs_tokens"]
     with pytest.raises(common.UserError, match="obs_tokens: no there"):
-        vita_vla.load_seer(model, saved(tmp_path / "seer.pth", state))
+        small.load_seer(model, saved(tmp_path / "seer.pth", state))
 
 
 def context_by_hand(weights, features, words, state):
@@ -805,8 +815,8 @@ def test_foresight_loss(steps, episodes):
         for b, sample in enumerate(teacher.samples):
             n = len(sample["images"])
             some = range(n - min(steps or n, n), n)
-            assert len(sample["goal"]) == len(some)
-            for s, pictures in zip(some, sample["goal"]):
+            assert len(sample["ahead"]) == len(some)
+            for s, pictures in zip(some, sample["ahead"]):
                 image = pictures[camera].astype(np.float64)
                 with torch.no_grad():
                     tokens = ahead[b, s, camera * half : (camera + 1) * half]
@@ -861,7 +871,7 @@ def damaged(kind, tmp_path):
 def test_a_bad_seer_checkpoint_is_one_clear_line(kind, names, tmp_path):
     path = damaged(kind, tmp_path)
     with pytest.raises(common.UserError) as error:
-        vita_vla.load_seer(Seer(SEER, PictureStub()), path)
+        small.load_seer(Seer(SEER, PictureStub()), path)
     text = str(error.value)
     assert "\n" not in text and text.startswith(f"--teacher {path}: ") and names in text
     assert not (tmp_path / "boom").exists(), "nothing of a checkpoint is executed"
@@ -925,8 +935,8 @@ def test_paper_eyes_keep_the_patches_in_order(eyes):
 
 def test_a_teacher_with_paper_eyes_trains(eyes, episodes, monkeypatch):
     """The whole path, at 48 pixels where the paper has 224."""
-    fit, cfg = vita_vla.clip_pixels, replace(SEER, queries=2, foresight=1)
-    monkeypatch.setattr(vita_vla, "clip_pixels", lambda images, size=48: fit(images, size))
+    fit, cfg = small.clip_pixels, replace(SEER, queries=2, foresight=1)
+    monkeypatch.setattr(small, "clip_pixels", lambda images, how: fit(images, how, 48))
     told = []
 
     def tokenizer(words, padding, truncation, return_tensors):
@@ -934,13 +944,13 @@ def test_a_teacher_with_paper_eyes_trains(eyes, episodes, monkeypatch):
         assert padding == "max_length" and truncation
         return {"input_ids": torch.full((len(words), 12), 98)}
 
-    monkeypatch.setattr(vita_vla, "clip_tokenizer", lambda: tokenizer)
+    monkeypatch.setattr(small, "clip_tokenizer", lambda: tokenizer)
     monkeypatch.setattr(eyes, "picture_width", 32, raising=False)
     monkeypatch.setattr(eyes, "text_width", 24, raising=False)
     case = Case(episodes)  # its processor and samples
     batch = sense(case.samples, cfg, case.processor)
     assert [x.shape for x in batch["seen"]] == [(8, 3, 48, 48)] * 2  # 3 + 3 + 2 steps
-    assert [g.shape for g in batch["goal"]] == [(8, 9, 768)] * 2
+    assert [g.shape for g in batch["ahead"]] == [(8, 9, 768)] * 2
     assert told == [s["instruction"] for s in case.samples]
     model = Seer(cfg, eyes)
     losses = model(batch)
@@ -951,7 +961,7 @@ def test_a_teacher_with_paper_eyes_trains(eyes, episodes, monkeypatch):
 
 def test_a_student_alone_needs_neither_mae_nor_clip(case, monkeypatch):
     """What only the teacher reads is not made where there is none."""
-    monkeypatch.setattr(vita_vla, "clip_tokenizer", lambda: pytest.fail("CLIP was asked"))
+    monkeypatch.setattr(small, "clip_tokenizer", lambda: pytest.fail("CLIP was asked"))
     batch = sense(case.samples, replace(case.cfg, eyes="mae"), case.processor)
     assert "seen" not in batch
 
@@ -970,12 +980,12 @@ def test_a_released_teacher_reads_states_as_recorded(how):
         asked[:, -1] = ours[:, -1]
     with torch.no_grad():
         want = vita_vla.encode_state(model, asked, how)
-        vita_vla.read_recorded(model, stats, how)
+        small.read_recorded(model, *data.bounds(stats), how)
         assert torch.allclose(vita_vla.encode_state(model, ours, how), want, atol=1e-5)
 
 
 def test_a_released_file_is_a_teacher(tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "SeerEyes", PictureStub)
+    monkeypatch.setattr(small, "paper_eyes", PictureStub)
     cfg = replace(SEER, stage="align", teacher=saved(tmp_path / "seer.pth", drawn()))
     model = vita_vla.load_teacher(cfg, ALONE.device)
     assert not model.training and not any(p.requires_grad for p in model.parameters())
@@ -985,11 +995,11 @@ def test_a_released_file_is_a_teacher(tmp_path, monkeypatch):
 def test_pictures_for_clip():
     image = np.random.default_rng(0).integers(0, 256, (224, 224, 3), np.uint8)
     mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-    got = vita_vla.clip_pixels([image])
+    got = small.clip_pixels([image])
     for c, row, column in ((0, 0, 0), (1, 17, 200), (2, 223, 5)):
         want = (image[row, column, c] / 255 - mean[c]) / std[c]
         assert got[0, c, row, column] == pytest.approx(want, abs=1e-5)
-    big = vita_vla.clip_pixels(np.repeat(image[None, :64, :64], 2, 0))
+    big = small.clip_pixels(np.repeat(image[None, :64, :64], 2, 0))
     assert big.shape == (2, 3, 224, 224) and big.dtype == np.float32
 
 
@@ -1259,20 +1269,20 @@ def test_windows_are_consecutive_steps(episodes):
     for index, (e, t) in enumerate(wanted):
         got, T = windows.get(index, rng), len(e.action)
         steps = [s for s in range(t, t + 3) if s < T]
-        assert len(got["images"]) == len(got["goal"]) == len(got["state"]) == len(steps)
+        assert len(got["images"]) == len(got["ahead"]) == len(got["state"]) == len(steps)
         assert got["instruction"] == e.instruction
         for i, s in enumerate(steps):
             for c, camera in enumerate(e.images.values()):
                 assert np.array_equal(got["images"][i][c], camera[s])
-                assert np.array_equal(got["goal"][i][c], camera[min(s + 3, T - 1)])
+                assert np.array_equal(got["ahead"][i][c], camera[min(s + 3, T - 1)])
             for j in range(3):
                 assert got["mask"][i, j] == (s + j < T)
                 if s + j < T:
                     want = 2 * (e.action[s + j] - low) / (high - low) - 1
                     assert np.allclose(got["action"][i, j], want.clip(-1, 1), atol=1e-5)
     assert not windows.get(len(windows) - 1, rng)["mask"][2, 1:].any()
-    fewer = Histories(some, stats, replace(SMALL, foresight_steps=1)).get(4, rng)["goal"]
-    assert len(fewer) == 1 and np.array_equal(fewer[0][0], windows.get(4, rng)["goal"][2][0])
+    fewer = Histories(some, stats, replace(SMALL, foresight_steps=1)).get(4, rng)["ahead"]
+    assert len(fewer) == 1 and np.array_equal(fewer[0][0], windows.get(4, rng)["ahead"][2][0])
 
 
 def test_one_shift_moves_a_whole_window(episodes):
@@ -1284,7 +1294,7 @@ def test_one_shift_moves_a_whole_window(episodes):
         for c, (far, side) in enumerate(((2, 64), (1, 32))):
             fits = {(dx, dy) for dx in range(-far, far + 1) for dy in range(-far, far + 1)
                     if all(np.array_equal(a[c], data.shift(b[c], dx, dy))
-                           for key in ("images", "goal")
+                           for key in ("images", "ahead")
                            for a, b in zip(got[key], want[key]))}  # fmt: skip
             assert fits and len(got["images"][0][c]) == side
             seen |= {(c, *fit) for fit in fits}

@@ -1,0 +1,71 @@
+"""What vita_vla.py's student keeps of its history from one control step to the next.
+
+A picture's tokens are kept as long as its step is in the window; the VLM's keys and values while
+the window still grows. Once it slides, all positions change and the window is read anew.
+A memory holds "steps" (each with its "state", "grid" and "seen" of its pictures), "length", the
+number of steps that were read, and "past", [(keys, values)] by layer, each (heads, tokens, dim).
+Letters: n histories, W tokens to read, P kept ones, D width of the VLM.
+"""
+
+import torch
+import torch.nn.functional as F
+from transformers import DynamicCache
+
+from parts.kernels import causal_mask
+
+
+def keep_pictures(memories, seen, grids):
+    """The pictures of the newest steps, a history after the other: seen [(tokens, D)] by level of
+    the vision tower, grids (pictures, 3)."""
+    n = len(memories)
+    parts = zip(*(level.unflatten(0, (n, -1)) for level in seen))
+    for memory, grid, mine in zip(memories, grids.unflatten(0, (n, -1)).tolist(), parts):
+        memory["steps"][-1] |= {"grid": [tuple(g) for g in grid], "seen": mine}
+
+
+def grids_of(memory):
+    """The grids of a history's pictures, step by step."""
+    return [grid for step in memory["steps"] for grid in step["grid"]]
+
+
+def groups(memories):
+    """-> [(grow, which)]: histories that are one step longer than what was read of them, others."""
+    grows = [m.get("length", 0) + 1 == len(m["steps"]) > 1 for m in memories]
+    kinds = ((kind, [i for i, grow in enumerate(grows) if grow is kind]) for kind in (True, False))
+    return [(grow, which) for grow, which in kinds if which]
+
+
+def read_on(model, rows, memories, grow):
+    """The VLM over what is new in each prompt, behind what is kept of it (grow), or over all of it
+    -> states (n, W, D), the prompt that they are of; the memories keep its keys and values."""
+    device, processor = model.action_token.device, model.processor
+    kept = [m["past"][0][0].shape[1] if grow else 0 for m in memories]
+    fresh = [len(row) - k for row, k in zip(rows, kept)]  # tokens to read
+    prompt = processor.pad(rows, [grids_of(m) for m in memories])
+    W, P = max(fresh), max(kept)
+    prompt = {k: v[..., -W:] for k, v in prompt.items()}
+    prompt["real"] = torch.arange(W) >= W - torch.tensor(fresh)[:, None]  # (n, W)
+    prompt = {k: v.to(device) for k, v in prompt.items()}
+    behind = (torch.arange(P) >= P - torch.tensor(kept)[:, None]).to(device)  # (n, P)
+    cache = DynamicCache()
+    for layer in range(model.vlm.language.config.num_hidden_layers if grow else 0):
+        both = zip(*(m["past"][layer] for m in memories))
+        padded = [[F.pad(x, (0, 0, P - x.shape[1], 0)) for x in xs] for xs in both]
+        cache.update(*(torch.stack(xs) for xs in padded), layer)
+    steps = [step for m in memories for step in (m["steps"][-1:] if grow else m["steps"])]
+    seen = [torch.cat(level) for level in zip(*(step["seen"] for step in steps))]
+    state = torch.stack([torch.from_numpy(step["state"]) for step in steps]).to(device)
+    places = prompt["real"] & (prompt["input_ids"] == processor.image_token_id)
+    x = model.embed(prompt, seen, state, places)
+    mask = behind[:, None, None].expand(-1, 1, W, -1)
+    mask = torch.cat([mask, causal_mask(prompt["real"])], dim=-1)
+    h = model.vlm.read(x, prompt, mask, places, seen, cache)
+    real = torch.cat([behind, prompt["real"]], dim=1)
+    for i, memory in enumerate(memories):
+        memory["length"] = len(memory["steps"])
+        if memory["length"] == model.cfg.history:  # from now on the window slides
+            memory.pop("past", None)
+            continue
+        kept = ((layer.keys[i], layer.values[i]) for layer in cache.layers)
+        memory["past"] = [(k[:, real[i]], v[:, real[i]]) for k, v in kept]
+    return h, prompt
