@@ -781,6 +781,8 @@ def test_hosts_that_others_reach_are_warned_of():
     ([], "--checkpoint RUN is needed"), (["--checkpoint", "/none"], "no run folder of twinbrain"),
     (["--checkpoint", "x", "--port", "70000"], "--port 70000"), (["--hots", "x"], "--host"),
     (["--checkpoint", "x", "--max-rate", "0"], "--max-rate 0.0: a number above 0"),
+    (["--checkpoint", "x", "--seed", "-1"], "--seed -1"),
+    (["--checkpoint", "x", "--wait-ms", "inf"], "--wait-ms inf"),
     (["--checkpoint", "x", "--client", "liberty"], "did you mean libero"),
     (["--checkpoint", "RUN", "--form", "plain"], "only a run of dualvla"),
     (["--checkpoint", "RUN", "--images", "a,b,c"], "2 cameras (static, wrist)"),

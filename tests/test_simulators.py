@@ -126,6 +126,16 @@ def test_the_grippers_convention(served, says, value, opened):
     assert chunk[:, 6].tolist() == [opened] * 2 and np.allclose(chunk[:, :6], value)
 
 
+def test_the_gripper_of_the_server_is_the_clients(served):
+    """Else the hand would close where it should open, and no episode would tell why."""
+    address = served.start(None, {"gripper": "minus"})
+    with pytest.raises(common.UserError, match="has --gripper minus: say so here too"):
+        client.Server(address)
+    client.Server(address, gripper="minus")
+    for about in ({"gripper": "trained"}, {"server": "pi0"}):
+        client.Server(served.start(None, about))
+
+
 @pytest.mark.parametrize("reply, words", [
     ("error: the message lacks observation/state", "lacks observation/state"),
     ({"actions": np.zeros((2, 8))}, "actions of 8 numbers, this world takes 7"),

@@ -92,6 +92,9 @@ class Server:
                 f"no policy server on host {host}, port {port} ({why}): start one there with "
                 f"`python worlds/serve.py --checkpoint RUN --port {port}`"
             ) from None
+        said = self.metadata.get("gripper")
+        if said in OPEN and said != gripper:
+            raise UserError(f"the policy server {address} has --gripper {said}: say so here too")
 
     def read(self):
         """The server's next message, a map; what it says in words is an error."""

@@ -166,12 +166,9 @@ def measures(world):
 
 
 def suits(stats, name, cameras, width):
-    """Whether a policy trained on `stats` can act in a world: as many cameras, actions as wide but
-    for the zeros that fill up to another robot's."""
-    low, high = (np.array(stats["action"][bound]) for bound in ("min", "max"))
-    own = 1 + max(np.flatnonzero((low != 0) | (high != 0)), default=-1)
-    seen = stats.get("cameras") or cameras
-    if len(seen) != len(cameras) or not own <= width <= len(low):
+    """Whether a policy trained on `stats` can act in a world: as many cameras, actions as wide."""
+    own, seen = len(stats["action"]["q01"]), stats.get("cameras") or cameras
+    if (len(seen), own) != (len(cameras), width):
         there = f"{len(cameras)} cameras ({', '.join(cameras)}) and actions of {width} numbers"
         here = f"{len(seen)} ({', '.join(seen)}) and {own}"
         raise common.UserError(f"--world {name} has {there}, the policy was trained with {here}")

@@ -685,9 +685,9 @@ def check(cfg):
         raise UserError("serving needs websockets and msgpack: pip install 'onefile-vla[serve]'")
     if not cfg.checkpoint:
         raise UserError("--checkpoint RUN is needed: a run folder")
-    for name in ("wait_ms", "execute", "port"):
-        if getattr(cfg, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: at least 0")
+    for name in ("wait_ms", "execute", "port", "seed"):
+        if not 0 <= getattr(cfg, name) < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: at least 0, finite")
     for name in ("batch", "max_message_mb", "max_rate", "max_clients", "timeout", "idle"):
         if not 0 < getattr(cfg, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: a number above 0")
