@@ -35,9 +35,9 @@ class Question:
     choices: tuple = ()  # all answers of that kind, where they are few
 
 
-# --------------------------------------------------------------------------------------------------
-# reading the scene
-# --------------------------------------------------------------------------------------------------
+# --- reading the scene ----------------------------------------------------------------------------
+
+
 def name(thing):
     if thing.colour == "gray":
         return "gray box"
@@ -109,9 +109,9 @@ def draw_pair(rng, things):
     return rng.sample(things, 2) if len(things) > 1 else (None, None)
 
 
-# --------------------------------------------------------------------------------------------------
-# one function per kind of question: (world, rng) -> Question or None
-# --------------------------------------------------------------------------------------------------
+# --- one function per kind of question: (world, rng) -> Question or None --------------------------
+
+
 def ask_colour(world, rng):
     thing = pick(rng, unique(coloured(world), lambda t: t.kind))
     if thing is None:
@@ -376,9 +376,9 @@ def ask_lean(world, rng):
     return Question("lean", text, words[tilts[0] > 0], words) if tilts else None
 
 
-# --------------------------------------------------------------------------------------------------
-# instructions, answered by pointing at what they speak of
-# --------------------------------------------------------------------------------------------------
+# --- instructions, answered by pointing at what they speak of -------------------------------------
+
+
 def ask_instruction(world, rng):
     """The places of the hand (x, y, z), of the thing to act on, and of where it is to go."""
     if world.goal is not None and rng.random() < 0.7:
@@ -465,9 +465,9 @@ def ask(world, rng, kind=None):
     return ASK[kind or pick(rng, list(ASK))](world, rng)
 
 
-# --------------------------------------------------------------------------------------------------
-# benchmarks
-# --------------------------------------------------------------------------------------------------
+# --- benchmarks -----------------------------------------------------------------------------------
+
+
 def benchmark(name, n, seed=0, size=64, wrist_size=32):
     """Yields n times (images, question, answer, options).
 
