@@ -212,6 +212,18 @@ def test_evaluation_alone_repeats_the_runs_own(chained, copied):
         assert result(folder)[key] == result(chained / "finetune")[key], key
 
 
+def test_a_pre_trained_teacher_teaches_without_looking_ahead(tmp_path, quick):
+    """--goal through all stages: it trains so, but no student could know what lies ahead."""
+    words = [*TINY, "--steps", "1", "--goal", "1", "--hide-foresight", "0.5", "--teacher", "train"]
+    vita_vla.main([*words, "--action-sees", "pictures", "--out", str(tmp_path / "chain")])
+    goals = [config(tmp_path / "chain" / name)["goal"] for name in STAGES[:3]]
+    assert goals == [1, 0, 0]
+    assert all(np.isfinite(metrics(tmp_path / "chain" / n, "norm")).all() for n in STAGES[:3])
+    cfg = common.parse(vita_vla.Config, {}, {}, [*TINY, "--action-sees", "pictures"])
+    cfg = replace(cfg, teacher=str(tmp_path / "chain" / "teacher"))
+    assert vita_vla.load_teacher(cfg, ALONE.device).cfg.goal == 0
+
+
 @pytest.mark.slow
 def test_the_teacher_acts_and_is_scored(chained, tmp_path):
     words = ["--eval-only", str(chained / "teacher"), "--ensemble", "--episodes", "1"]
@@ -255,6 +267,9 @@ def test_two_processes_take_the_steps_of_one(tmp_path, quick):
     (["--stage", "frozen"], "--stage finetune needs --student RUN"),
     (["--stage", "align", "--recipe", "only-finetune", "--teacher", "x"], "has no --stage align"),
     (["--hide-foresight", "2"], "--hide-foresight 2.0: a share"),
+    (["--goal", "2"], "--goal 2: from 0 to 1"),
+    (["--stage", "align", "--teacher", "x", "--goal", "1"], "--goal 1 is of a teacher's training"),
+    (["--stage", "teacher", "--teacher", "x"], "no --teacher beside it"),
     (["--execute", "2"], "--execute is 1 here"),
     (["--act-index", "3"], "--act-index 3: from 0 to 2"),
     (["--ensemble", "--act-index", "1"], "no --act-index beside it"),
