@@ -444,7 +444,10 @@ class LeRobot:
             out.append(table[self.key[kind]].reshape(len(table[self.key[kind]]), -1))
             if kind in self.cuts:
                 out[-1] = out[-1][:, self.cuts[kind]]
-        number = int(table[self.words].reshape(-1)[0]) if self.words in table and T else None
+        told = table.get(self.words, np.zeros(0)).reshape(-1)
+        number = int(told[0]) if len(told) else None
+        if (told != number).any():
+            raise ValueError(f"field {self.words}: several tasks in one episode, split it")
         if number is not None and number not in self.tasks:
             raise ValueError(f"field {self.words}: no task {number} in meta/tasks")
         return *out, self.tasks.get(number) or (row.get("tasks") or [""])[0]
@@ -482,7 +485,8 @@ class Calvin:
             else:
                 spans = np.load(spans, allow_pickle=False)
                 text = [""] * len(spans)
-            rows = [(int(a), int(b), str(words)) for (a, b), words in zip(spans, text)]
+            pairs = zip(spans, text, strict=True)
+            rows = [(int(a), int(b), str(words)) for (a, b), words in pairs]
         if source.scenes:
             with reading(split / "scene_info.npy"):
                 inside = [unpickle(split / "scene_info.npy")[scene] for scene in source.scenes]

@@ -483,6 +483,13 @@ def empty(root):
 PARQUET = "data/chunk-001/episode_000002.parquet"
 MP4 = f"videos/chunk-001/{KEYS[1]}/episode_000002.mp4"
 V3_MP4 = f"videos/{KEYS[0]}/chunk-000/file-001.mp4"
+def two_tasks(root):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = pq.read_table(root / PARQUET)
+    at = table.column_names.index("task_index")
+    pq.write_table(table.set_column(at, "task_index", pa.array([0, 0, 1, 1])), root / PARQUET)
+
+
 FAULTS = {  # dataset, what is done to it, words of the message, what is left
     "missing parquet": ("v2.1-images", lambda r: (r / PARQUET).unlink(), "no such file", 3),
     "truncated parquet": ("v2.1-images", lambda r: truncate(r / PARQUET), "000002.parquet", 3),
@@ -490,6 +497,7 @@ FAULTS = {  # dataset, what is done to it, words of the message, what is left
     "dimension": ("v2.1-images", lambda r: rewrite(r, dims=(8, 6)), r"field action is \(4, 6\)", 3),
     "length": ("v2.1-images", lambda r: rewrite(r, T=3), r"field state is \(3, 8\)", 3),
     "camera": ("v2.1-images", lambda r: rewrite(r, cameras=[]), KEYS[0], 3),
+    "tasks": ("v2.1-images", two_tasks, "field task_index: several tasks in one episode", 3),
     "empty": ("v2.1-images", empty, "the episode is empty", 3),
     "picture": ("v2.1-images", bad_picture, f"episode 2, field {KEYS[1]}, frame 3", 3),
     "missing mp4": ("v2.0-video", lambda r: (r / MP4).unlink(), "wrist/episode_000002.mp4", 3),
@@ -604,6 +612,14 @@ def test_faults_of_calvin(tmp_path):
     (root / "training/aside").rename(root / "training/episode_0000104.npz")
     part = data.load(str(root), skip_bad=True)[0]
     assert [e.instruction for e in part.episodes] == TASKS[1:] and len(part.episodes.faults) == 1
+
+
+def test_calvins_words_are_as_many_as_its_segments(tmp_path):
+    root = write_calvin(tmp_path / "calvin")
+    note = {"language": {"ann": TASKS[:1]}, "info": {"indx": [(100, 103), (104, 109)]}}
+    save_object(root / "training/lang_annotations/auto_lang_ann.npy", note)
+    with pytest.raises(UserError, match="auto_lang_ann.npy: zip.* shorter"):
+        data.open_episodes(root)
 
 
 def test_faults_of_libero(tmp_path):
