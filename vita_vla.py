@@ -537,7 +537,7 @@ def masked_mean(x, mask):
 
 
 def align_loss(h_VLA, h_small, steps, how):
-    """(B, S, N, H) each, steps (B, S) -> scalar."""
+    """M(a_h) and the teacher's states, (B, S, N, H) each, steps (B, S) -> scalar."""
     # 1/N sum_i ||M(a_h^VLA,i) - a_h^Small,i||^2
     distance = (h_VLA.float() - h_small.float().detach()).square().sum(-1)  # Eq. (3)
     distance = (distance + 1e-12).sqrt() if how == "norm" else distance  # ASSUMPTION A1
