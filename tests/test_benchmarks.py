@@ -22,6 +22,21 @@ def test_saying_nothing_is_not_the_answer_a(said, grade):
     assert benchmarks.grade(said, row, "choice") == grade
 
 
+def test_an_article_alone_is_an_answer():
+    assert benchmarks.exact("A", ["A"]) == benchmarks.exact("a cup", ["the cup"]) == 1
+    assert benchmarks.exact("", ["A"]) == benchmarks.exact("cup", ["A"]) == 0
+
+
+def test_the_worlds_questions_are_written_by_command(status, tmp_path):
+    for words in ((), ("popp", "3", "x.tsv"), ("pope", "few", "x.tsv"), ("pope", "3")):
+        code, _, err = status(benchmarks.main, *words)
+        assert code == 2 and "pope|seed|scienceqa|mme NUMBER FILE.tsv" in err
+        assert err.count("\n") == 1
+    assert status(benchmarks.main, "seed", "5", str(tmp_path / "x.tsv"))[0] == 0
+    rows = benchmarks.read(tmp_path / "x.tsv")
+    assert len(rows) == 5 and all(benchmarks.grade("", row, "choice") == 0 for row in rows)
+
+
 def written(folder, name, head, rows):
     lines = ["\t".join(cells) for cells in (head, *rows)]
     (folder / name).write_text("\n".join(lines))

@@ -39,9 +39,10 @@ MEANT = re.compile(  # the letter an answer begins with: "B", "(B)", "The answer
 
 
 def plain(text):
-    """Lower case, without articles and signs at word ends."""
+    """Lower case, without articles (unless it is all that is said) and signs at word ends."""
     words = re.sub(r"[^\w\s.'-]", " ", str(text).lower()).split()
-    return " ".join(w.strip(".'") for w in words if w not in ("a", "an", "the"))
+    more = [w for w in words if w not in ("a", "an", "the")]
+    return " ".join(w.strip(".'") for w in more or words)
 
 
 def exact(said, answers):
@@ -253,5 +254,13 @@ def export(name, n, path, size=64):
             out.writerow([i, score.png(images["static"]), question, answer])
 
 
+def main():
+    name, n, path, *more = [*sys.argv[1:], "", "", ""]
+    if name not in ("pope", "seed", "scienceqa", "mme") or not n.isdigit() or not path or any(more):
+        words = "python -m worlds.benchmarks pope|seed|scienceqa|mme NUMBER FILE.tsv"
+        raise common.UserError(f"a set, a number of questions and a file are needed: {words}")
+    export(name, int(n), path)
+
+
 if __name__ == "__main__":
-    export(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    common.run_main(main)
