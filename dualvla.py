@@ -15,7 +15,8 @@ Conventions: x_t = (1 - t) x_0 + t x_1 with the noise x_0 at t = 0 and the actio
 the velocity is u_t = x_1 - x_0; actions and state are normalised to [-1, 1] between q01 and q99;
 prompts are padded on the left. Letters: B batch, T tokens, D width, N queries, H chunk, A action,
 S state, R noise draws, P tokens of the flow expert's prefix, n positions, V vocabulary.
-Words: docs/glossary.md.
+Words: docs/glossary.md. parts/instructvla.py holds layers of the base model, worlds/events.py what
+finds event boundaries, worlds/score.py the judges, worlds/stages.py the folders of a chain.
 
 Equation map (Eq. 1 names the policy; Eq. 9 of the appendix is Eq. 3 as an expectation)
   Eq. 2   specialist: -log pi(a | o, i)       -> action_loss()
@@ -75,8 +76,8 @@ from torch import nn
 
 import common
 import data
-from parts.instructvla import Block, Eye, Thread, add_experts, merge_expert, sinusoid
-from worlds import benchmarks, events, loop, pictures, reports, score
+from parts.instructvla import Block, Eye, Thread, add_experts, export_expert, sinusoid
+from worlds import benchmarks, events, loop, pictures, reports, score, stages
 
 # --- Config: the defaults are the laptop's run ----------------------------------------------------
 
@@ -713,12 +714,6 @@ def action_labels(episode):
     return acceleration_keyframes(path[:, :-1], path[:, -1] > 0.5)
 
 
-def said_words(episodes, tokenizer):
-    """-> ids of all words in which these recordings explain a step or name a move."""
-    said = {text for e in episodes for text in e.reasoning or ()} | set(events.every_move())
-    return sorted({i for text in said for i in tokenizer.encode(text, add_special_tokens=False)})
-
-
 def keep_labels(episodes, cfg, say=print):
     """-> for each episode (T,) bool, after `--prune`."""
     everywhere = [np.ones(len(e.action), bool) for e in episodes]
@@ -1049,15 +1044,13 @@ def load_teachers(cfg, device):
 def same_units(name, teacher, robots, cfg):
     """What E and G read and say lies between the bounds of their own recordings: of each of the
     student's, one of theirs must have about the same, within a twentieth of the range."""
-
-    def alike(stats, known):
-        pairs = [[np.array(data.bounds(s[kind])) for s in (stats, known)]
-                 for kind in ("state", "action")]  # fmt: skip
-        return all(a.shape == b.shape and (abs(a - b) <= (a[1] - a[0]) / 20).all()
-                   for a, b in pairs)  # fmt: skip
-
     for recordings, stats in robots.items():
-        if not any(alike(stats, known) for known in teacher.robots.values()):
+        ours, *theirs = (
+            np.hstack([data.bounds(s[kind]) for kind in ("state", "action")])  # (2, S + A)
+            for s in (stats, *teacher.robots.values())
+        )
+        near = (ours[1] - ours[0]) / 20
+        if not any(a.shape == ours.shape and (abs(a - ours) <= near).all() for a in theirs):
             words = f"--{name} {getattr(cfg, name)} learned from {', '.join(teacher.robots)}, whose"
             raise common.UserError(f"{words} bounds of state and action are not those of "
                                    f"{recordings}: train one on it, --stage {name}")  # fmt: skip
@@ -1081,7 +1074,7 @@ def prepare(cfg, dist, run, resumed, teachers):
         kept = keep_labels(episodes, cfg, run.say) if dist.main else []
         bits = dist.share(["".join(str(int(k)) for k in row) for row in kept])
     if cfg.new_words and cfg.tune == "lora" and cfg.stage != "expert":  # ASSUMPTION A9
-        model.learn_words(said_words(episodes, processor.tokenizer))
+        model.learn_words(events.all_words(episodes, processor.tokenizer))
     kept = [np.array(list(row)) == "1" for row in bits]
     ends = np.cumsum([len(p.episodes) for p in acts])
     samples = [
@@ -1155,19 +1148,6 @@ def show(cfg):
     scene = scene_labels(episodes, cfg)
     told = [(e, s, action_labels(e)) for e, s in zip(episodes, scene) if e.reasoning]
     reports.pruning(told, keep, cfg.seed, common.load_backbone(cfg.backbone)[1].tokenizer, folder)
-
-
-def export(cfg):
-    """--export: the VLM of a run as an ordinary checkpoint, where there is an equal one."""
-    policy = load_policy(cfg.export, torch.device("cpu"))
-    if policy.model.gate is not None:
-        raise common.UserError(
-            f"--export {cfg.export}: its two LoRA experts are weighted anew for each token, so no "
-            "ordinary checkpoint equals it; --benchmark FILE asks it, --tune full can be exported"
-        )
-    merge_expert(policy.model)
-    name, tokenizer = policy.cfg.backbone, policy.processor.tokenizer
-    common.export_backbone(policy.model.vlm, name, tokenizer, cfg.out or f"{cfg.export}/export")
 
 
 def last_stage(cfg):
@@ -1254,35 +1234,15 @@ def main(argv=None):
         }
         return common.describe(cfg.backbone, common.load_backbone, builds)
     if cfg.export:
-        return export(cfg)
+        policy = load_policy(cfg.export, torch.device("cpu"))
+        return export_expert(policy, cfg.export, cfg.out or f"{cfg.export}/export")
     if cfg.show:
         return show(cfg)
     dist = common.setup(cfg)
     if cfg.eval_only:
         return evaluate_only(cfg, dist)
-    cfg = common.resume_auto(cfg, dist, "config.json")
-    out = Path(cfg.resume or cfg.out or time.strftime(f"runs/dualvla-{cfg.seed}-%Y%m%d-%H%M%S"))
-    out = Path(dist.share(str(out.parent if cfg.resume and out.name in ORDER else out)))
-    if cfg.resume:
-        if not (out / "config.json").exists():
-            raise common.UserError(f"--resume {out}: no run in this folder")
-        saved = json.loads((out / "config.json").read_text())
-        cfg = common.resume_config(cfg, saved["config"], FREE)
-        check(cfg)
-    elif (out / "config.json").exists():
-        raise common.UserError(f"{out} holds a run: --resume {out}, or another --out")
-    folders = {stage: out / stage for stage in ORDER}
-    for name in ORDER[:2]:
-        if given := getattr(cfg, name):
-            inner = Path(given, name)
-            folders[name] = inner if inner.exists() else Path(given)
-            theirs = common.load_checkpoint(folders[name], "dualvla").meta["config"]["stage"]
-            if theirs != name:
-                raise common.UserError(f"--{name} {given} is a run of --stage {theirs}")
-    if dist.main:
-        out.mkdir(parents=True, exist_ok=True)
-        facts = {"method": "dualvla", "config": dataclasses.asdict(cfg), **common.start_facts(dist)}
-        common.write_json(out / "config.json", facts)
+    cfg, out = stages.begin(cfg, dist, "dualvla", ORDER, FREE, check)
+    folders = stages.folders(cfg, dist, "dualvla", ORDER, out)
     last, results = last_stage(cfg), {}
     for stage in ORDER[: ORDER.index(last) + 1]:
         if folders[stage] == out / stage:

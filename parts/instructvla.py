@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import DynamicCache
 
+from parts.backbones import export_backbone
 from parts.kernels import causal_mask
+from parts.process import UserError
 
 # --- Experts --------------------------------------------------------------------------------------
 
@@ -48,13 +50,20 @@ def add_experts(layers, experts, rank, alpha, gates):
         setattr(parent, leaf, Mixture(getattr(parent, leaf), experts, rank, alpha, gates))
 
 
-def merge_expert(model):
-    """E alone: its one expert counts fully everywhere, so it can join the frozen matrices."""
-    for name, m in [x for x in model.named_modules() if isinstance(x[1], Mixture)]:
+def export_expert(policy, run, out):
+    """--export: the VLM of a run as an ordinary checkpoint, where there is an equal one. E's one
+    expert counts fully everywhere, so it can join the frozen matrices."""
+    if policy.model.gate is not None:
+        raise UserError(
+            f"--export {run}: its two LoRA experts are weighted anew for each token, so no "
+            "ordinary checkpoint equals it; --benchmark FILE asks it, --tune full can be exported"
+        )
+    for name, m in [x for x in policy.model.named_modules() if isinstance(x[1], Mixture)]:
         whole = m.base.weight.data.float()  # 16 bits would round most of the change away
         m.base.weight.data = whole + m.alpha * m.up[0] @ m.down[0]
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, m.base)
+        setattr(policy.model.get_submodule(parent), leaf, m.base)
+    export_backbone(policy.model.vlm, policy.cfg.backbone, policy.processor.tokenizer, out)
 
 
 # --- Decoding -------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import dualvla
 import twinbrain
 from dualvla import ABLATIONS, Config, acceleration_keyframes, keep
 from parts.instructvla import Mixture
+from worlds import events
 
 SMALL = replace(
     Config(), dtype="fp32", batch=4, horizon=4, width=32, depth=2, heads=2, queries=4, rank=4,
@@ -760,7 +761,7 @@ def replace_explicit(**flags):
 def test_g_learns_the_words_in_which_a_robot_explains_itself(episodes):
     case = Case(episodes, "generalist")
     tokenizer, weight = case.processor.tokenizer, case.model.vlm.get_input_embeddings().weight
-    ids = dualvla.said_words(episodes, tokenizer)
+    ids = events.all_words(episodes, tokenizer)
     for text in (episodes[0].reasoning[5], "move left and close the fingers", "stop"):
         assert set(tokenizer.encode(text, add_special_tokens=False)) <= set(ids)
     assert tokenizer.encode("plate?")[-1] not in ids

@@ -346,6 +346,12 @@ def every_move():
     return [f"move {n} and {n}" for n in names] + ["stop", "open the fingers", "close the fingers"]
 
 
+def all_words(episodes, tokenizer):
+    """-> ids of all words in which these recordings explain a step or name a move."""
+    said = {text for e in episodes for text in e.reasoning or ()} | set(every_move())
+    return sorted({i for text in said for i in tokenizer.encode(text, add_special_tokens=False)})
+
+
 def move_name(path, t, window=3, threshold=0.02):
     """A hand's way (T, D), of `hand()` -> what it does next: "move left up and close the fingers",
     or "stop"."""
