@@ -389,6 +389,8 @@ def recordings(cfg, dist, resumed=None):
         return demonstrations(world, cfg.demos, cfg.seed, cfg.size, cfg.wrist_size, cfg.noise)
 
     parts = dist.first(lambda: load(cfg.data or cfg.world, cfg.skip_bad, demonstrate))
+    for fault in (f for p in parts if dist.main for f in getattr(p.episodes, "faults", ())):
+        tqdm.write(f"left out: {fault}")
     acts, asks = ([p for p in parts if bool(p.stats) == act] for act in (True, False))
     if not acts:
         raise UserError(f"--data {cfg.data}: questions alone; name recordings of a robot as well")
@@ -486,9 +488,8 @@ def unnormalise(x, stats):
 
 
 def lengths(episodes):
-    if isinstance(episodes, Episodes):  # known without reading them
-        return episodes.lengths
-    return [len(e.action) for e in episodes]
+    recorded = isinstance(episodes, Episodes)  # known without reading them
+    return episodes.lengths if recorded else [len(e.action) for e in episodes]
 
 
 class Windows:
@@ -523,8 +524,7 @@ class Windows:
         """-> "images", "instruction", "robot", "state" (S,), "action" (H, A), "mask" (H,)."""
         episode, t = self.find(index)
         action, inside = self.chunk(episode, t)
-        images = [frames[t] for frames in episode.images.values()]
-        images = scaled(images, self.sides)
+        images = scaled([frames[t] for frames in episode.images.values()], self.sides)
         if self.augment:
             moves = rng.integers(-self.augment, self.augment + 1, (len(images), 2))
             images = [shift(i, *(m * len(i) / 64).astype(int)) for i, m in zip(images, moves)]
@@ -692,7 +692,7 @@ def main(argv=None):
         raise UserError(f"{folder} exists: name another with --out")
     write_store(episodes, folder, True, args.size, skip_bad=args.skip_bad)
     kept = Store(folder)
-    print("\n".join(f"left out: {fault}" for fault in kept.faults))
+    print(*(f"left out: {fault}\n" for fault in kept.faults), sep="", end="")
     print(f"{len(kept.names)} episodes, {sum(kept.lengths)} steps in {folder}: --data {folder}")
 
 

@@ -5,13 +5,14 @@ import io
 import json
 import os
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import data
-from common import UserError
+from common import Dist, UserError
 from parts import formats
 
 TASKS = ["push the red block", "open the drawer"]
@@ -612,6 +613,19 @@ def test_faults_of_calvin(tmp_path):
     (root / "training/aside").rename(root / "training/episode_0000104.npz")
     part = data.load(str(root), skip_bad=True)[0]
     assert [e.instruction for e in part.episodes] == TASKS[1:] and len(part.episodes.faults) == 1
+
+
+def test_what_is_left_out_of_training_is_listed_once(tmp_path, capsys):
+    root = LEROBOT["v2.1-images"](tmp_path / "set")
+    (root / PARQUET).unlink()
+    asked = write_questions(tmp_path / "q", "jsonl")
+    asked.write_text(asked.read_text().replace("a.png", "b.png", 1))
+    cfg = SimpleNamespace(data=f"{root},{asked}", skip_bad=True, normalise="auto")
+    for rank in (0, 1):
+        data.recordings(cfg, Dist(rank, 1, None))
+        lines = capsys.readouterr().out.splitlines()
+        found = [line for line in lines if line.startswith("left out: ")]
+        assert len(found) == 2 * (rank == 0)
 
 
 def test_calvins_words_are_as_many_as_its_segments(tmp_path):
