@@ -233,6 +233,14 @@ def test_results_are_written_as_they_come(tmp_path):
     assert not out["complete"] and out["server"] == {"method": "x"}
 
 
+def test_another_protocol_is_no_comparison(tmp_path):
+    results = client.Results("libero", tmp_path / "r.json", {}, Planner(1), {})
+    for published, full, warned in ((1, 1, False), (0, 1, True), (1, 0, True)):
+        lines = []
+        client.close(results, {"published": published}, lambda done: {}, {}, full, lines.append)
+        assert any("not the paper's protocol" in line for line in lines) is warned
+
+
 def test_a_papers_number_says_that_it_is():
     lines = []
     rows = {"a": client.rate([1, 0]), "b": None}
@@ -270,11 +278,13 @@ def test_the_command_line_changes_the_protocol():
     p = client.parser("", "x", "", seeded=True)
     protocol = {"episodes": 50, "execute": 8, "ensemble": 7, "seed": 3}
     same = client.settings(p.parse_args([]), protocol, suite="a")
-    assert same == protocol | {"suite": "a", "gripper": "unit", "protocol_episodes": 50}
+    assert same == protocol | {"suite": "a", "gripper": "unit", "published": True}
     words = "--episodes 2 --execute 4 --ensemble 0 --seed 0 --gripper minus".split()
     other = client.settings(p.parse_args(words), protocol)
     assert other == {"episodes": 2, "execute": 4, "ensemble": 0, "seed": 0, "gripper": "minus",
-                     "protocol_episodes": 50}  # fmt: skip
+                     "published": False}  # fmt: skip
+    for words, same in (("--seed 1", True), ("--execute 8", True), ("--ensemble 0", False)):
+        assert client.settings(p.parse_args(words.split()), protocol)["published"] is same
     for flag in ("--episodes", "--execute", "--ensemble", "--seed"):
         with pytest.raises(common.UserError, match=flag):
             client.settings(p.parse_args([flag, "-2"]), protocol)

@@ -235,8 +235,9 @@ def settings(args, protocol, **more):
     out |= {} if seed is None else {"seed": seed}
     if args.episodes < 0:
         raise UserError(f"--episodes {args.episodes}: at least 1, or 0 for the protocol's")
-    out["protocol_episodes"] = out["episodes"]
-    return out | {"episodes": args.episodes or out["episodes"]}
+    out["episodes"] = args.episodes or out["episodes"]
+    published = all(out[name] == value for name, value in protocol.items() if name != "seed")
+    return out | {"published": published}
 
 
 def run_main(main):
@@ -374,7 +375,7 @@ def close(results, protocol, rows, papers, full, say=say):
     """The end of an evaluation: the table, the file, and whether it is the protocol's."""
     done = results.write(complete=True)
     table(rows(done), papers, say)
-    if not full or protocol["episodes"] < protocol["protocol_episodes"]:
-        say("fewer episodes or tasks than the paper's protocol: no comparison, a check of the way")
+    if not (full and protocol["published"]):
+        say("not the paper's protocol, in its episodes, tasks or settings: no comparison, a check")
     say(f"{done['steps']} steps, {done['steps_per_second']} a second; written to {results.path}")
     return done

@@ -284,7 +284,7 @@ def main(argv=None):
         some = {task: done["tasks"].get(task) for task in TASKS[args.suite]}
         return some | {"average": client.mean(some.values())}
 
-    full = len(tasks) == len(TASKS[args.suite]) and not (args.suite == "google" and args.episodes)
+    full = len(tasks) == len(TASKS[args.suite])
     client.close(results, protocol, rows, PAPERS[args.suite], full)
 
 
