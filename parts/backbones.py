@@ -26,7 +26,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.utils import cached_file
 from transformers.utils.logging import disable_progress_bar
 
-from parts.checkpoints import write_json, write_weights
+from parts.checkpoints import tied_names, write_json, write_weights
 from parts.kernels import attend, quick_vision
 from parts.process import UserError, nearest
 
@@ -310,8 +310,8 @@ class Vita15(nn.Module):
     @torch.no_grad()
     def see(self, pixels, grids):
         h = 0.5 * self.vision(pixels).last_hidden_state[:, 1:]  # without the class token
-        rows, columns = (int(g) // 2 for g in grids[0, 1:])
-        h = h.unflatten(1, (rows, 2, columns, 2)).transpose(2, 3)  # 2 x 2 patches become one token
+        side = math.isqrt(h.shape[1]) // 2  # a square, told without waiting for a GPU
+        h = h.unflatten(1, (side, 2, side, 2)).transpose(2, 3)  # 2 x 2 patches become one token
         return [self.projector(h.reshape(-1, 4 * h.shape[-1]))]
 
     read = QwenVL.read
@@ -482,7 +482,7 @@ def load_eagle(path, config, dtype):
     config.image_token_id = processor.image_token_id
     with quiet():  # what does not fit is said below
         vlm, report = transformers.InternVLForConditionalGeneration.from_pretrained(
-            path, config=config, dtype=dtype, output_loading_info=True,
+            path, config=config, dtype=dtype, output_loading_info=True, use_safetensors=True,
             ignore_mismatched_sizes=True, key_mapping={f"^{k}": v for k, v in EAGLE.items()},
         )  # fmt: skip
     surplus = [n for n in report["unexpected_keys"] if ".head." not in n]  # SigLIP's pooling
@@ -559,7 +559,7 @@ def describe(name, load, builds) -> None:
 class SeerEyes(nn.Module):
     """Seer's frozen encoders: MAE ViT-B/16 sees, CLIP ViT-B/32 reads."""
 
-    MAE, CLIP = "facebook/vit-mae-base", "openai/clip-vit-base-patch32"
+    CLIP = "openai/clip-vit-base-patch32"
     picture_width, text_width = 768, 512
 
     def __init__(self, vision=None, text=None):
@@ -567,7 +567,7 @@ class SeerEyes(nn.Module):
         if blank():  # the library's default configurations are these two models'
             vision = transformers.ViTMAEModel(transformers.ViTMAEConfig())
             text = transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig())
-        self.vision = vision or transformers.ViTMAEModel.from_pretrained(self.MAE)
+        self.vision = vision  # parts/seer.py reads the weights that Seer was trained behind
         self.text = text or transformers.CLIPTextModelWithProjection.from_pretrained(self.CLIP)
         self.vision.config.mask_ratio = 0.0
 
@@ -632,7 +632,9 @@ def export_eagle(vlm, name, tokenizer, out) -> None:
     text = settings.get("llm_config") or settings["text_config"]
     text["vocab_size"] = vlm.lm_head.out_features
     write_json(out / "config.json", settings)
-    tensors = {eagle_name(n): t for n, t in vlm.state_dict().items()}
+    tensors = vlm.state_dict()
+    tied = tied_names(tensors)
+    tensors = {eagle_name(n): t for n, t in tensors.items() if n not in tied}
     write_weights(out / "model.safetensors", tensors)
     tokenizer.save_pretrained(out)
     print(f"{out} has Eagle2's released layout: what reads {name} reads it")

@@ -130,7 +130,8 @@ def spread(value, like):
 
 
 def load_optimizers(opts, resumed: Checkpoint) -> None:
-    """A checkpoint's states into optimizers whose weights may be sharded."""
+    """A checkpoint's states into optimizers whose weights may be sharded; it keeps no copy of them,
+    nor of the weights, which the model has by now."""
     folder, states, wanted = resumed.path / "shards", resumed.train_state["optimizers"], {}
     by_shares = shard_places(folder)
     for k, (opt, saved) in enumerate(zip(opts, states)):
@@ -145,6 +146,8 @@ def load_optimizers(opts, resumed: Checkpoint) -> None:
     read_shards(folder, wanted)
     for opt, saved in zip(opts, states):
         opt.load_state_dict(saved)
+    resumed.tensors.clear()
+    states.clear()
 
 
 def discard(path: Path) -> None:
@@ -231,7 +234,7 @@ def load_checkpoint(path, method: str, dist: Dist | None = None) -> Checkpoint:
         meta = json.loads(file.read_text())
         if meta["method"] != method:
             raise UserError(f"{path} is a checkpoint of {meta['method']}, not of {method}")
-        if meta["config"].get("optimizer") == "adamw8bit":
+        if dist and meta["config"].get("optimizer") == "adamw8bit":
             torchao()
         file = path / "model.safetensors"
         tensors = load_file(file)

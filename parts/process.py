@@ -4,6 +4,7 @@ A mistake of the user raises `UserError`; `run_main` turns it into one line and 
 """
 
 import dataclasses
+import datetime
 import difflib
 import errno
 import os
@@ -80,16 +81,19 @@ class Dist:
         return self.gather(item)[0]
 
     def first(self, make):
-        """make() on rank 0, then on the others, who find what it cached; its error is theirs."""
-        made, fault = None, None
-        if self.main:
-            try:
-                made = make()
-            except UserError as error:
-                fault = str(error)
-        if fault := self.share(fault):
-            raise UserError(fault)
-        return made if self.main else make()
+        """make() on rank 0, then on one process of each other machine, whose disk may be its own,
+        then on the rest, who find what these cached; an error is everybody's."""
+        local = int(os.environ.get("LOCAL_RANK", self.rank))
+        made, fault, mine = None, "", 0 if self.main else 2 if local else 1
+        for turn in range(3):
+            if turn == mine:
+                try:
+                    made = make()
+                except UserError as error:
+                    fault = str(error)
+            if faults := [*filter(None, self.gather(fault))]:
+                raise UserError(faults[0])
+        return made
 
     def any(self, flag: bool) -> bool:
         """True on every rank as soon as one rank says so."""
@@ -108,10 +112,14 @@ def setup(cfg) -> Dist:
     """Device, threads, seeds and, under torchrun, the process group."""
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
+    if cfg.seed < 0:
+        raise UserError(f"--seed {cfg.seed}: at least 0")
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no GPU here")
     if cfg.device != "cpu" and torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= (gpus := torch.cuda.device_count()):
+            raise UserError(f"process {device.index} has no GPU: torchrun --nproc-per-node {gpus}")
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32
     if cfg.threads:
@@ -122,7 +130,11 @@ def setup(cfg) -> Dist:
         if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun's restart finds the old addresses
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             store = torch.distributed.PrefixStore(f"attempt_{attempt}", store)
-        torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=processes)
+        # rank 0 may read a dataset for hours; torchrun ends who waits for a process that died
+        torch.distributed.init_process_group(
+            backend, store=store, rank=rank, world_size=processes,
+            timeout=datetime.timedelta(hours=12),
+        )  # fmt: skip
     seed_all(cfg.seed)
     return Dist(rank, processes, device)
 
@@ -160,10 +172,14 @@ class Muon(torch.optim.Muon):
             batches = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
+                    state = self.state[p]
+                    if not state:
+                        state["momentum_buffer"] = torch.zeros_like(p.grad)
+                    momentum = state["momentum_buffer"]
                     momentum.lerp_(p.grad, 1 - group["momentum"])
                     batches.setdefault(p.shape, []).append((p, momentum))
-            for (rows, columns), pairs in batches.items():
+            for pairs in (part for same in batches.values() for part in portions(same)):
+                rows, columns = pairs[0][0].shape
                 updates = torch.stack([p.grad.lerp(m, group["momentum"]) for p, m in pairs])
                 if rows > columns:
                     updates = orthogonal(updates.mT, group).mT
@@ -175,6 +191,15 @@ class Muon(torch.optim.Muon):
                 for (p, _), update in zip(pairs, updates.float()):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.add_(update, alpha=-group["lr"] * scale)
+
+
+AT_ONCE = 2**27  # numbers that Muon copies: 0.5 GB, where a large model's matrices have dozens
+
+
+def portions(pairs: list) -> list[list]:
+    """Matrices of one shape, so many at a time."""
+    n = max(1, AT_ONCE // pairs[0][0].numel())
+    return [pairs[i : i + n] for i in range(0, len(pairs), n)]
 
 
 def orthogonal(x: torch.Tensor, group: dict) -> torch.Tensor:
@@ -189,12 +214,14 @@ def orthogonal(x: torch.Tensor, group: dict) -> torch.Tensor:
 
 
 def to_device(batch, device: torch.device):
-    """Moves every tensor of a nested dict."""
+    """Moves every tensor of a nested dict; back from a GPU it waits until they are there."""
     if isinstance(batch, dict):
         return {name: to_device(item, device) for name, item in batch.items()}
     if isinstance(batch, list):
         return [to_device(item, device) for item in batch]
-    return batch.to(device, non_blocking=True) if isinstance(batch, torch.Tensor) else batch
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=device.type != "cpu")
+    return batch
 
 
 class Stop:

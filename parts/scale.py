@@ -7,6 +7,7 @@ rounds it to bfloat16 in the products. `--frozen bf16` stores the rest so.
 import inspect
 import math
 import os
+import sys
 from contextlib import contextmanager
 
 import torch
@@ -68,19 +69,23 @@ def add_lora(layers, rank):
 def merge_lora(model):
     """What `add_lora` put around the matrices joins them: an ordinary model again."""
     for name, lora in [x for x in model.named_modules() if isinstance(x[1], LoRA)]:
-        lora.base.weight.data += 2.0 * lora.up @ lora.down
+        whole = lora.base.weight.data.float()  # 16 bits would round most of the change away
+        lora.base.weight.data = whole + 2.0 * lora.up @ lora.down
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, lora.base)
 
 
 def place(model, cfg, dist, say, replicate=None, beside=()):
     """A built model, ready to train on `dist.device`: `model.blocks()` one by one compiled,
-    recomputed, sharded as the flags say; `replicate`: a part that --shard leaves whole; `beside`:
-    {name: another model that stands still on the device}. Says what it takes, by part; what cannot
-    fit is a UserError that names the flags which would help."""
+    recomputed, sharded as the flags say; `replicate`: a part that --shard leaves whole where it
+    stands still; `beside`: {name: another model that stands still on the device}. Says what it
+    takes, by part; what cannot fit is a UserError that names the flags which would help."""
+    if dist.rank:  # all began alike; from here on each drops out what it draws itself
+        torch.manual_seed(cfg.seed + dist.rank)
     store_frozen(model, cfg, dist.device)
     split = dist.processes if cfg.shard == "full" else 1
-    copied = {*replicate.parameters()} if replicate is not None else set()
+    whole = replicate.parameters() if replicate is not None else ()
+    copied = {p for p in whole if not p.requires_grad}
     rows, there = memory_rows(model, cfg, split, copied), device_memory(dist.device)
     for name, other in dict(beside).items():
         rows[f"teacher {name}"] = [sum(p.nbytes for p in other.parameters()), 0, 0]
@@ -207,11 +212,10 @@ def parallel(model, dist, unused):
 
 
 def synchronise(ddp, last):
-    """Gradients are averaged over the processes in a step's last micro-batch alone."""
+    """Copies average their gradients in a step's last micro-batch alone; shards in each, as what
+    waits would be a whole model's gradients in every process."""
     if isinstance(ddp, DistributedDataParallel):
         ddp.require_backward_grad_sync = last
-    elif isinstance(ddp, FSDPModule):
-        ddp.set_requires_gradient_sync(last)
 
 
 def clip(parameters, limit):
@@ -263,9 +267,12 @@ def adamw(groups, cfg):
 
 def feed(batches, todo, workers):
     """The batches `todo`, in order; what goes wrong with them ends in one line."""
+    # forked, whatever Python's default, the workers share what is in memory and mapped from files
+    start = "fork" if workers and sys.platform == "linux" else None
     loader = DataLoader(  # with a generator of its own it leaves the global one alone: exact resume
-        batches, batch_size=None, sampler=todo, num_workers=workers, generator=torch.Generator()
-    )
+        batches, batch_size=None, sampler=todo, num_workers=workers, generator=torch.Generator(),
+        multiprocessing_context=start,
+    )  # fmt: skip
     try:
         yield from loader
     except (UserError, OSError) as error:  # a worker's come as one string with its traceback

@@ -253,6 +253,9 @@ def test_eagle_follows_what_its_config_says(eagle, tmp_path):
         save_file(tensors, file, {"format": "pt"})
     vlm, processor = common.load_backbone(str(folder))
     assert vlm.lm_head.weight is vlm.get_input_embeddings().weight
+    common.export_backbone(vlm, str(folder), processor.tokenizer, tmp_path / "out")
+    again = common.load_backbone(str(tmp_path / "out"))[0].state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in vlm.state_dict().items())
     assert torch.equal(vlm.lm_head.weight, eagle.text.get_input_embeddings().weight)
     pixels = torch.from_numpy(processor.images(pictures(56))[0])
     with torch.no_grad():

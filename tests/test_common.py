@@ -5,6 +5,7 @@ import math
 import os
 import random
 import signal
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 import common
+from parts import process
 from worlds import pictures
 
 
@@ -181,6 +183,58 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, name):
     assert common.load_checkpoint(tmp_path, "m", dist=ALONE).step == 1
 
 
+def test_only_a_run_that_goes_on_needs_its_optimizer(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    save(tmp_path, 1, config={"optimizer": "adamw8bit"})
+    assert common.load_checkpoint(tmp_path, "m").step == 1
+    with pytest.raises(common.UserError, match="adamw8bit: pip install"):
+        common.load_checkpoint(tmp_path, "m", dist=ALONE)
+
+
+def test_what_comes_from_a_gpu_is_waited_for(monkeypatch):
+    calls, to = [], torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *a, **w: calls.append(w) or to(x, *a, **w))
+    for device in ("cpu", "meta"):
+        common.to_device({"a": [torch.ones(2)]}, torch.device(device))
+    assert [call["non_blocking"] for call in calls] == [False, True]
+
+
+class Turns(common.Dist):
+    """One of several processes; the others say `said` when they meet."""
+
+    met, said = 0, ""
+
+    def gather(self, item):
+        self.met += 1
+        return [item, self.said]
+
+
+def test_the_first_process_of_each_machine_reads_before_the_rest(monkeypatch):
+    for rank, local, before in ((0, 0, 0), (1, 1, 2), (2, 0, 1), (3, 1, 2)):
+        monkeypatch.setenv("LOCAL_RANK", str(local))
+        dist = Turns(rank, 4, ALONE.device)
+        assert dist.first(lambda dist=dist: dist.met) == before and dist.met == 3
+
+        def torn():
+            raise common.UserError("torn")
+
+        with pytest.raises(common.UserError, match="torn"):
+            Turns(rank, 4, ALONE.device).first(torn)
+        dist.said = "torn elsewhere"
+        with pytest.raises(common.UserError, match="torn elsewhere"):
+            dist.first(lambda: None)
+
+
+def test_what_no_process_can_start_with(monkeypatch):
+    with pytest.raises(common.UserError, match="--seed -1: at least 0"):
+        common.setup(parse("--seed", "-1"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(common.UserError, match="process 4 has no GPU: torchrun --nproc-per-node 4"):
+        common.setup(parse("--device", "auto"))
+
+
 def test_rng_state_survives_a_file(tmp_path):
     torch.save(common.rng_state(), tmp_path / "rng.pt")
     draw = lambda: (random.random(), np.random.rand(), torch.rand(1).item())  # noqa: E731
@@ -333,7 +387,9 @@ def test_autocast_follows_the_flag():
 
 
 @pytest.mark.parametrize("adjust", ["original", "match_rms_adamw"])
-def test_muon_steps_as_pytorchs_own(adjust):
+@pytest.mark.parametrize("most", [2**27, 100])
+def test_muon_steps_as_pytorchs_own(adjust, most, monkeypatch):
+    monkeypatch.setattr(process, "AT_ONCE", most)
     torch.manual_seed(0)
     start = [torch.randn(shape) for shape in ((8, 8), (6, 12), (12, 6), (8, 8), (6, 12))]
     after = []

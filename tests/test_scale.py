@@ -14,7 +14,6 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import test_dualvla
@@ -186,6 +185,15 @@ def test_a_run_goes_on_with_other_processes_and_shards(alone, tmp_path):
 
 
 @SLOW
+def test_a_left_brain_that_trains_is_sharded_whatever_the_flag_says(tmp_path):
+    words = ["--brain", "nofreeze", "--steps", "1"]
+    run("twinbrain", tmp_path / "one", *words)
+    words += ["--batch", "4", "--shard", "full", "--replicate-left"]
+    run("twinbrain", tmp_path / "two", *words, processes=2)
+    assert_close(tmp_path / "two", tmp_path / "one", step=1)
+
+
+@SLOW
 def test_sharded_models_are_whole_for_questions_and_at_the_end(tmp_path):
     words = ["--steps", "1", "--qa-every", "1", "--batch", "4", "--shard", "full"]
     run("twinbrain", tmp_path / "run", *words, processes=2)
@@ -235,6 +243,18 @@ def test_frozen_weights_of_16_bits_are_sharded_beside_what_trains(episodes, grou
     assert kinds == {torch.float32, torch.bfloat16}
 
 
+def test_shards_keep_no_whole_gradients_between_batches(episodes, group):
+    case = test_twinbrain.Case(episodes, optimizer="adamw", shard="full")
+    scale.shard(case.model, case.cfg, ALONE, set())
+    norms = []
+    for last in (False, True):
+        common.synchronise(case.model, last)
+        grads = [g for g in case.step([])[1].values() if g is not None]
+        norms.append(torch.stack([g.full_tensor().norm() for g in grads]))
+    assert len(norms[0]) > 0  # each process has its share after the first batch already
+    assert torch.allclose(2 * norms[0], norms[1], rtol=1e-3)
+
+
 def save_shards(folder, step):
     mesh = torch.distributed.init_device_mesh("cpu", (1,))
     whole = {"a": torch.arange(6.0).view(3, 2), "b": torch.ones(1, dtype=torch.bfloat16)}
@@ -260,6 +280,7 @@ def test_shares_of_a_checkpoint_are_read_whole_or_refused(group, tmp_path):
     common.load_optimizers([opt], got)
     assert torch.allclose(opt.state[p]["exp_avg"], 0.1 * whole["a"])  # beta_1 is 0.9
     assert opt.state[p]["step"] == 1
+    assert not got.tensors and not got.train_state["optimizers"]  # no second copy while it trains
     (share,) = got.path.glob("shards/*")
     assert not [file for file in got.path.rglob("*") if file.name == ".metadata"]
     content = share.read_bytes()
@@ -373,6 +394,27 @@ def test_every_layer_is_compiled_however_many_there_are(episodes, monkeypatch):
     assert counters["stats"]["unique_graphs"] == len(layers)
 
 
+def test_lora_joins_16_bits_without_rounding_away():
+    torch.manual_seed(0)
+    base = torch.nn.Linear(64, 64, bias=False).requires_grad_(False).bfloat16()
+    layers, before = torch.nn.ModuleList([base]), base.weight.float()
+    scale.add_lora(layers, 4)
+    layers[0].up.data.normal_(std=1e-4)
+    change = 2.0 * layers[0].up @ layers[0].down
+    common.merge_lora(layers)
+    assert torch.allclose(layers[0].weight.data - before, change, atol=1e-3 * change.max().item())
+
+
+def test_processes_drop_out_each_its_own(episodes):
+    drawn = []
+    for rank in (0, 0, 1, 2):
+        case = test_twinbrain.Case(episodes, brain="vanilla", optimizer="adamw")
+        common.seed_all(5)
+        common.place(case.model, case.cfg, replace(ALONE, rank=rank), lambda text: None)
+        drawn.append(torch.rand(1).item())
+    assert drawn[0] == drawn[1] and len({*drawn}) == 3
+
+
 def test_lora_starts_as_the_backbone_and_shares_it_with_the_left_brain(episodes):
     plain, case = (test_twinbrain.Case(episodes, lora=rank, state=False) for rank in (0, 4))
     model = case.model
@@ -470,7 +512,7 @@ def test_eight_bit_adam_or_how_to_get_it(monkeypatch, tmp_path):
     saved = torch.load(tmp_path / "train.pt", weights_only=True)
     other = torch.nn.Parameter(p.detach().clone())
     again = common.adamw([{"params": [other], "lr": 0.1, "peak": 0.1}], cfg)
-    resumed = SimpleNamespace(path=tmp_path, train_state={"optimizers": [saved]})
+    resumed = common.Checkpoint(tmp_path, 2, {}, {}, {"optimizers": [saved]}, {})
     common.load_optimizers([again], resumed)
     assert "8bit" in type(again.state[other]["exp_avg"]).__name__
     for each, q in ((opt, p), (again, other)):
@@ -636,6 +678,20 @@ def test_data_that_fails_ends_in_one_line(status, how, workers, says):
     code, _, err = status(lambda: list(common.feed(Broken(how), range(2), workers)))
     (line,) = [line for line in err.splitlines() if line.startswith("error")]
     assert code == 2 and line.startswith("error: " + says) and "Traceback" not in err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forking is safe on Linux alone")
+def test_workers_share_the_recordings_whatever_python_starts_processes_by():
+    class Here:  # not to be pickled
+        def __getitem__(self, i):
+            return i
+
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("forkserver", force=True)  # Python 3.14's own choice
+    try:
+        assert list(common.feed(Here(), range(3), 1)) == [0, 1, 2]
+    finally:
+        multiprocessing.set_start_method(before, force=True)
 
 
 def test_a_read_only_folder_ends_in_one_line(status, monkeypatch, tmp_path):
