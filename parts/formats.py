@@ -78,8 +78,9 @@ SOURCES = {
         EEF, "minmax", "+1") for n in ("D_D", "ABC_D", "ABCD_D")},
 }  # fmt: skip
 SOURCES |= {"bridge": SOURCES["bridge_orig"], "fractal": SOURCES["fractal20220817_data"]}
-GROUPS = {  # name -> {row of SOURCES: weight}
-    "oxe": {name: float(episodes) for name, (_, episodes) in OXE.items()},
+MEAN = sum(episodes for _, episodes in OXE.values()) / len(OXE)
+GROUPS = {  # name -> {row of SOURCES: weight}, 1 in the mean, as a dataset named beside them has
+    "oxe": {name: episodes / MEAN for name, (_, episodes) in OXE.items()},
     "libero": dict.fromkeys(LIBERO, 1.0),
     "gr1": {f"gr1_{name}": 1.0 for name in GR1},
 }
