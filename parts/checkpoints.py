@@ -255,7 +255,11 @@ def load_checkpoint(path, method: str, dist: Dist | None = None) -> Checkpoint:
             local_state = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"the checkpoint lacks {file}") from None
-    except (SafetensorError, ValueError, KeyError, EOFError, RuntimeError, pickle.PickleError):
+    except (
+        SafetensorError, ValueError, KeyError, EOFError, RuntimeError, pickle.PickleError
+    ) as error:  # fmt: skip
+        if "can't allocate memory" in str(error):
+            raise UserError(f"{file} does not fit in this machine's memory") from None
         hint = f"; remove {path} to use the one before" if len(found) > 1 else ""
         raise UserError(f"{file} is damaged or cut short{hint}") from None
     return Checkpoint(path, meta["step"], tensors, meta, train_state, local_state)

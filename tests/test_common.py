@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import common
-from parts import process
+from parts import checkpoints, process
 from worlds import pictures
 
 
@@ -153,6 +153,13 @@ def test_a_damaged_checkpoint_names_the_file(tmp_path, name):
         file.unlink()
         with pytest.raises(common.UserError, match=f"the checkpoint lacks .*{name}"):
             common.load_checkpoint(tmp_path, "m", dist=ALONE)
+
+
+def test_a_checkpoint_that_does_not_fit_is_not_called_damaged(tmp_path, monkeypatch):
+    save(tmp_path, 1), save(tmp_path, 2)
+    monkeypatch.setattr(checkpoints, "load_file", lambda file: torch.empty(2**58))
+    with pytest.raises(common.UserError, match="model.safetensors does not fit in this machine's"):
+        common.load_checkpoint(tmp_path, "m")
 
 
 def test_a_foreign_checkpoint_is_refused(tmp_path):
