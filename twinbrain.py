@@ -68,7 +68,7 @@ from transformers.masking_utils import sdpa_mask
 
 import common
 import data
-from worlds import loop, pictures
+from worlds import ablations, loop, pictures
 
 # --- Config: the defaults are the laptop's run ----------------------------------------------------
 
@@ -157,10 +157,8 @@ PAPER = dict(
     dropout=0.2, size=224, wrist_size=112, augment=0, execute=1, ensemble=True, episodes=480,
     workers=4,
 )  # fmt: skip
-LIBERO = dict(
-    steps=100_000, min_lr=0.1, horizon=8, normalise="minmax", execute=8, ensemble=False,
-    episodes=500,
-)  # fmt: skip
+LIBERO = dict(steps=100_000, min_lr=0.1, horizon=8, normalise="minmax", execute=8)
+LIBERO |= dict(ensemble=False, episodes=500)
 SHORT = dict(steps=1000, episodes=100, domains=("in", "colour", "shape", "pair", "wording"))
 PRESETS = {"paper": PAPER, "libero": PAPER | LIBERO, "short": SHORT}  # App. B, F; for ablations
 
@@ -189,6 +187,11 @@ ABLATIONS = {
     "no-deepstack": row(None, "ours: without DeepStack", deepstack=False),
     "no-state": row(None, "ours: without phi(s)", state=False),
 }
+
+
+def ours(line):
+    """A line of assets/results -> what `--ablation list` shows, % in-domain and out of domain."""
+    return 100 * line["success"], 100 * line["success_out"]
 
 
 # --- Prompts (Appendix E), and the one path from observations to tensors --------------------------
@@ -896,7 +899,7 @@ def load_policy(folder, device, robot=""):
     return Policy(model.to(device).eval(), cfg, processor, robots, device, fast)
 
 
-def prepare(cfg, dist, run, resumed):
+def prepare(cfg, dist, run, resumed, teacher=None):
     """Demonstrations, statistics, model -> Policy, batches, meta."""
     acts, asks = data.recordings(cfg, dist, resumed)
     robots = {part.name: part.stats for part in acts}
@@ -923,14 +926,15 @@ def prepare(cfg, dist, run, resumed):
     if dist.main and not resumed:
         samples = [mixtures[0][i] for i in range(4)]
         ids = sense(samples, cfg, processor, fast)["right"]["input_ids"]
-        texts = [processor.words(row) for row in ids]
-        rows = [(s["images"], text) for s, text in zip(samples, texts)]
+        rows = [(s["images"], processor.words(row)) for s, row in zip(samples, ids)]
         pictures.contact_sheet(run.folder / "first_batch.png", rows)
     join = partial(collate, cfg=cfg, processor=processor, fast=fast)
     batches = data.Batches(mixtures, join, cfg.batch, dist.rank, dist.processes)
     settings = {"method": "twinbrain", "config": dataclasses.asdict(cfg)}
     meta = settings | {"robots": robots, "fast": fast.state() if fast else None}
-    model = common.place(model, cfg, dist, run.say, model.left if cfg.replicate_left else None)
+    whole = model.left if cfg.replicate_left else None
+    beside = {"teacher": teacher} if teacher else {}
+    model = common.place(model, cfg, dist, run.say, whole, beside)
     return Policy(model, cfg, processor, robots, dist.device, fast), batches, meta
 
 
@@ -959,30 +963,14 @@ def check(cfg):
 
 def load_teacher(cfg, device):
     """--distill: the twin whose features a single brain learns; both must read the same prompt."""
-    teacher = load_policy(cfg.distill, device).model
+    teacher = load_policy(cfg.distill, device).model.requires_grad_(False)
+    common.store_frozen(teacher, cfg, device)
     for name in ("backbone", "head", "state", "deepstack", "size", "wrist_size"):
         mine, theirs = getattr(cfg, name), getattr(teacher.cfg, name)
         if mine != theirs:
             flag = "--" + name.replace("_", "-")
             raise common.UserError(f"--distill {cfg.distill} has {flag} {theirs}, this run {mine}")
     return teacher
-
-
-def list_ablations():
-    """Each row with the paper's number and, where a result file holds it, ours."""
-    lines = common.result_lines("twinbrain")
-    print(f"{'--ablation':18} {'row':45} {'paper %':>8}   ours %: in-domain, out-of-domain (seeds)")
-    for name, about in ABLATIONS.items():
-        found = {}
-        for r in lines:
-            if r["arm"] == name and r["world"] == Config.world:
-                flags = r["flags"].partition("--distill")[0].strip()
-                found.setdefault(flags, []).append((r["success"], r["success_out"]))
-        ours = "; ".join(
-            "{:.1f}, {:.1f} ({}) {}".format(*100 * np.mean(v, 0), len(v), flags).strip()
-            for flags, v in found.items()
-        )
-        print(f"{name:18} {about['_row']:45} {about['_paper'] or '-':>8}   {ours or 'not run'}")
 
 
 def session(cfg, dist):
@@ -994,8 +982,7 @@ def session(cfg, dist):
         cfg = common.same_samples(cfg, resumed, dist)
     if cfg.eval_only:
         policy = load_policy(cfg.eval_only, dist.device, cfg.robot)
-        free = FREE + ("world", "seed")
-        cfg = common.resume_config(cfg, dataclasses.asdict(policy.cfg), free)
+        cfg = common.resume_config(cfg, dataclasses.asdict(policy.cfg), FREE + ("world", "seed"))
         if cfg.out == policy.cfg.out:
             cfg.out = str(Path(cfg.eval_only) / time.strftime("eval-%Y%m%d-%H%M%S"))
         policy.cfg = policy.model.cfg = cfg
@@ -1004,8 +991,8 @@ def session(cfg, dist):
     run.say(f"run folder {run.folder}; {dist.processes} process(es) on {dist.device}")
     sets = data.question_sets(ABILITIES, cfg.questions, cfg.size, cfg.wrist_size)
     if not policy:
-        policy, batches, meta = prepare(cfg, dist, run, resumed)
         teacher = load_teacher(cfg, dist.device) if cfg.distill else None  # [method]
+        policy, batches, meta = prepare(cfg, dist, run, resumed, teacher)  # [method]
         measure = partial(abilities, policy.model, cfg, policy.processor, dist.device, sets)
         seconds = train(cfg, dist, run, policy.model, batches, meta, resumed, measure, teacher)
     results = loop.evaluate(policy, cfg, dist, run.folder, run.say)
@@ -1034,7 +1021,7 @@ def session(cfg, dist):
 def main(argv=None):
     cfg = common.parse(Config, PRESETS, ABLATIONS, argv)
     if cfg.ablation == "list":
-        return list_ablations()
+        return ablations.show("twinbrain", ABLATIONS, "paper %", "% in-domain, out of domain", ours)
     if cfg.describe:
         builds = {f"TwinBrainVLA --brain {cfg.brain}": lambda: build(cfg, 8, 7)[0]}
         return common.describe(cfg.backbone, common.load_backbone, builds)

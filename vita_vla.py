@@ -34,10 +34,9 @@ Assumptions and decisions, where paper and released code differ or are silent
       Stage 2 starts from stage 1's `--student`.
   A7  Executed is the prediction for now (`--act-index 0`); the released CALVIN code takes the next.
   A8  The teacher stands still in stage 1: no dropout, no gradient (the released code drops out).
-  A9  On the laptop Seer's frozen encoders are the tiny backbone's vision tower and, for a vector of
-      an instruction, the mean of its words' states halfway up the language model, which tell what
-      each word is there for (`--eyes backbone`; paper: MAE and CLIP, `mae`). assets/seer, taken by
-      default, has seen 12,000 demonstrations, a student sees 3,000 (paper: the same data).
+  A9  On the laptop Seer's encoders are the tiny backbone's vision tower and, of an instruction, the
+      mean of its words' states halfway up the language model (`--eyes backbone`; paper: MAE, CLIP,
+      `mae`). assets/seer has seen 12,000 demonstrations, a student sees 3,000 (paper: the same).
   A10 There, with 16 and 4 tokens a picture, the resampler is left out: with it, learning is slower.
   A11 A released Seer (`--teacher seer.pth`) speaks of the arm as recorded, in [-1, 1]: `--normalise
       raw`, as in the presets. LIBERO's has seen pictures as the renderer leaves them, half a turn
@@ -202,6 +201,11 @@ ABLATIONS = {
     "no-gripper": row(None, "released code: no gripper term", gripper_weight=0.0),
     "ensemble": row(None, "LIBERO's temporal ensemble", ensemble=True),
 }
+
+
+def ours(line):
+    """A line of assets/results -> what `--ablation list` shows, % of first tasks and length."""
+    return 100 * line["domains"].get("chain", line)["success"], line["length"]
 
 
 # --- Prompt, and the one path from observations to tensors ----------------------------------------
@@ -546,8 +550,7 @@ def align_loss(h_VLA, h_small, steps, how):
 
 def action_losses(decoded, batch, how):
     """Arm (B, S, N, A - 1) and gripper logit (B, S, N) against batch["action"] (B, S, N, A)."""
-    arm, gripper = decoded
-    target, mask = batch["action"], batch["mask"]
+    (arm, gripper), target, mask = decoded, batch["action"], batch["mask"]
     error = F.l1_loss if how == "mae" else F.smooth_l1_loss  # ASSUMPTION A2
     arm = masked_mean(error(arm, target[..., :-1], reduction="none").mean(-1), mask)
     open_ = (target[..., -1] > 0).float()
@@ -796,10 +799,8 @@ def build(cfg, checkpoint=None, arm=6):
         fit(model, checkpoint.tensors, checkpoint.path)
     elif cfg.stage == "finetune" and cfg.student:
         start = common.load_checkpoint(cfg.student, "vita_vla")
-        tensors = start.tensors
-        if cfg.freeze_vlm:  # the VLM as it is, everything around it as trained
-            tensors = {n: t for n, t in tensors.items() if not n.startswith("vlm.")}
-        fit(model, tensors, start.path)
+        left = "vlm." if cfg.freeze_vlm else ()  # the VLM as it is, all around it as trained
+        fit(model, {n: t for n, t in start.tensors.items() if not n.startswith(left)}, start.path)
     return model, processor
 
 
@@ -884,7 +885,9 @@ def load_policy(folder, device, robot=""):
 
 def prepare(cfg, dist, run, resumed):
     """Demonstrations, statistics, model -> Policy, batches, meta."""
-    acts, _ = data.recordings(cfg, dist, resumed)
+    acts, asks = data.recordings(cfg, dist, resumed)
+    if asks:
+        raise common.UserError(f"--data {asks[0].name} asks questions: VITA-VLA learns from none")
     robots = {part.name: part.stats for part in acts}
     for name, stats in robots.items():
         if len(stats["cameras"]) != 2:
@@ -901,8 +904,7 @@ def prepare(cfg, dist, run, resumed):
     if dist.main and not resumed:
         samples = [mixtures[0][i] for i in range(4)]
         ids = sense(samples, cfg, processor)["prompt"]["input_ids"]
-        texts = [processor.words(row) for row in ids]
-        rows = [(s["images"][-1], text) for s, text in zip(samples, texts)]
+        rows = [(s["images"][-1], processor.words(row)) for s, row in zip(samples, ids)]
         pictures.contact_sheet(run.folder / "first_batch.png", rows)
     join = partial(sense, cfg=cfg, processor=processor)
     batches = data.Batches(mixtures, join, cfg.batch, dist.rank, dist.processes)
@@ -917,13 +919,13 @@ def check(cfg):
     data.named(cfg.data)
     common.find_backbone(cfg.backbone)
     for name in ("batch", "accumulate", "demos", "episodes", "parallel", "log_every", "history",
-                 "future"):  # fmt: skip
+                 "future", "width", "heads", "patch", "foresight"):  # fmt: skip
         if getattr(cfg, name) < 1:
             raise common.UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: at least 1")
     begun = cfg.resume or cfg.eval_only or cfg.describe
     first = STAGES[cfg.recipe][1] if cfg.stage == "chain" else cfg.stage
     for wrong, words in (
-        (cfg.teacher.endswith(RELEASED) and cfg.normalise != "raw",
+        (cfg.teacher.endswith(RELEASED) and cfg.normalise != "raw" and not begun,
          f"--teacher {cfg.teacher} speaks of actions as recorded: add --normalise raw"),
         (cfg.stage == "teacher" and cfg.teacher,
          "--stage teacher begins one from nothing: no --teacher beside it"),
@@ -939,7 +941,7 @@ def check(cfg):
          "--freeze-vlm is of --stage finetune; a chain: --recipe freeze-vlm"),
         (cfg.student and first != "finetune" and not begun,
          "--student is what --stage finetune or frozen starts from"),
-        (cfg.goal and cfg.stage in ("align", "finetune"),
+        (cfg.goal and cfg.stage in ("align", "finetune") and not begun,
          f"--goal {cfg.goal} is of a teacher's training: --stage teacher"),
         (not 0 <= cfg.goal < cfg.history, f"--goal {cfg.goal}: from 0 to {cfg.history - 1}"),
         (not 0 <= cfg.hide_foresight <= 1,
@@ -1075,7 +1077,7 @@ def session(cfg, dist):
 def main(argv=None):
     cfg = common.parse(Config, PRESETS, ABLATIONS, argv)
     if cfg.ablation == "list":
-        return ablations.show(ABLATIONS)
+        return ablations.show("vita_vla", ABLATIONS, "paper %, length", "% first, length", ours)
     if cfg.stage == "frozen":  # recipe freeze-vlm's last, by itself
         cfg.stage, cfg.freeze_vlm = "finetune", True
     elif cfg.stage == "finetune" and cfg.recipe == "freeze-vlm" and not cfg.freeze_vlm:

@@ -64,8 +64,11 @@ def test_training_on_recordings_and_acting_like_one_of_them(script, both, capsys
 def test_questions_that_nobody_would_answer_are_not_ignored(both):
     folder, spec = both
     words = f"{spec},{write_questions(folder / 'asked', 'json')}"
-    with pytest.raises(common.UserError, match="asks questions: add --cotrain 0.1"):
-        twinbrain.main([*TINY, "--data", words, "--out", str(folder / "run")])
+    for script, flags, cure in (
+        (twinbrain, [], "add --cotrain 0.1"), (vita_vla, MORE[vita_vla], "VITA-VLA learns from none"),
+    ):  # fmt: skip
+        with pytest.raises(common.UserError, match=f"asks questions: {cure}"):
+            script.main([*TINY, *flags, "--data", words, "--out", str(folder / script.__name__)])
 
 
 def test_the_recordings_are_trained_on_by_their_weights(both):

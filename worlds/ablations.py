@@ -1,23 +1,28 @@
-"""`vita_vla.py --ablation list`: the rows of its ablations, the paper's numbers and ours."""
+"""`--ablation list` of a script: the rows of its ablations, the paper's numbers and ours."""
 
 import numpy as np
 
 import common
 
 
-def show(rows):
-    """rows: {--ablation: {"_row": words, "_paper": "% first, length" or None, flags}}; ours are the
-    means over seeds of assets/results/vita_vla.jsonl."""
-    lines = common.result_lines("vita_vla")
-    print(f"{'--ablation':16} {'row':42} {'paper: % first, length':22}  ours (seeds)")
+def show(method, rows, paper, ours, numbers):
+    """Prints rows {--ablation: {"_row": words, "_paper": number or None, flags}} beside the means
+    over seeds of `numbers(line)`, of the lines of assets/results; paper, ours: what the two
+    columns hold. -> {name: means of the runs without further flags}."""
+    plain, lines = {}, common.result_lines(method)
+    print(f"{'--ablation':18} {'row':45} {paper:>24}   ours, {ours} (seeds) flags")
     for name, about in rows.items():
         found = {}
         for r in lines:
             if r["arm"] == name:
-                first = r["domains"].get("chain", r)["success"]
-                found.setdefault(r["flags"], []).append((100 * first, r["length"]))
-        ours = "; ".join(
-            "{:.1f}, {:.2f} ({}) {}".format(*np.mean(v, 0), len(v), flags).strip()
-            for flags, v in found.items()
-        )
-        print(f"{name:16} {about['_row']:42} {about['_paper'] or '-':22}  {ours or 'not run'}")
+                flags = r["flags"].partition("--distill")[0].strip()
+                found.setdefault(flags, []).append(numbers(r))
+        means = {flags: np.mean(values, axis=0) for flags, values in found.items()}
+        plain |= {name: means[""]} if "" in means else {}
+        cells = [
+            f"{', '.join(f'{x:.3g}' for x in mean)} ({len(found[flags])}) {flags}".strip()
+            for flags, mean in means.items()
+        ]
+        told = about["_paper"] or "-"
+        print(f"{name:18} {about['_row']:45} {told:>24}   {'; '.join(cells) or 'not run'}")
+    return plain
