@@ -21,7 +21,8 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 import common
 import data
 import vita_vla
-from parts import backbones, seer as small
+from parts import backbones
+from parts import seer as small_model
 from vita_vla import ABLATIONS, Config, Histories, Seer, VitaVLA, seer_mask, sense
 from worlds import tabletop
 
@@ -54,7 +55,7 @@ class Case:
         self.windows = Histories(episodes, self.stats, cfg)
         common.seed_all(0)
         if cfg.stage == "teacher":
-            self.model = Seer(cfg, small.BackboneEyes(self.vlm)).eval()
+            self.model = Seer(cfg, small_model.BackboneEyes(self.vlm)).eval()
             for token in (self.model.action_pred_token, self.model.obs_tokens):
                 nn.init.normal_(token)  # as after some training
         else:
@@ -671,7 +672,7 @@ def saved(path, state):
 def seer(tmp_path_factory):
     """A Seer with 16 heads in its image decoder, from a released file of small shapes."""
     model = Seer(SEER, PictureStub()).eval()
-    small.load_seer(model, saved(tmp_path_factory.mktemp("seer") / "seer.pth", drawn()))
+    small_model.load_seer(model, saved(tmp_path_factory.mktemp("seer") / "seer.pth", drawn()))
     return model
 
 
@@ -682,10 +683,10 @@ def test_released_checkpoints_fit_at_their_own_size(H, heads, queries, foresight
                       history=10)  # fmt: skip
         model = Seer(cfg, PictureStub())
         state = released(H, 24, queries, foresight, 14, lambda name, shape: torch.empty(shape))
-    small.load_seer(model, saved(tmp_path / "seer.pth", state))
+    small_model.load_seer(model, saved(tmp_path / "seer.pth", state))
     del state["module.obs_tokens"]
     with pytest.raises(common.UserError, match="obs_tokens: no there"):
-        small.load_seer(model, saved(tmp_path / "seer.pth", state))
+        small_model.load_seer(model, saved(tmp_path / "seer.pth", state))
 
 
 def context_by_hand(weights, features, words, state):
@@ -871,7 +872,7 @@ def damaged(kind, tmp_path):
 def test_a_bad_seer_checkpoint_is_one_clear_line(kind, names, tmp_path):
     path = damaged(kind, tmp_path)
     with pytest.raises(common.UserError) as error:
-        small.load_seer(Seer(SEER, PictureStub()), path)
+        small_model.load_seer(Seer(SEER, PictureStub()), path)
     text = str(error.value)
     assert "\n" not in text and text.startswith(f"--teacher {path}: ") and names in text
     assert not (tmp_path / "boom").exists(), "nothing of a checkpoint is executed"
@@ -935,8 +936,8 @@ def test_paper_eyes_keep_the_patches_in_order(eyes):
 
 def test_a_teacher_with_paper_eyes_trains(eyes, episodes, monkeypatch):
     """The whole path, at 48 pixels where the paper has 224."""
-    fit, cfg = small.clip_pixels, replace(SEER, queries=2, foresight=1)
-    monkeypatch.setattr(small, "clip_pixels", lambda images, how: fit(images, how, 48))
+    fit, cfg = small_model.clip_pixels, replace(SEER, queries=2, foresight=1)
+    monkeypatch.setattr(small_model, "clip_pixels", lambda images, how: fit(images, how, 48))
     told = []
 
     def tokenizer(words, padding, truncation, return_tensors):
@@ -944,7 +945,7 @@ def test_a_teacher_with_paper_eyes_trains(eyes, episodes, monkeypatch):
         assert padding == "max_length" and truncation
         return {"input_ids": torch.full((len(words), 12), 98)}
 
-    monkeypatch.setattr(small, "clip_tokenizer", lambda: tokenizer)
+    monkeypatch.setattr(small_model, "clip_tokenizer", lambda: tokenizer)
     monkeypatch.setattr(eyes, "picture_width", 32, raising=False)
     monkeypatch.setattr(eyes, "text_width", 24, raising=False)
     case = Case(episodes)  # its processor and samples
@@ -961,7 +962,7 @@ def test_a_teacher_with_paper_eyes_trains(eyes, episodes, monkeypatch):
 
 def test_a_student_alone_needs_neither_mae_nor_clip(case, monkeypatch):
     """What only the teacher reads is not made where there is none."""
-    monkeypatch.setattr(small, "clip_tokenizer", lambda: pytest.fail("CLIP was asked"))
+    monkeypatch.setattr(small_model, "clip_tokenizer", lambda: pytest.fail("CLIP was asked"))
     batch = sense(case.samples, replace(case.cfg, eyes="mae"), case.processor)
     assert "seen" not in batch
 
@@ -980,12 +981,12 @@ def test_a_released_teacher_reads_states_as_recorded(how):
         asked[:, -1] = ours[:, -1]
     with torch.no_grad():
         want = vita_vla.encode_state(model, asked, how)
-        small.read_recorded(model, *data.bounds(stats), how)
+        small_model.read_recorded(model, *data.bounds(stats), how)
         assert torch.allclose(vita_vla.encode_state(model, ours, how), want, atol=1e-5)
 
 
 def test_a_released_file_is_a_teacher(tmp_path, monkeypatch):
-    monkeypatch.setattr(small, "paper_eyes", PictureStub)
+    monkeypatch.setattr(small_model, "paper_eyes", PictureStub)
     cfg = replace(SEER, stage="align", teacher=saved(tmp_path / "seer.pth", drawn()))
     model = vita_vla.load_teacher(cfg, ALONE.device)
     assert not model.training and not any(p.requires_grad for p in model.parameters())
@@ -995,11 +996,11 @@ def test_a_released_file_is_a_teacher(tmp_path, monkeypatch):
 def test_pictures_for_clip():
     image = np.random.default_rng(0).integers(0, 256, (224, 224, 3), np.uint8)
     mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-    got = small.clip_pixels([image])
+    got = small_model.clip_pixels([image])
     for c, row, column in ((0, 0, 0), (1, 17, 200), (2, 223, 5)):
         want = (image[row, column, c] / 255 - mean[c]) / std[c]
         assert got[0, c, row, column] == pytest.approx(want, abs=1e-5)
-    big = small.clip_pixels(np.repeat(image[None, :64, :64], 2, 0))
+    big = small_model.clip_pixels(np.repeat(image[None, :64, :64], 2, 0))
     assert big.shape == (2, 3, 224, 224) and big.dtype == np.float32
 
 

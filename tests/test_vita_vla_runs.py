@@ -278,6 +278,8 @@ def test_two_processes_take_the_steps_of_one(tmp_path, quick):
     (["--stage", "chain", "--freeze-vlm"], "a chain: --recipe freeze-vlm"),
     (["--foresight", "5"], "--foresight 5: a square number"),
     (["--history", "0"], "--history 0: at least 1"),
+    (["--heads", "0"], "--heads 0: at least 1"),
+    (["--foresight", "-1"], "--foresight -1: at least 1"),
     (["--data", "x.parquet"], "no dataset or path 'x.parquet'"),
     (["--domains", "chains"], "--domains chains for abc_d: did you mean chain?"),
     (["--world", "tabletop:abcd"], "did you mean tabletop:abc_d?"),
