@@ -31,7 +31,6 @@ Assumptions and decisions, where paper and released code differ or are silent
   A4  One causal chat of S turns, in words of ours: a step sees all before it, act_2 sees act_1.
   A5  History grows from one step, as at an episode's start in training; nothing is repeated.
   A6  Actions past an episode's end leave the losses; foresight shows its last picture there.
-      Stage 2 starts from stage 1's `--student`.
   A7  Executed is the prediction for now (`--act-index 0`); the released CALVIN code takes the next.
   A8  The teacher stands still in stage 1: no dropout, no gradient (the released code drops out).
   A9  On the laptop Seer's encoders are the tiny backbone's vision tower and, of an instruction, the
