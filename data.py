@@ -13,12 +13,12 @@ Letters: T steps of an episode, H chunk length, A action, S state.
 
 import argparse
 import hashlib
-import importlib
 import json
 import os
 import random
 import re
 import shutil
+import sys
 from collections import Counter, namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -53,7 +53,7 @@ from parts.formats import (
     shift,
     shots,
 )
-from worlds import loop, pictures, questions, tabletop
+from worlds import drawing, loop, pictures, questions, tabletop
 
 CACHE = Path(os.environ.get("ONEFILE_VLA_CACHE", Path.home() / ".cache" / "onefile-vla"))
 
@@ -124,7 +124,7 @@ def _record_many(arguments):
 def demonstrations(world, episodes=1000, seed=0, size=64, wrist_size=32, noise=0.3):
     """The experts' demonstrations of a `--world`: made on first use, on all cores, then cached."""
     World, suite = loop.find(world)
-    code = Path(importlib.import_module(World.__module__).__file__).read_bytes()
+    code = b"".join(Path(m.__file__).read_bytes() for m in (sys.modules[World.__module__], drawing))
     source = hashlib.sha256(code + world.encode()).hexdigest()[:12]
     name = re.sub(r"[^\w.-]", "-", world)[:80]
     path = CACHE / f"{name}-{episodes}-{seed}-{size}-{wrist_size}-{noise}-{source}.npz"

@@ -65,7 +65,7 @@ def test_questions_that_nobody_would_answer_are_not_ignored(both):
     folder, spec = both
     words = f"{spec},{write_questions(folder / 'asked', 'json')}"
     for script, flags, cure in (
-        (twinbrain, [], "add --cotrain 0.1"), (vita_vla, MORE[vita_vla], "VITA-VLA learns from none"),
+        (twinbrain, [], "add --cotrain 0.1"), (vita_vla, MORE[vita_vla], "VITA-VLA learns"),
     ):  # fmt: skip
         with pytest.raises(common.UserError, match=f"asks questions: {cure}"):
             script.main([*TINY, *flags, "--data", words, "--out", str(folder / script.__name__)])

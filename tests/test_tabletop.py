@@ -1,14 +1,12 @@
 """The tabletop: equal seeds give equal pixels, physics decides, the expert solves every task."""
 
-import hashlib
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from worlds import drawing, loop, tabletop
+from worlds import loop, tabletop
 from worlds.tabletop import DOMAINS, KNOWN, SUITES, UNSEEN, WORDS, Expert, Tabletop, Thing
 
 
@@ -215,12 +213,6 @@ def test_reasoning_names_what_matters():
         seen.add(tabletop.PHASES[expert.phase])
         world.step(action)
     assert {"descend", "grasp", "carry", "lower", "release"} <= seen
-
-
-def test_other_pictures_are_other_demonstrations():
-    """What data.py has cached is found by tabletop.py's bytes: they follow those of drawing.py."""
-    digest = hashlib.sha256(Path(drawing.__file__).read_bytes()).hexdigest()[:12]
-    assert digest in Path(tabletop.__file__).read_text(), f"{digest} belongs into tabletop.py"
 
 
 def test_any_size_and_both_cameras():

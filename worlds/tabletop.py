@@ -27,7 +27,6 @@ if __name__ == "__main__":  # else this folder would hide packages of the same n
 
 import numpy as np
 
-# Cached demonstrations are those of this file's bytes, which thus tell drawing.py's: 0feea261ece2
 from worlds.drawing import (
     CABINET_Y,
     COLOURS,
