@@ -77,7 +77,7 @@ from torch import nn
 import common
 import data
 from parts.instructvla import Block, Eye, Thread, add_experts, export_expert, sinusoid
-from worlds import benchmarks, events, loop, pictures, reports, score, stages
+from worlds import ablations, benchmarks, events, loop, pictures, reports, score, stages
 
 # --- Config: the defaults are the laptop's run ----------------------------------------------------
 
@@ -229,6 +229,11 @@ ABLATIONS = {
     "full-weights": row(None, "ours: every weight, no LoRA", tune="full"),
     "degeneration": row(None, "ours: G measured along the way", stage="generalist", qa_every=100),
 }
+
+
+def ours(line):
+    """A line of assets/results -> what `--ablation list` shows, % success and answers."""
+    return 100 * line["success"], 100 * line["answers"]
 
 
 # --- Prompts, and the one path from observations to tensors ---------------------------------------
@@ -1098,8 +1103,7 @@ def prepare(cfg, dist, run, resumed, teachers):
         pictures.contact_sheet(run.folder / "first_batch.png", rows)
     join = partial(collate, cfg=cfg, processor=processor)
     batches = Batches(mixtures, join, cfg.batch, dist.rank, dist.processes, cfg.mix)
-    settings = {"method": "dualvla", "config": dataclasses.asdict(cfg)}
-    meta = settings | {"robots": robots, "kept": bits}
+    meta = {"method": "dualvla", "config": dataclasses.asdict(cfg), "robots": robots, "kept": bits}
     beside = {name: teacher.model for name, teacher in teachers.items()}
     model = common.place(model, cfg, dist, run.say, beside=beside)
     return Policy(model, cfg, processor, robots, dist.device), batches, meta
@@ -1139,7 +1143,7 @@ def show(cfg):
     folder = Path(cfg.out or ".")
     folder.mkdir(parents=True, exist_ok=True)
     if cfg.show == "pareto":
-        return reports.pareto(ABLATIONS, folder)
+        return reports.pareto(ABLATIONS, ours, folder)
     acts, _ = data.recordings(cfg, common.setup(cfg))
     episodes = [e for part in acts for e in part.episodes]
     if not any(e.reasoning for e in episodes):
@@ -1223,8 +1227,7 @@ def evaluate_only(cfg, dist):
 def main(argv=None):
     cfg = common.parse(Config, PRESETS, ABLATIONS, argv)
     if cfg.ablation == "list":
-        reports.ablations(ABLATIONS)
-        return
+        return ablations.show("dualvla", ABLATIONS, "paper %", "% success, answers", ours)
     if not (cfg.resume or cfg.eval_only):  # of these the run's own flags are checked
         check(cfg)
     if cfg.describe:

@@ -1,28 +1,14 @@
-"""What dualvla.py prints and draws beside training: its ablations, pruning, a chain's outcome."""
+"""What dualvla.py prints and draws beside training: a Pareto plot, pruning, a chain's outcome."""
 
 import numpy as np
 
-import common
-from worlds import events, pictures
+from worlds import ablations, events, pictures
 
 
-def ablations(rows):
-    """Prints each row with the paper's number and, where a result file holds it, ours -> {name:
-    [(answers %, success %)]} of those that were run."""
-    lines, points = common.result_lines("dualvla"), {}
-    print(f"{'--ablation':18} {'row':45} {'paper %':>8}   ours %: success, answers (seeds)")
-    for name, about in rows.items():
-        mine, ours = [r for r in lines if r["arm"] == name and not r.get("flags")], "not run"
-        if mine:
-            success, answers = (100 * np.mean([r[k] for r in mine]) for k in ("success", "answers"))
-            ours, points[name] = f"{success:.1f}, {answers:.1f} ({len(mine)})", [(answers, success)]
-        print(f"{name:18} {about['_row']:45} {about['_paper'] or '-':>8}   {ours}")
-    return points
-
-
-def pareto(rows, folder):
-    """--show pareto: the same as a picture."""
-    points = ablations(rows)
+def pareto(rows, numbers, folder):
+    """--show pareto: what `--ablation list` prints, its runs as points of a picture."""
+    means = ablations.show("dualvla", rows, "paper %", "% success, answers", numbers)
+    points = {name: [(answers, success)] for name, (success, answers) in means.items()}
     names = "actions against answers", "answers %", "success %"
     pictures.plot_curves(folder / "pareto.png", points, *names)
 
