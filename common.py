@@ -34,7 +34,6 @@ from parts.backbones import (
     BACKBONES,
     CACHE,
     EagleProcessor,
-    SeerEyes,
     Vita15,
     blank,
     describe,
@@ -46,7 +45,6 @@ from parts.backbones import (
     mrope_positions,
     patchify,
     quiet,
-    read_seer,
 )
 from parts.checkpoints import (
     Checkpoint,

@@ -853,23 +853,23 @@ def load_teacher(cfg, device):
     return model.to(device).eval().requires_grad_(False)
 
 
-def introduce(teacher, policy, cfg, resumed):
+def introduce(teacher, student, stats, cfg, resumed, device):
     """A teacher reads states and speaks of actions in its own recordings' bounds: a released one's
     become the student's, another's must be about the same, up to half of what a number ranges over.
     Its decoder is the student's from then on."""
     if cfg.teacher.endswith(RELEASED):
-        seer.read_recorded(teacher, *data.bounds(policy.stats["state"]), cfg.gripper_state)
+        seer.read_recorded(teacher, *data.bounds(stats["state"]), cfg.gripper_state)
     for name, kind in ((n, k) for n in teacher.robots for k in ("state", "action")):
-        low, high = data.bounds(policy.stats[kind])
+        low, high = data.bounds(stats[kind])
         other = np.array(data.bounds(teacher.robots[name][kind]))  # (2, numbers)
         if other.shape[1] != len(low) or (abs(other - (low, high)) > (high - low) / 2).any():
             words = f"whose bounds of {kind} are not this run's: train one, --stage teacher"
             raise common.UserError(f"--teacher {cfg.teacher} learned from {name}, {words}")
     if not resumed:
-        given, ours = teacher.state_dict(), policy.model.state_dict()
-        tensors = {n: common.spread(given[n], ours[n]) for n in ours if n.startswith(DECODER)}
-        policy.model.load_state_dict(tensors, strict=False)
-    common.store_frozen(teacher, cfg, policy.device)
+        given = teacher.state_dict()
+        tensors = {n: t for n, t in given.items() if n.startswith(DECODER)}
+        student.load_state_dict(tensors, strict=False)
+    common.store_frozen(teacher, cfg, device)
 
 
 def load_policy(folder, device, robot=""):
@@ -879,10 +879,12 @@ def load_policy(folder, device, robot=""):
     cfg.robot = robot or cfg.robot
     model, processor = build(replace(cfg, student=""), checkpoint)
     common.store_frozen(model, cfg, device)
-    return Policy(model.to(device).eval(), cfg, processor, checkpoint.meta["robots"], device)
+    policy = Policy(model.to(device).eval(), cfg, processor, checkpoint.meta["robots"], device)
+    policy.trained = checkpoint.step, checkpoint.meta["processes"]
+    return policy
 
 
-def prepare(cfg, dist, run, resumed):
+def prepare(cfg, dist, run, resumed, teacher=None):
     """Demonstrations, statistics, model -> Policy, batches, meta."""
     acts, asks = data.recordings(cfg, dist, resumed)
     if asks:
@@ -908,7 +910,11 @@ def prepare(cfg, dist, run, resumed):
     join = partial(sense, cfg=cfg, processor=processor)
     batches = data.Batches(mixtures, join, cfg.batch, dist.rank, dist.processes)
     meta = {"method": "vita_vla", "config": dataclasses.asdict(cfg), "robots": robots}
-    model = common.place(model, cfg, dist, run.say)
+    if teacher:
+        stats = data.acting(robots, cfg.robot)[1]
+        introduce(teacher, model, stats, cfg, resumed, dist.device)
+    beside = {"Seer": teacher} if cfg.stage == "align" else {}
+    model = common.place(model, cfg, dist, run.say, beside=beside)
     return Policy(model, cfg, processor, robots, dist.device), batches, meta
 
 
@@ -1051,17 +1057,16 @@ def session(cfg, dist):
     if not policy:
         begins = cfg.stage == "finetune" and cfg.teacher and not cfg.student
         teacher = load_teacher(cfg, dist.device) if cfg.stage == "align" or begins else None
-        policy, batches, meta = prepare(cfg, dist, run, resumed)
-        if teacher:
-            introduce(teacher, policy, cfg, resumed)
+        policy, batches, meta = prepare(cfg, dist, run, resumed, teacher)
         teacher = None if begins else teacher  # its decoder is all that is needed
         seconds = train(cfg, dist, run, policy.model, batches, meta, resumed, teacher)
+    steps, processes = policy.trained if cfg.eval_only else (cfg.steps, dist.processes)
     results = loop.evaluate(policy, cfg, dist, run.folder, run.say)
     first = next(iter(results.values()), loop.NOTHING)
     run.result({
         "method": "vita_vla", "arm": cfg.ablation or cfg.recipe, "stage": cfg.stage,
-        "backbone": cfg.backbone, "world": cfg.world, "seed": cfg.seed, "steps": cfg.steps,
-        "samples": cfg.steps * cfg.accumulate * cfg.batch * dist.processes,
+        "backbone": cfg.backbone, "world": cfg.world, "seed": cfg.seed, "steps": steps,
+        "samples": steps * cfg.accumulate * cfg.batch * processes,
         "train_seconds": round(seconds, 1),
         "success": first["success"], "ci95": first["ci95"], "episodes": first["episodes"],
         "length": results.get("chain", {}).get("length"), "per_task": first["per_task"],

@@ -556,55 +556,6 @@ def describe(name, load, builds) -> None:
             print(f"  published: {said:,}" if isinstance(said, int) else f"  published: {said}")
 
 
-class SeerEyes(nn.Module):
-    """Seer's frozen encoders: MAE ViT-B/16 sees, CLIP ViT-B/32 reads."""
-
-    CLIP = "openai/clip-vit-base-patch32"
-    picture_width, text_width = 768, 512
-
-    def __init__(self, vision=None, text=None):
-        super().__init__()
-        if blank():  # the library's default configurations are these two models'
-            vision = transformers.ViTMAEModel(transformers.ViTMAEConfig())
-            text = transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig())
-        self.vision = vision  # parts/seer.py reads the weights that Seer was trained behind
-        self.text = text or transformers.CLIPTextModelWithProjection.from_pretrained(self.CLIP)
-        self.vision.config.mask_ratio = 0.0
-
-    def forward(self, batch, cameras):
-        """-> features by camera [(steps, 1 + P, 768)], the class token first; words (B, 512)."""
-        features = []
-        for pixels in batch["seen"]:
-            order = torch.arange((pixels.shape[-1] // 16) ** 2, device=pixels.device)
-            noise = order.float().expand(len(pixels), -1)  # keeps the patches in their order
-            features.append(self.vision(pixels, noise=noise).last_hidden_state)
-        return features, self.text(batch["text"]).text_embeds
-
-
-def read_seer(path) -> dict[str, torch.Tensor]:
-    """A released Seer checkpoint -> its weights by our names: `module.` stripped, Conv1D
-    transposed, frozen and unused parts left out. Nothing in the file is executed."""
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)["model_state_dict"]
-        if not all(isinstance(value, torch.Tensor) for value in saved.values()):
-            raise ValueError("model_state_dict holds more than tensors")
-    except FileNotFoundError:
-        raise UserError(f"--teacher {path}: no such file") from None
-    except Exception as error:  # whatever a damaged or foreign file leads to
-        why = str(error).splitlines()[0]
-        raise UserError(f"--teacher {path}: no Seer checkpoint ({why})") from None
-    unused = ("vision_encoder.", "clip_model.", "recon_", "action_pose_encoder.", "attention_mask",
-              "action_gripper_position_encoder.", "action_projector.", "image_decoder_position")
-    tensors = {}
-    for name, value in saved.items():
-        name = name.removeprefix("module.")
-        if name.startswith(unused) or name.endswith((".masked_bias", ".attn.bias")):
-            continue
-        conv = name.startswith("transformer_backbone.h.") and value.dim() == 2
-        tensors[name] = value.T.float() if conv else value.float()
-    return tensors
-
-
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "chat_template.json",
                    "video_preprocessor_config.json", "generation_config.json")  # fmt: skip
 

@@ -176,12 +176,12 @@ def test_with_a_goal_only_steps_whose_goal_is_in_the_window_count(episodes):
 
 def test_a_teacher_is_stored_as_frozen_says_and_hands_over_its_decoder_whole(episodes):
     teacher, student = Case(episodes, stage="teacher"), Case(episodes, stage="align")
-    teacher.model.robots, policy = {"tabletop": teacher.stats}, student.policy()
+    teacher.model.robots = {"tabletop": teacher.stats}
     decoder = {n: t.clone() for n, t in teacher.model.state_dict().items() if "action_decoder" in n}
     before = teacher.hidden(dict(teacher.batch))
     model = teacher.model.requires_grad_(False)
     cfg = replace(student.cfg, frozen="bf16", dtype="bf16", teacher="run")
-    vita_vla.introduce(model, policy, cfg, None)
+    vita_vla.introduce(model, student.model, student.stats, cfg, None, ALONE.device)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     ours = student.model.state_dict()
     assert all(torch.equal(ours[n], t) for n, t in decoder.items())

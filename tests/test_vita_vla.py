@@ -894,7 +894,7 @@ def eyes():
         num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=12, eos_token_id=98,
     )  # fmt: skip
     models = transformers.ViTMAEModel(vision), transformers.CLIPTextModelWithProjection(text)
-    return common.SeerEyes(*models).eval()
+    return small_model.SeerEyes(*models).eval()
 
 
 def test_without_a_resampler_a_pictures_tokens_stay(episodes):

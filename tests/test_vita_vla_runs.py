@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import common
 import data
 import vita_vla
-from parts import backbones, checkpoints
+from parts import checkpoints, seer
 from vita_vla import Config
 from worlds import loop
 
@@ -205,19 +205,24 @@ def test_only_finetune_has_the_teachers_decoder_and_no_stage_one(chained, tmp_pa
 
 
 def test_evaluation_alone_repeats_the_runs_own(chained, copied):
-    """And keeping the history's keys changes nothing."""
-    vita_vla.main(["--eval-only", str(copied / "finetune"), "--no-cache"])
+    """And keeping the history's keys changes nothing. What it was trained on is the checkpoint's
+    to say: here by two processes, whatever --steps is now."""
+    (*_, meta) = sorted(copied.glob("finetune/checkpoints/*/meta.json"))
+    meta.write_text(meta.read_text().replace('"processes": 1', '"processes": 2'))
+    vita_vla.main(["--eval-only", str(copied / "finetune"), "--no-cache", "--steps", "9"])
     (folder,) = (copied / "finetune").glob("eval-*")
-    for key in ("success", "length", "domains", "params", "stage"):
+    for key in ("success", "length", "domains", "params", "stage", "steps"):
         assert result(folder)[key] == result(chained / "finetune")[key], key
+    assert result(folder)["samples"] == 2 * result(chained / "finetune")["samples"]
 
 
-def test_a_pre_trained_teacher_teaches_without_looking_ahead(tmp_path, quick):
-    """--goal through all stages: it trains so, but no student could know what lies ahead."""
+def test_a_pre_trained_teacher_teaches_without_looking_ahead(tmp_path, quick, capsys):
+    """--goal through all stages: it trains so, but no student could know what lies ahead. In stage
+    1 alone it takes memory beside the student."""
     words = [*TINY, "--steps", "1", "--goal", "1", "--hide-foresight", "0.5", "--teacher", "train"]
     vita_vla.main([*words, "--action-sees", "pictures", "--out", str(tmp_path / "chain")])
     goals = [config(tmp_path / "chain" / name)["goal"] for name in STAGES[:3]]
-    assert goals == [1, 0, 0]
+    assert goals == [1, 0, 0] and capsys.readouterr().out.count("  teacher Seer ") == 1
     assert all(np.isfinite(metrics(tmp_path / "chain" / n, "norm")).all() for n in STAGES[:3])
     cfg = common.parse(vita_vla.Config, {}, {}, [*TINY, "--action-sees", "pictures"])
     cfg = replace(cfg, teacher=str(tmp_path / "chain" / "teacher"))
@@ -362,7 +367,7 @@ def test_resuming_executes_nothing_of_a_checkpoint(copied, tmp_path, status, qui
     torch.save({"optimizers": Bomb(tmp_path / "boom")}, file)
     code, _, err = status(vita_vla.main, "--resume", str(copied / "finetune"))
     assert code == 2 and "train.pt is damaged" in err and not (tmp_path / "boom").exists()
-    for script in (backbones, checkpoints):
+    for script in (seer, checkpoints):
         calls = Path(script.__file__).read_text().split("torch.load(")[1:]
         assert calls and all("weights_only=True" in call.split("\n")[0] for call in calls)
 
