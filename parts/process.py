@@ -202,10 +202,10 @@ def portions(pairs: list) -> list[list]:
     return [pairs[i : i + n] for i in range(0, len(pairs), n)]
 
 
-def orthogonal(x: torch.Tensor, group: dict) -> torch.Tensor:
+def orthogonal(x: torch.Tensor, group: dict, dtype=None) -> torch.Tensor:
     """Newton-Schulz steps towards the nearest matrix with orthogonal rows, (N, rows, columns)."""
     a, b, c = group["ns_coefficients"]
-    x = x.bfloat16() if multiplies_bf16(x.device) else x.float()
+    x = x.to(dtype or (torch.bfloat16 if multiplies_bf16(x.device) else torch.float32))
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])
     for _ in range(group["ns_steps"]):
         square = x @ x.mT
