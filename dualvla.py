@@ -14,8 +14,8 @@
 Conventions: x_t = (1 - t) x_0 + t x_1 with the noise x_0 at t = 0 and the action x_1 at t = 1, so
 the velocity is u_t = x_1 - x_0; actions and state are normalised to [-1, 1] between q01 and q99;
 prompts are padded on the left. Letters: B batch, T tokens, D width, N queries, H chunk, A action,
-S state, R noise draws, P tokens of the flow expert's prefix, n positions, V vocabulary.
-Words: docs/glossary.md. parts/instructvla.py holds layers of the base model, worlds/events.py what
+S state, R noise draws, n positions, V vocabulary.
+Words: docs/glossary.md. parts/instructvla.py holds parts of the base model, worlds/events.py what
 finds event boundaries, worlds/score.py the judges, worlds/stages.py the folders of a chain.
 
 Equation map (Eq. 1 names the policy; Eq. 9 of the appendix is Eq. 3 as an expectation)
@@ -71,12 +71,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import common
 import data
-from parts.instructvla import Block, Eye, Thread, add_experts, export_expert, sinusoid
+from parts.instructvla import FlowExpert, Thread, add_experts, export_expert
 from worlds import ablations, benchmarks, events, loop, pictures, reports, score, stages
 
 # --- Config: the defaults are the laptop's run ----------------------------------------------------
@@ -515,56 +514,6 @@ class DualVLA(nn.Module):
             ids.append(self.first + logits.argmax(-1, keepdim=True))  # (B, 1)
             thread.go_on(words(ids[-1]), torch.ones_like(ids[-1], dtype=torch.bool))
         return from_tokens(torch.cat(ids, dim=1), self.first, self.action_dim).float()
-
-
-# --- Model: the flow expert -----------------------------------------------------------------------
-
-
-class FlowExpert(nn.Module):
-    """Velocity of an action chunk from [eye | latent actions | state | noisy actions]; the parts of
-    the prefix look at themselves alone, the actions at everything."""
-
-    def __init__(self, cfg, condition, state_dim, action_dim):
-        super().__init__()
-        W, self.horizon = cfg.width, cfg.horizon
-        self.eye = Eye(condition, W)
-        self.latent_in, self.action_in = nn.Linear(condition, W), nn.Linear(action_dim, W)
-        self.state_in = nn.Linear(state_dim, W) if cfg.state and state_dim else None
-        self.mix = nn.Sequential(nn.Linear(2 * W, W), nn.SiLU(), nn.Linear(W, W))
-        self.place = nn.Parameter(0.02 * torch.randn(cfg.horizon, W))
-        self.blocks = nn.ModuleList(Block(W, cfg.heads) for _ in range(cfg.depth))
-        self.norm = nn.RMSNorm(W, elementwise_affine=False)
-        self.out = nn.Sequential(nn.Linear(W, W), nn.SiLU(), nn.Linear(W, action_dim))
-
-    def prefix(self, latents, views, state):
-        """latents (B, N, D), state (B, S) -> keys and values of each layer."""
-        parts = [self.eye(views, latents.mean(1)), self.latent_in(latents)]
-        if self.state_in is not None:
-            parts.append(self.state_in(state)[:, None])
-        kind = [i for i, part in enumerate(parts) for _ in range(part.shape[1])]
-        kind = torch.tensor(kind, device=latents.device)
-        mask, keys = (kind[:, None] == kind)[None, None], []  # (1, 1, P, P)
-        x = torch.cat(parts, dim=1)  # (B, P, width)
-        for block in self.blocks:
-            q, k, v = block.project(x)
-            keys.append((k, v))
-            x = block.finish(x, common.attend(q, k, v, mask))
-        return keys
-
-    def forward(self, x_t, t, keys):
-        """x_t (B, R, H, A), t (B, R) -> velocity (B, R, H, A), float32; draws do not mix."""
-        B, R, H, _ = x_t.shape
-        a = self.action_in(x_t)  # (B, R, H, width)
-        time = sinusoid(t, a.shape[-1])[:, :, None].expand(a.shape)
-        x = (self.mix(torch.cat([a, time], dim=-1)) + self.place).flatten(1, 2)
-        draw = torch.arange(R, device=x.device).repeat_interleave(H)
-        own = draw[:, None] == draw  # (R * H, R * H)
-        mask = F.pad(own, (keys[0][0].shape[2], 0), value=True)[None, None]
-        for block, (k_P, v_P) in zip(self.blocks, keys):
-            q, k, v = block.project(x)
-            k, v = torch.cat([k_P, k], dim=2), torch.cat([v_P, v], dim=2)
-            x = block.finish(x, common.attend(q, k, v, mask))
-        return self.out(self.norm(x)).float().unflatten(1, (R, H))
 
 
 def integrate(velocity, x_0, steps):
@@ -1029,14 +978,16 @@ def build(cfg, state_dim, action_dim, checkpoint=None):
 
 def load_policy(folder, device, robot=""):
     """A run folder, one of its stages, or one checkpoint -> Policy."""
-    stages = [Path(folder, name) for name in ORDER if Path(folder, name, "checkpoints").exists()]
-    checkpoint = common.load_checkpoint(stages[-1] if stages else folder, "dualvla")
+    inner = [Path(folder, name) for name in ORDER if Path(folder, name, "checkpoints").exists()]
+    checkpoint = common.load_checkpoint(inner[-1] if inner else folder, "dualvla")
     cfg = common.resume_config(Config(), checkpoint.meta["config"])
     cfg.robot = robot or cfg.robot
     robots = checkpoint.meta["robots"]
     model, processor = build(cfg, *data.dims(robots), checkpoint)
     common.store_frozen(model, cfg, device)
-    return Policy(model.to(device).eval().requires_grad_(False), cfg, processor, robots, device)
+    policy = Policy(model.to(device).eval().requires_grad_(False), cfg, processor, robots, device)
+    policy.trained = checkpoint.step, checkpoint.meta["processes"]
+    return policy
 
 
 def load_teachers(cfg, device):
@@ -1044,21 +995,6 @@ def load_teachers(cfg, device):
     domains = {"expert": "action", "generalist": "reason"}
     asked = (name for name, domain in domains.items() if cfg.teachers in ("both", domain))
     return {name: load_policy(getattr(cfg, name), device) for name in asked}
-
-
-def same_units(name, teacher, robots, cfg):
-    """What E and G read and say lies between the bounds of their own recordings: of each of the
-    student's, one of theirs must have about the same, within a twentieth of the range."""
-    for recordings, stats in robots.items():
-        ours, *theirs = (
-            np.hstack([data.bounds(s[kind]) for kind in ("state", "action")])  # (2, S + A)
-            for s in (stats, *teacher.robots.values())
-        )
-        near = (ours[1] - ours[0]) / 20
-        if not any(a.shape == ours.shape and (abs(a - ours) <= near).all() for a in theirs):
-            words = f"--{name} {getattr(cfg, name)} learned from {', '.join(teacher.robots)}, whose"
-            raise common.UserError(f"{words} bounds of state and action are not those of "
-                                   f"{recordings}: train one on it, --stage {name}")  # fmt: skip
 
 
 def prepare(cfg, dist, run, resumed, teachers):
@@ -1071,7 +1007,7 @@ def prepare(cfg, dist, run, resumed, teachers):
     if len({len(names) for names in views.values()}) > 1 or len(max(views.values(), key=len)) > 4:
         raise common.UserError(f"--data: as many cameras in each, at most 4, not {views}")
     for name, teacher in teachers.items():
-        same_units(name, teacher, robots, cfg)
+        stages.same_units(name, getattr(cfg, name), teacher.robots, robots)
     model, processor = build(cfg, *data.dims(robots), start)
     episodes = [e for part in acts for e in part.episodes]
     bits = resumed.meta["kept"] if resumed else None
@@ -1094,8 +1030,9 @@ def prepare(cfg, dist, run, resumed, teachers):
     words = ", ".join(f"{name} {common.human(n)}" for name, n in counts.items())
     run.say(f"{data.counted(acts, samples)}; parameters: {words}")
     told = [k for k, e in zip(kept, episodes) if e.reasoning]
+    share = float(np.concatenate(told).mean()) if told else None
     if cfg.reason and told:
-        run.say(f"reasoning stays at {np.concatenate(told).mean():.1%} of the steps")
+        run.say(f"reasoning stays at {share:.1%} of the steps")
     if dist.main and not resumed:
         shown = [mixtures[0][i] for i in range(4)]
         ids = sense(shown, cfg, processor)["prompt"]["input_ids"]
@@ -1103,7 +1040,8 @@ def prepare(cfg, dist, run, resumed, teachers):
         pictures.contact_sheet(run.folder / "first_batch.png", rows)
     join = partial(collate, cfg=cfg, processor=processor)
     batches = Batches(mixtures, join, cfg.batch, dist.rank, dist.processes, cfg.mix)
-    meta = {"method": "dualvla", "config": dataclasses.asdict(cfg), "robots": robots, "kept": bits}
+    meta = {"method": "dualvla", "config": dataclasses.asdict(cfg), "robots": robots}
+    meta |= {"kept": bits, "share": share}
     beside = {name: teacher.model for name, teacher in teachers.items()}
     model = common.place(model, cfg, dist, run.say, beside=beside)
     return Policy(model, cfg, processor, robots, dist.device), batches, meta
@@ -1182,7 +1120,8 @@ def run_stage(cfg, dist):
         cfg.expert, cfg.generalist = teachers
         cfg = common.same_samples(cfg, resumed, dist)
     common.seed_all(cfg.seed)
-    (folder / "metrics.jsonl").unlink(missing_ok=True) if not resumed else None
+    if not resumed:  # of a run that was stopped before its first checkpoint
+        (folder / "metrics.jsonl").unlink(missing_ok=True)
     run = common.Run(cfg, "dualvla", __file__, dist, cfg.steps, resumed)
     run.say(f"stage {cfg.stage}: {run.folder}; {dist.processes} process(es) on {dist.device}")
     frozen = load_teachers(cfg, dist.device)
@@ -1191,20 +1130,25 @@ def run_stage(cfg, dist):
     teachers = [frozen[name].model if name in frozen else None for name in ORDER[:2]]
     measure = partial(along_the_way, policy, cfg, sets)
     seconds = train(cfg, dist, run, policy.model, batches, meta, resumed, measure, teachers)
-    result = {
-        "method": "dualvla", "arm": cfg.ablation or cfg.stage, "stage": cfg.stage,
-        "backbone": cfg.backbone, "world": cfg.world, "seed": cfg.seed, "steps": cfg.steps,
-        "samples": cfg.steps * cfg.accumulate * cfg.batch * dist.processes,
-        "train_seconds": round(seconds, 1),
-        "kept": "".join(meta["kept"]).count("1") / len("".join(meta["kept"])),
-        **evaluate(policy, cfg, dist, run.folder, run.say, sets),
-        "params": common.param_counts(policy.model),
-    }  # fmt: skip
+    result = facts(policy, cfg.steps, dist.processes)
+    result |= {"train_seconds": round(seconds, 1), "kept": meta["share"]}
+    result |= evaluate(policy, cfg, dist, run.folder, run.say, sets)
     run.result(result)
     run.close()
     if dist.main:
         pictures.draw_run(run.folder, ("action", "text", "answer", "kd_action", "kd_reason"))
     return result
+
+
+def facts(policy, steps, processes):
+    """What a result says of its run: which it was, and how much it has learned from."""
+    cfg = policy.cfg
+    return {
+        "method": "dualvla", "arm": cfg.ablation or cfg.stage, "stage": cfg.stage,
+        "backbone": cfg.backbone, "world": cfg.world, "seed": cfg.seed, "steps": steps,
+        "samples": steps * cfg.accumulate * cfg.batch * processes,
+        "params": common.param_counts(policy.model),
+    }  # fmt: skip
 
 
 def evaluate_only(cfg, dist):
@@ -1219,8 +1163,8 @@ def evaluate_only(cfg, dist):
         return benchmarks.run(cfg.benchmark, policy.write, cfg) if dist.main else None
     run = common.Run(cfg, "dualvla", __file__, dist, cfg.steps)
     sets = data.question_sets(ABILITIES, cfg.questions, cfg.size, cfg.wrist_size)
-    facts = {"method": "dualvla", "arm": cfg.ablation or cfg.stage, "stage": cfg.stage}
-    run.result(facts | evaluate(policy, cfg, dist, run.folder, run.say, sets))
+    result = facts(policy, *policy.trained)
+    run.result(result | evaluate(policy, cfg, dist, run.folder, run.say, sets))
     run.close()
 
 

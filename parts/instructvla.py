@@ -1,8 +1,9 @@
 """InstructVLA (arXiv 2507.17520), the base model of dualvla.py: what it is made of.
 
-Here: LoRA experts around matrices, decoding with the caches of two passes, the layers of the flow
-expert. Gates and queries, who sees whom, and what is learned are in dualvla.py. Letters: B batch, T
-and N tokens, n new ones, D width of the VLM, d of a head.
+Here: LoRA experts around matrices, decoding with the caches of two passes, the flow expert. Gates
+and queries, and what is learned of whom, are in dualvla.py. Letters: B batch, T and N tokens, n new
+ones, D width of the VLM, d of a head; of the flow expert R noise draws, H chunk, A action, S state,
+P tokens of its prefix.
 """
 
 import math
@@ -13,7 +14,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from parts.backbones import export_backbone
-from parts.kernels import causal_mask
+from parts.kernels import attend, causal_mask
 from parts.process import UserError
 
 # --- Experts --------------------------------------------------------------------------------------
@@ -92,7 +93,7 @@ class Thread:
         return h
 
 
-# --- Layers of the flow expert --------------------------------------------------------------------
+# --- The flow expert ------------------------------------------------------------------------------
 
 
 def sinusoid(t, width):
@@ -153,3 +154,50 @@ class Block(nn.Module):
         x = x + self.o(y.transpose(1, 2).flatten(2))
         h = self.norm(x)
         return x + self.down(F.silu(self.gate(h)) * self.up(h))
+
+
+class FlowExpert(nn.Module):
+    """Velocity of an action chunk from [eye | latent actions | state | noisy actions]; the parts of
+    the prefix look at themselves alone, the actions at everything."""
+
+    def __init__(self, cfg, condition, state_dim, action_dim):
+        super().__init__()
+        W, self.horizon = cfg.width, cfg.horizon
+        self.eye = Eye(condition, W)
+        self.latent_in, self.action_in = nn.Linear(condition, W), nn.Linear(action_dim, W)
+        self.state_in = nn.Linear(state_dim, W) if cfg.state and state_dim else None
+        self.mix = nn.Sequential(nn.Linear(2 * W, W), nn.SiLU(), nn.Linear(W, W))
+        self.place = nn.Parameter(0.02 * torch.randn(cfg.horizon, W))
+        self.blocks = nn.ModuleList(Block(W, cfg.heads) for _ in range(cfg.depth))
+        self.norm = nn.RMSNorm(W, elementwise_affine=False)
+        self.out = nn.Sequential(nn.Linear(W, W), nn.SiLU(), nn.Linear(W, action_dim))
+
+    def prefix(self, latents, views, state):
+        """latents (B, N, D), state (B, S) -> keys and values of each layer."""
+        parts = [self.eye(views, latents.mean(1)), self.latent_in(latents)]
+        if self.state_in is not None:
+            parts.append(self.state_in(state)[:, None])
+        kind = [i for i, part in enumerate(parts) for _ in range(part.shape[1])]
+        kind = torch.tensor(kind, device=latents.device)
+        mask, keys = (kind[:, None] == kind)[None, None], []  # (1, 1, P, P)
+        x = torch.cat(parts, dim=1)  # (B, P, width)
+        for block in self.blocks:
+            q, k, v = block.project(x)
+            keys.append((k, v))
+            x = block.finish(x, attend(q, k, v, mask))
+        return keys
+
+    def forward(self, x_t, t, keys):
+        """x_t (B, R, H, A), t (B, R) -> velocity (B, R, H, A), float32; draws do not mix."""
+        B, R, H, _ = x_t.shape
+        a = self.action_in(x_t)  # (B, R, H, width)
+        time = sinusoid(t, a.shape[-1])[:, :, None].expand(a.shape)
+        x = (self.mix(torch.cat([a, time], dim=-1)) + self.place).flatten(1, 2)
+        draw = torch.arange(R, device=x.device).repeat_interleave(H)
+        own = draw[:, None] == draw  # (R * H, R * H)
+        mask = F.pad(own, (keys[0][0].shape[2], 0), value=True)[None, None]
+        for block, (k_P, v_P) in zip(self.blocks, keys):
+            q, k, v = block.project(x)
+            k, v = torch.cat([k_P, k], dim=2), torch.cat([v_P, v], dim=2)
+            x = block.finish(x, attend(q, k, v, mask))
+        return self.out(self.norm(x)).float().unflatten(1, (R, H))

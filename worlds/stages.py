@@ -1,11 +1,15 @@
-"""A chain of stages, each a run in a folder of its own: begun, gone on with, or given."""
+"""A chain of stages, each a run in a folder of its own: begun, gone on with, or given; S + A are
+the numbers of a state and an action."""
 
 import dataclasses
 import json
 import time
 from pathlib import Path
 
+import numpy as np
+
 import common
+import data
 
 
 def begin(cfg, dist, method, order, free, check):
@@ -41,3 +45,19 @@ def folders(cfg, dist, method, order, out):
         facts = {"method": method, "config": dataclasses.asdict(cfg), **common.start_facts(dist)}
         common.write_json(out / "config.json", facts)
     return found
+
+
+def same_units(name, given, theirs, robots):
+    """What the run given by --name reads and says lies between the bounds of its own recordings,
+    `theirs`: of each of ours, one of them must have about the same, within a twentieth of the
+    range."""
+    for recordings, stats in robots.items():
+        ours, *others = (
+            np.hstack([data.bounds(s[kind]) for kind in ("state", "action")])  # (2, S + A)
+            for s in (stats, *theirs.values())
+        )
+        near = (ours[1] - ours[0]) / 20
+        if not any(a.shape == ours.shape and (abs(a - ours) <= near).all() for a in others):
+            words = f"--{name} {given} learned from {', '.join(theirs)}, whose bounds of state and"
+            raise common.UserError(f"{words} action are not those of {recordings}: train one on "
+                                   f"it, --stage {name}")  # fmt: skip
