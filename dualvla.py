@@ -1130,9 +1130,10 @@ def run_stage(cfg, dist):
     teachers = [frozen[name].model if name in frozen else None for name in ORDER[:2]]
     measure = partial(along_the_way, policy, cfg, sets)
     seconds = train(cfg, dist, run, policy.model, batches, meta, resumed, measure, teachers)
-    result = facts(policy, cfg.steps, dist.processes)
+    result = facts(cfg, cfg.steps, dist.processes)
     result |= {"train_seconds": round(seconds, 1), "kept": meta["share"]}
     result |= evaluate(policy, cfg, dist, run.folder, run.say, sets)
+    result["params"] = common.param_counts(policy.model)
     run.result(result)
     run.close()
     if dist.main:
@@ -1140,14 +1141,12 @@ def run_stage(cfg, dist):
     return result
 
 
-def facts(policy, steps, processes):
+def facts(cfg, steps, processes):
     """What a result says of its run: which it was, and how much it has learned from."""
-    cfg = policy.cfg
     return {
         "method": "dualvla", "arm": cfg.ablation or cfg.stage, "stage": cfg.stage,
         "backbone": cfg.backbone, "world": cfg.world, "seed": cfg.seed, "steps": steps,
         "samples": steps * cfg.accumulate * cfg.batch * processes,
-        "params": common.param_counts(policy.model),
     }  # fmt: skip
 
 
@@ -1163,7 +1162,7 @@ def evaluate_only(cfg, dist):
         return benchmarks.run(cfg.benchmark, policy.write, cfg) if dist.main else None
     run = common.Run(cfg, "dualvla", __file__, dist, cfg.steps)
     sets = data.question_sets(ABILITIES, cfg.questions, cfg.size, cfg.wrist_size)
-    result = facts(policy, *policy.trained)
+    result = facts(cfg, *policy.trained)
     run.result(result | evaluate(policy, cfg, dist, run.folder, run.say, sets))
     run.close()
 
