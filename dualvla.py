@@ -15,8 +15,8 @@ Conventions: x_t = (1 - t) x_0 + t x_1 with the noise x_0 at t = 0 and the actio
 the velocity is u_t = x_1 - x_0; actions and state are normalised to [-1, 1] between q01 and q99;
 prompts are padded on the left. Letters: B batch, T tokens, D width, N queries, H chunk, A action,
 S state, R noise draws, n positions, V vocabulary.
-Words: docs/glossary.md. parts/instructvla.py holds parts of the base model, worlds/events.py what
-finds event boundaries, worlds/score.py the judges, worlds/stages.py the folders of a chain.
+Words: docs/glossary.md. parts/instructvla.py holds LoRA and flow expert of the base model,
+worlds/events.py what finds event boundaries, worlds/score.py judges, worlds/stages.py a chain.
 
 Equation map (Eq. 1 names the policy; Eq. 9 of the appendix is Eq. 3 as an expectation)
   Eq. 2   specialist: -log pi(a | o, i)       -> action_loss()
@@ -1068,6 +1068,8 @@ def check(cfg):
         f"--temperature {cfg.temperature}: above 0": cfg.temperature <= 0,
         "--reason and --motion are shares, --mix a number of samples":
             cfg.reason + cfg.motion > 1 or min(cfg.reason, cfg.motion, cfg.mix) < 0,
+        "--resume goes on with a run, --eval-only takes it as it is: one of them":
+            cfg.resume and cfg.eval_only,
         f"--benchmark {cfg.benchmark} needs --eval-only RUN": cfg.benchmark and not cfg.eval_only,
         f"--show {cfg.show}: pruning or pareto": cfg.show not in ("", "pruning", "pareto"),
     }  # fmt: skip

@@ -932,6 +932,8 @@ def check(cfg):
     for wrong, words in (
         (cfg.teacher.endswith(RELEASED) and cfg.normalise != "raw" and not begun,
          f"--teacher {cfg.teacher} speaks of actions as recorded: add --normalise raw"),
+        (cfg.resume and cfg.eval_only,
+         "--resume goes on with a run, --eval-only takes it as it is: one of them"),
         (cfg.stage == "teacher" and cfg.teacher,
          "--stage teacher begins one from nothing: no --teacher beside it"),
         (cfg.stage == "align" and not (cfg.teacher or cfg.describe),

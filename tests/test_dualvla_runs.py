@@ -156,6 +156,8 @@ def test_bad_flags_end_in_one_line(words, names, status, tmp_path, monkeypatch):
 def test_a_finished_folder_is_not_written_over(copied, status):
     code, _, err = status(dualvla.main, *TINY, "--out", str(copied))
     assert code == 2 and f"holds a run: --resume {copied}" in err
+    code, _, err = status(dualvla.main, "--resume", str(copied), "--eval-only", str(copied))
+    assert code == 2 and "--eval-only takes it as it is: one of them" in err
 
 
 def test_another_models_weights_are_refused(finished, tmp_path, status):

@@ -290,6 +290,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path, quick):
     (["--world", "tabletop:abcd"], "did you mean tabletop:abc_d?"),
     (["--resume", "nowhere"], "no checkpoint in nowhere: no such folder"),
     (["--eval-only", "nowhere"], "no checkpoint in nowhere: no such folder"),
+    (["--eval-only", "nowhere", "--resume", "nowhere"], "goes on with a run, --eval-only takes it"),
     (["--heads", "3"], "--heads 3"),
     (["--size", "60"], "--size 60"),
 ])  # fmt: skip
