@@ -37,6 +37,7 @@ from parts.backbones import (
     Vita15,
     blank,
     describe,
+    drop_deepstack,
     export_backbone,
     export_vita,
     find_backbone,
@@ -418,13 +419,16 @@ class Fast:
 
 
 @torch.no_grad()
-def redraw_untrained(vlm):
-    """Words that no text ever trained still lie in one place, where a model cannot tell one from
-    another (7 of 10 of tiny's: letters, slots, action tokens): draws them anew, like the rest."""
+def redraw_untrained(vlm, tokenizer, word):
+    """Words that no text ever trained lie in one place, where a model cannot tell one from another
+    (7 of 10 of tiny's: letters, slots, action tokens): draws those that lie with `word` anew, like
+    the rest. A word that lies alone was trained and stays."""
     words = vlm.get_input_embeddings().weight
     directions = F.normalize(words.float(), dim=-1)
-    beside = directions @ F.normalize(directions.median(0)[0], dim=0)
-    alike, apart = words[beside > 0.99], words[beside <= 0.99].float()
-    noise = torch.randn(alike.shape, generator=torch.Generator().manual_seed(0))
-    new = apart.mean(0) + apart.std(0) * noise.to(words.device)
-    words[beside > 0.99] = new.to(words.dtype)
+    one = tokenizer(word, add_special_tokens=False)["input_ids"][0]
+    beside = directions @ directions[one] > 0.99
+    if beside.sum() > 1:
+        alike, apart = words[beside], words[~beside].float()
+        noise = torch.randn(alike.shape, generator=torch.Generator().manual_seed(0))
+        new = apart.mean(0) + apart.std(0) * noise.to(words.device)
+        words[beside] = new.to(words.dtype)

@@ -34,7 +34,7 @@ Assumptions, where the paper is silent
   A2  Interval k: layer l is joint if l % (k + 1) == 0, plain self-attention otherwise.
   A3  DeepStack stays on in both brains (the public code drops it: no longer the pretrained model).
   A4  The DiT is the framework's: even blocks look at H_R, odd ones at the action tokens; t is
-      1 - Beta(1.5, 1); R noise draws a sample; its learning rate is ten times the backbone's.
+      1 - Beta(1.5, 1); R noise draws a sample; at paper scale its learning rate is 1e-4.
   A5  phi(s) is the last token of the right prompt (QwenOFT's slots and QwenFAST's words follow it).
       At paper scale simulation runs without (App. B).
   A6  Actions past an episode's end leave the loss (public code repeats the last one, unmasked),
@@ -44,7 +44,7 @@ Assumptions, where the paper is silent
   A8  QwenPI: each layer of the VLM gets one cross-attention and one self-attention block.
 Errata: Eq. 3 and 6 write Attn + FFN(H); the layers are ordinary pre-norm blocks with residuals.
 Appendix C calls QwenOFT discrete and autoregressive; the framework's, and ours, is continuous,
-parallel and trained with L1.
+parallel and trained with L1 (parts/starvla.py).
 
   python twinbrain.py                                        # laptop: trains, acts, draws
   torchrun twinbrain.py --backbone Qwen3-VL-4B               # one GPU, the embedded world
@@ -68,6 +68,7 @@ from transformers.masking_utils import sdpa_mask
 
 import common
 import data
+from parts.starvla import OFT
 from worlds import ablations, loop, pictures
 
 # --- Config: the defaults are the laptop's run ----------------------------------------------------
@@ -108,7 +109,7 @@ class Config:
     repeats: int = 4  # R, noise draws a sample (framework: 4)
     euler: int = 4  # integration steps when acting
     # training
-    batch: int = 32  # samples per process and step (paper: 16 on each of 16 GPUs)
+    batch: int = 32  # samples of a process in one batch (paper: 16 on each of 16 GPUs)
     lr: float = 2e-3  # backbone (paper: 1e-5)
     lr_head: float = 2e-3  # DiT and state encoder (framework: 1e-4)
     min_lr: float = 0.0  # where the cosine ends, as a share of the peak
@@ -362,10 +363,8 @@ class TwinBrain(nn.Module):
     def __init__(self, cfg, vlm, processor, state_dim, action_dim):
         super().__init__()
         self.cfg, self.processor = cfg, processor
-        if not cfg.deepstack and vlm.config.model_type == "qwen3_vl":
-            vlm.model.visual.deepstack_visual_indexes = []
-            vlm.config.vision_config.deepstack_visual_indexes = []
-            vlm.model.visual.deepstack_merger_list = nn.ModuleList()
+        if not cfg.deepstack:
+            common.drop_deepstack(vlm)
         name = "asymot" if cfg.attention == "library" else "asymot_kernel"
         vlm.model.language_model.config._attn_implementation = name
         tied = vlm.lm_head.weight is vlm.get_input_embeddings().weight
@@ -496,10 +495,11 @@ class TwinBrain(nn.Module):
         h, right, ids = out.last_hidden_state, batch["right"], []
         real, position = right["real"], right["position_ids"][..., -1:]
         real_L = batch["left"]["real"] if self.left is not None else real[:, :0]
-        for _ in range(limit):
+        while True:
             ids.append(self.right.lm_head(h[:, -1:]).argmax(-1))  # (B, 1)
-            if (torch.cat(ids, dim=1) == end).any(1).all():
-                break
+            said = torch.cat(ids, dim=1)
+            if len(ids) == limit or (said == end).any(1).all():
+                return said
             real, position = F.pad(real, (0, 1), value=True), position + 1
             h = self.right.model(
                 inputs_embeds=self.right.get_input_embeddings()(ids[-1]),
@@ -507,7 +507,6 @@ class TwinBrain(nn.Module):
                 position_ids=position,
                 **{common.CACHE: cache},
             ).last_hidden_state
-        return torch.cat(ids, dim=1)
 
 
 # --- Model: the flow-matching action expert (Section 4.2) -----------------------------------------
@@ -575,10 +574,8 @@ class DiT(nn.Module):
 
     def keys(self, conditions, real):
         """Brain states (B, T, D) per cross block, real (B, T) -> their k, v, mask, for all t."""
-        keys = []
-        for block, h in zip(self.blocks[::2], conditions):
-            keys.append((*block.project(h), real[:, None, None]))
-        return keys
+        mask, crossing = real[:, None, None], self.blocks[::2]
+        return [(*block.project(h), mask) for block, h in zip(crossing, conditions)]
 
     def forward(self, x_t, t, keys):
         """x_t (B, R, H, A), t (B, R), keys of `keys()` -> velocity (B, R, H, A), float32."""
@@ -601,26 +598,6 @@ def integrate(velocity, a_0, steps):
         t = torch.full(x.shape[:2], i / steps, device=x.device)
         x = x + velocity(x, t) / steps
     return x[:, 0]
-
-
-class OFT(nn.Module):
-    """QwenOFT's head (Appendix C): one action from the hidden state at each slot, all at once."""
-
-    def __init__(self, condition, action_dim):
-        super().__init__()
-        D = 2 * condition
-        self.enter = nn.Sequential(nn.LayerNorm(condition), nn.Linear(condition, D), nn.ReLU())
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(D), nn.Linear(D, D), nn.ReLU()) for _ in range(2)
-        )
-        self.leave = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, action_dim))
-
-    def forward(self, h_R, slots, horizon):
-        """h_R (B, T, D), slots (B, T) with H slots a row -> (B, H, A)."""
-        x = self.enter(h_R[slots].unflatten(0, (-1, horizon)))  # (B, H, 2 D)
-        for block in self.blocks:
-            x = x + block(x)
-        return self.leave(x)
 
 
 # --- Loss -----------------------------------------------------------------------------------------
@@ -692,7 +669,7 @@ class Policy:
 
     def __init__(self, model, cfg, processor, robots, device, fast=None):
         """robots: {what was trained on: its statistics}; --robot says like which to act."""
-        self.model, self.cfg, self.processor = model, cfg, processor
+        self.model, self.cfg, self.processor, self.robots = model, cfg, processor, robots
         self.robot, self.stats = data.acting(robots, cfg.robot)
         self.device, self.fast = device, fast
 
@@ -725,17 +702,18 @@ class Policy:
             return None
         image = next(iter(observation["images"].values()))
         batch = self.batch([observation], [instruction])
-        joint_attention.maps = []
-        with common.autocast(self.device, self.cfg.dtype):
-            self.model.think(batch)
-        weights, joint_attention.maps = torch.stack(joint_attention.maps), None
+        joint_attention.maps = maps = []
+        try:
+            with common.autocast(self.device, self.cfg.dtype):
+                self.model.think(batch)
+        finally:  # else whatever runs next would go on collecting
+            joint_attention.maps = None
         merge = self.processor.merge
         _, rows, columns = (n // merge for n in batch["image_grid_thw"][0].tolist())
         tokens = batch["left"]["input_ids"][0] == self.processor.image_token_id
         first = tokens.nonzero()[: rows * columns, 0]  # the first camera's tokens
-        heat = weights[:, 0, :, -1, first].float().mean((0, 1)).view(1, 1, rows, columns)
-        heat = F.interpolate(heat / heat.max(), image.shape[:2], mode="bilinear")[0, 0, :, :, None]
-        return (image * (0.2 + 0.8 * heat.cpu().numpy())).astype(np.uint8)
+        heat = torch.stack(maps)[:, 0, :, -1, first].float().mean((0, 1))
+        return pictures.glow(image, heat.view(rows, columns).cpu().numpy())
 
 
 ABILITIES = ("pope", "seed", "scienceqa", "mme")  # Figure 2's four benchmarks, in the world's form
@@ -757,9 +735,8 @@ def abilities(model, cfg, processor, device, sets):
                 asked = common.to_device(ask(samples[i : i + 50], processor), device)
                 with common.autocast(device, cfg.dtype):
                     right += model.answer(getattr(model, side), asked)[1].tolist()
-            right = np.array(right, float)
-            right = right.reshape(-1, 2).min(1) if name == "mme" else right
-            scores[side][name] = float(right.mean())
+            together = np.reshape(right, (-1, 2 if name == "mme" else 1))
+            scores[side][name] = float(together.all(1).mean())
     return scores
 
 
@@ -781,8 +758,8 @@ def make_optimizers(model, cfg):
     )
     made = [common.adamw(adam, cfg)]
     if muon:
-        same = dict(weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")
-        made.append(common.Muon(muon, **same))
+        how = "match_rms_adamw"
+        made.append(common.Muon(muon, weight_decay=cfg.weight_decay, adjust_lr_fn=how))
     return made
 
 
@@ -826,7 +803,7 @@ def train(cfg, dist, run, model, batches, meta, resumed, measure, teacher=None):
             common.synchronise(ddp, part + 1 == cfg.accumulate)
             with common.autocast(dist.device, cfg.dtype):
                 noise = draw_noise(cfg, step, action_dim, dist, part)  # [method]
-                noise = [x.to(dist.device) for x in noise]  # [method]
+                noise = common.to_device([*noise], dist.device)  # [method]
                 with torch.no_grad():  # [method]
                     h_teacher = teacher and teacher.think(batch)[0].last_hidden_state  # [method]
                 losses = ddp(batch, noise, h_teacher)  # [method]
@@ -896,16 +873,20 @@ def load_policy(folder, device, robot=""):
     if cfg.head == "fast":
         fast = common.Fast.load(checkpoint.meta["fast"], processor.tokenizer)
     common.store_frozen(model, cfg, device)
-    return Policy(model.to(device).eval(), cfg, processor, robots, device, fast)
+    policy = Policy(model.to(device).eval(), cfg, processor, robots, device, fast)
+    policy.trained = checkpoint.step, checkpoint.meta["processes"]
+    return policy
 
 
-def prepare(cfg, dist, run, resumed, teacher=None):
-    """Demonstrations, statistics, model -> Policy, batches, meta."""
+def prepare(cfg, dist, run, resumed):
+    """Demonstrations, statistics, model -> Policy, batches, meta, the teacher if there is one."""
     acts, asks = data.recordings(cfg, dist, resumed)
     robots = {part.name: part.stats for part in acts}
+    teacher = load_teacher(cfg, dist.device, robots) if cfg.distill else None
     model, processor = build(cfg, *data.dims(robots), resumed)
     if cfg.head in ("oft", "fast") and not (resumed or cfg.lora):
-        common.redraw_untrained(model.right)  # their words are the backbone's least known
+        word = SLOT if cfg.head == "oft" else "<robot_action_0>"
+        common.redraw_untrained(model.right, processor.tokenizer, word)
     how = cfg.horizon, cfg.augment, (cfg.size, cfg.wrist_size)
     windows = [data.Windows(p.episodes, p.stats, *how, data.robot_name(p.name)) for p in acts]
     mixtures = [data.Mixture(windows, [p.weight for p in acts], cfg.seed)]
@@ -935,7 +916,7 @@ def prepare(cfg, dist, run, resumed, teacher=None):
     whole = model.left if cfg.replicate_left else None
     beside = {"teacher": teacher} if teacher else {}
     model = common.place(model, cfg, dist, run.say, whole, beside)
-    return Policy(model, cfg, processor, robots, dist.device, fast), batches, meta
+    return Policy(model, cfg, processor, robots, dist.device, fast), batches, meta, teacher
 
 
 def check(cfg):
@@ -943,33 +924,51 @@ def check(cfg):
     loop.check(cfg)
     data.named(cfg.data)
     common.find_backbone(cfg.backbone)
-    if cfg.attention == "kernel" and (cfg.visibility == "index" or cfg.brain == "nofreeze"):
-        raise common.UserError("--attention kernel: no --visibility index, no --brain nofreeze")
-    if cfg.ablation == "t9-student" and not cfg.distill:
-        raise common.UserError("--ablation t9-student needs --distill RUN, a twin's run folder")
-    if cfg.distill and cfg.brain != "vanilla":
-        raise common.UserError("--distill teaches a single brain: add --brain vanilla")
     for name in ("steps", "batch", "accumulate", "demos", "repeats", "episodes", "parallel",
-                 "log_every", "save_every", "euler"):  # fmt: skip
+                 "log_every", "save_every", "euler", "depth", "heads"):  # fmt: skip
         if getattr(cfg, name) < 1:
             raise common.UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: at least 1")
-    if cfg.questions < 2 or cfg.questions % 2:
-        raise common.UserError(f"--questions {cfg.questions}: an even number, MME asks in pairs")
-    if cfg.lora and (cfg.head == "fast" or cfg.brain == "nofreeze"):
-        raise common.UserError("--lora trains no word embeddings (--head fast) and no left brain")
-    if not 1 <= cfg.execute <= cfg.horizon:
-        raise common.UserError(f"--execute {cfg.execute}: from 1 to --horizon {cfg.horizon}")
+    faults = {
+        "--resume goes on with a run, --eval-only takes it as it is: one of them":
+            cfg.resume and cfg.eval_only,
+        "--attention kernel: no --visibility index, no --brain nofreeze":
+            cfg.attention == "kernel" and (cfg.visibility == "index" or cfg.brain == "nofreeze"),
+        "--ablation t9-student needs --distill RUN, a twin's run folder":
+            cfg.ablation == "t9-student" and not cfg.distill,
+        "--distill teaches a single brain: add --brain vanilla":
+            cfg.distill and cfg.brain != "vanilla",
+        "--lora trains no word embeddings (--head fast) and no left brain":
+            cfg.lora and (cfg.head == "fast" or cfg.brain == "nofreeze"),
+        "--interval, --lora and --future are at least 0":
+            min(cfg.interval, cfg.lora, cfg.future) < 0,
+        f"--width {cfg.width}: even, and a multiple of --heads {cfg.heads}":
+            cfg.width % 2 or cfg.width % cfg.heads,
+        f"--questions {cfg.questions}: an even number, MME asks in pairs":
+            cfg.questions < 2 or cfg.questions % 2,
+        f"--execute {cfg.execute}: from 1 to --horizon {cfg.horizon}":
+            not 1 <= cfg.execute <= cfg.horizon,
+    }  # fmt: skip
+    for words, so in faults.items():
+        if so:
+            raise common.UserError(words)
 
 
-def load_teacher(cfg, device):
-    """--distill: the twin whose features a single brain learns; both must read the same prompt."""
-    teacher = load_policy(cfg.distill, device).model.requires_grad_(False)
+def load_teacher(cfg, device, robots):
+    """--distill: the twin whose features a single brain learns; both must read the same prompt, and
+    the same numbers in its state or its action tokens."""
+    policy = load_policy(cfg.distill, device)
+    teacher = policy.model.requires_grad_(False)
     common.store_frozen(teacher, cfg, device)
-    for name in ("backbone", "head", "state", "deepstack", "size", "wrist_size"):
+    names = ["backbone", "head", "state", "deepstack", "size", "wrist_size"]
+    for name in names + ["horizon"] * (cfg.head in ("oft", "fast")):  # these have it in the prompt
         mine, theirs = getattr(cfg, name), getattr(teacher.cfg, name)
         if mine != theirs:
             flag = "--" + name.replace("_", "-")
             raise common.UserError(f"--distill {cfg.distill} has {flag} {theirs}, this run {mine}")
+    same = all(policy.robots.get(name) == stats for name, stats in robots.items())
+    if not same and (cfg.state or cfg.head == "fast"):
+        words = "normalises by other recordings: its --data, --demos and --seed, or --no-state"
+        raise common.UserError(f"--distill {cfg.distill} {words}")
     return teacher
 
 
@@ -991,8 +990,7 @@ def session(cfg, dist):
     run.say(f"run folder {run.folder}; {dist.processes} process(es) on {dist.device}")
     sets = data.question_sets(ABILITIES, cfg.questions, cfg.size, cfg.wrist_size)
     if not policy:
-        teacher = load_teacher(cfg, dist.device) if cfg.distill else None  # [method]
-        policy, batches, meta = prepare(cfg, dist, run, resumed, teacher)  # [method]
+        policy, batches, meta, teacher = prepare(cfg, dist, run, resumed)  # [method]
         measure = partial(abilities, policy.model, cfg, policy.processor, dist.device, sets)
         seconds = train(cfg, dist, run, policy.model, batches, meta, resumed, measure, teacher)
     results = loop.evaluate(policy, cfg, dist, run.folder, run.say)
@@ -1000,12 +998,13 @@ def session(cfg, dist):
     for side, scores in vqa.items():
         words = ", ".join(f"{name} {share:.1%}" for name, share in scores.items())
         run.say(f"  questions to the {side} brain alone: {words}")
+    steps, processes = policy.trained if cfg.eval_only else (cfg.steps, dist.processes)
     first = next(iter(results.values()), loop.NOTHING)
     outside = [r["success"] for name, r in results.items() if name not in ("in", "look")]
     run.result({
         "method": "twinbrain", "arm": cfg.ablation or cfg.brain, "backbone": cfg.backbone,
-        "world": cfg.world, "seed": cfg.seed, "steps": cfg.steps,
-        "samples": cfg.steps * cfg.accumulate * cfg.batch * dist.processes,
+        "world": cfg.world, "seed": cfg.seed, "steps": steps,
+        "samples": steps * cfg.accumulate * cfg.batch * processes,
         "train_seconds": round(seconds, 1),
         "success": first["success"], "ci95": first["ci95"], "episodes": first["episodes"],
         "per_task": first["per_task"], "domains": results, "vqa": vqa,

@@ -189,6 +189,15 @@ class Processor:
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
+def drop_deepstack(vlm) -> None:
+    """A Qwen3-VL whose language model reads its pictures at the bottom alone, for an ablation."""
+    if vlm.config.model_type != "qwen3_vl":
+        raise UserError(f"--no-deepstack: a {vlm.config.model_type} has none, take a Qwen3-VL")
+    vlm.model.visual.deepstack_visual_indexes = []
+    vlm.config.vision_config.deepstack_visual_indexes = []
+    vlm.model.visual.deepstack_merger_list = nn.ModuleList()
+
+
 # --- pixels and positions -------------------------------------------------------------------------
 
 

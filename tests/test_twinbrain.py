@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -648,6 +649,9 @@ def test_speaking_token_by_token_equals_one_pass(episodes):
 
     with torch.no_grad():
         batch = twinbrain.sense(acting, case.cfg, case.processor)
+        text_model = case.model.right.model.language_model
+        calls = watch(text_model, lambda: case.model.speak(batch, limit=5))
+        assert len(calls) == 5, "the prompt, then a pass for each word but the last"
         ids = case.model.speak(batch, limit=5)
         mask = np.ones(5, bool)
         told = [s | {"action": row.numpy(), "mask": mask} for s, row in zip(acting, ids)]
@@ -668,14 +672,31 @@ def test_words_that_no_text_trained_are_drawn_anew():
     twins = [ids("<robot_action_0>"), ids("<robot_action_7>"), ids(twinbrain.SLOT)]
     red = ids("Ġred")
     assert torch.cosine_similarity(words[twins[0]], words[twins[1:]]).min() > 0.99
-    common.redraw_untrained(vlm)
+    common.redraw_untrained(vlm, processor.tokenizer, " red")
+    assert torch.equal(words, before), "a word that lies alone was trained"
+    common.redraw_untrained(vlm, processor.tokenizer, twinbrain.SLOT)
     changed = (words != before).any(1)
     assert changed[twins].all() and not changed[red] and vlm.lm_head.weight is words
     assert torch.cosine_similarity(words[twins[0]], words[twins[1:]]).max() < 0.9
     assert 0.8 < words[changed].norm(dim=1).mean() / words[~changed].norm(dim=1).mean() < 1.25
     drawn = words.detach().clone()
-    common.redraw_untrained(vlm)
+    common.redraw_untrained(vlm, processor.tokenizer, twinbrain.SLOT)
     assert torch.equal(words, drawn)
+
+
+@pytest.mark.parametrize("scale", [0.3, 3.0])
+def test_words_added_to_a_large_vocabulary_are_drawn_anew(scale):
+    """The library puts new words where the mean of all is; most of the others were trained."""
+    words, new = torch.nn.Embedding(4000, 64), slice(3600, None)
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        words.weight.copy_(0.02 * scale * draw(64) + 0.03 * draw(4000, 64))
+        words.weight[new] = words.weight[:3600].mean(0) + 1e-6 * draw(400, 64)
+        before = words.weight.clone()
+    vlm = SimpleNamespace(get_input_embeddings=lambda: words)
+    common.redraw_untrained(vlm, lambda text, **how: {"input_ids": [3600]}, "<robot_action_0>")
+    changed = (words.weight != before).any(1)
+    assert changed[new].all() and not changed[:3600].any()
 
 
 def test_a_slot_is_one_token_of_any_tokenizer(episodes):
@@ -705,6 +726,10 @@ def test_attention_map(case, episodes):
         assert 0 < weights[..., :T_L].sum(-1).mean() < 1
     picture = case.policy.view(observation_of(episodes[0], 0), episodes[0].instruction)
     assert picture.shape == (64, 64, 3) and picture.dtype == np.uint8 and picture.std() > 1
+    assert joint_attention.maps is None
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(case.model, "think", lambda batch: 1 / 0)
+        case.policy.view(observation_of(episodes[0], 0), "wave")
     assert joint_attention.maps is None
     vanilla = Case(episodes, brain="vanilla")
     assert vanilla.policy.view(observation_of(episodes[0], 0), "wave") is None
@@ -779,6 +804,8 @@ def qwen2_5(tmp_path_factory):
 def test_qwen2_5_trains_and_acts(qwen2_5, episodes, brain):
     case = Case(episodes, backbone=None, brain=brain, base=replace(SMALL, backbone=qwen2_5))
     assert case.model.right.config.model_type == "qwen2_5_vl"
+    with pytest.raises(common.UserError, match="--no-deepstack"):
+        Case(episodes, base=replace(SMALL, backbone=qwen2_5), deepstack=False)
     opts = twinbrain.make_optimizers(case.model, case.cfg)
     before = case.h_R()
     losses, grads = case.step(opts)

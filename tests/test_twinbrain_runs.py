@@ -87,10 +87,13 @@ def test_resuming_equals_never_having_stopped(finished, copied):
 
 
 def test_evaluation_alone_repeats_the_runs_own(finished, copied):
-    twinbrain.main(["--eval-only", str(copied)])
+    meta = copied / "checkpoints/step_00000004/meta.json"
+    meta.write_text(meta.read_text().replace('"processes": 1', '"processes": 2'))
+    twinbrain.main(["--eval-only", str(copied), "--steps", "9"])
     (folder,) = copied.glob("eval-*")
-    for key in ("success", "per_task", "domains", "vqa", "params"):
+    for key in ("success", "per_task", "domains", "vqa", "params", "steps"):
         assert result(folder)[key] == result(finished)[key], key
+    assert result(folder)["samples"] == 64, "4 steps of 8 samples, by two processes"
     film = "rollout-in-0.gif"
     assert (folder / film).read_bytes() == (finished / film).read_bytes()
 
@@ -101,6 +104,16 @@ def test_a_student_follows_the_teachers_features(finished, tmp_path):
     ((_, feature),) = metrics(tmp_path, "feature")
     assert feature > 0 and result(tmp_path)["arm"] == "t9-student"
     assert result(tmp_path)["vqa"].keys() == {"right"}
+
+
+def test_a_student_and_its_teacher_read_alike(finished, tmp_path, status):
+    words = [*TINY, "--ablation", "t9-student", "--distill", str(finished), "--out", str(tmp_path)]
+    for flags, said in (
+        (["--demos", "19"], "normalises by other recordings: its --data, --demos and --seed"),
+        (["--head", "oft"], "has --head flow, this run oft"),
+    ):
+        code, _, err = status(twinbrain.main, *words, *flags)
+        assert code == 2 and f"error: --distill {finished} {said}" in err
 
 
 def test_forgetting_is_measured_along_the_way(tmp_path):
@@ -172,6 +185,9 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, monkeypatch, status, num
     (["--questions", "3"], "--questions 3"),
     (["--episodes", "0"], "--episodes 0"),
     (["--batch", "0"], "--batch 0"),
+    (["--depth", "0"], "--depth 0: at least 1"),
+    (["--interval", "-2"], "--interval, --lora and --future are at least 0"),
+    (["--heads", "3"], "--width 32: even, and a multiple of --heads 3"),
 ])  # fmt: skip
 def test_bad_flags_end_in_one_line(words, names, status, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -178,6 +178,13 @@ def blocks(image, columns: int = 0, lines: int = 0) -> str:
     return "\r\n".join(rows)
 
 
+def glow(image, heat):
+    """A picture (h, w, 3), dark but where `heat` (rows, columns) lies on it."""
+    soft = Image.fromarray(np.float32(heat / heat.max()))
+    soft = np.asarray(soft.resize(image.shape[1::-1], Image.Resampling.BILINEAR))[:, :, None]
+    return (image * (0.2 + 0.8 * soft)).astype(np.uint8)
+
+
 def trace(actions: list, side: int, last: int = 60):
     """The last actions [(A,)] in -1..1 -> (side, side, 3): a line for each number, 1 at its top."""
     sheet = Image.new("RGB", (side, side), "white")
