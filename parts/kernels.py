@@ -126,23 +126,25 @@ class LinearLoss(torch.autograd.Function):
 WORDS = 16384  # of the vocabulary at a time
 
 
+def lowered(x):
+    """x in autocast's dtype where that is on, as a product of the library's takes it."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 def linear_loss(h, head, rows, chunk):
     """`LinearLoss` with the products in autocast's dtype; chunk 0: 512 rows on a GPU, else 256."""
-    device = h.device.type
-    if torch.is_autocast_enabled(device):
-        h = h.to(torch.get_autocast_dtype(device))
+    h = lowered(h)
     train = torch.is_grad_enabled() and (h.requires_grad or head.requires_grad)
     chunk = chunk or (512 if h.is_cuda else 256)  # fewer read and write the head's gradient less
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(h.device.type, enabled=False):
         return LinearLoss.apply(h, head, rows, chunk, train)
 
 
 def linear_kl(h, head, h_teacher, head_teacher, T=1.0, chunk=0):
     """Mean over rows of KL(softmax(teacher / T) || softmax(student / T)); the teacher gets no
     gradient. h, h_teacher (n, D) and (n, D'), heads (V, D) and (V, D')."""
-    h_teacher = h_teacher.detach()
-    if torch.is_autocast_enabled(h.device.type):
-        h_teacher = h_teacher.to(torch.get_autocast_dtype(h.device.type))
+    h_teacher = lowered(h_teacher.detach())
     weight_teacher = head_teacher.detach().to(h_teacher.dtype)
 
     def rows(part, logits, train):
@@ -166,7 +168,7 @@ def linear_cross_entropy(h, head, words, count=0, chunk=0):
     best = torch.empty_like(words)
 
     def rows(part, logits, train):
-        said = words[part]
+        said = words[part].contiguous()  # a kernel counts on it
         if triton_runs(logits):
             losses = logits.new_empty(len(logits), dtype=torch.float32)
             V, sizes = logits.shape[1], dict(BLOCK=8192, TRAIN=train, num_warps=8)
@@ -301,6 +303,8 @@ class JointAttention(torch.autograd.Function):
 def joint_attention(q, k, v, first_L, first_R, scale):
     """q (B, heads, T_R, d), k, v (B, kv heads, T_L + T_R, d), d a power of two from 16 on; the
     first real token of each half (B,) int32 -> (B, heads, T_R, d). Padding sees itself alone."""
+    # in autocast a Qwen's norms leave q and k, but not v, in float32
+    q, k, v = lowered(q), lowered(k), lowered(v)
     return JointAttention.apply(q, k, v, first_L, first_R, scale)
 
 
