@@ -58,7 +58,10 @@ def main():
         return
     if not args.run:
         parser.error("a run folder, or --forgetting")
-    rows = [strip(args.run / f"rollout-{domain}-0.gif") for domain in args.domains]
+    films = [args.run / f"rollout-{domain}-0.gif" for domain in args.domains]
+    if missing := [str(film) for film in films if not film.exists()]:
+        parser.error(f"no film {', '.join(missing)}")
+    rows = [strip(film) for film in films]
     sheet = Image.new("RGB", (max(r.width for r in rows), sum(r.height for r in rows)), "white")
     top = 0
     for row in rows:

@@ -2,8 +2,9 @@
 # Every GPU test and benchmark of the project, under ten minutes on one card; numbers are appended
 # to bench/results/. Without a GPU the parts that a CPU can do; `--cpu` asks for these alone.
 #
-#   bash bench/gpu.sh [--cpu]
+#   bash bench/gpu.sh [--cpu] [--dry-run]
 #
+# --dry-run prints the commands and has each script parse its own, with --cpu those of a CPU.
 # A part that fails or takes too long is named with its last words, and the next one begins; none
 # may run beyond the ten minutes (LIMIT seconds), the last ones come when there is time left.
 # PYTHON names the interpreter, LEROBOT_PYTHON one that has lerobot, RUNS run folders whose control
@@ -11,10 +12,20 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
-if [ "${1:-}" = --cpu ]; then
+export PYTHONUNBUFFERED=1 # else what a part has printed is lost when its time is over
+have=1 dry=
+for word in "$@"; do
+    case $word in
+        --cpu) have=0 ;;
+        --dry-run) dry=1 ;;
+        *) echo "error: unknown flag $word, there are --cpu and --dry-run" >&2 && exit 2 ;;
+    esac
+done
+if [ "$have" = 0 ]; then
     export CUDA_VISIBLE_DEVICES=
+elif [ -z "$dry" ]; then
+    have=$("$python" -c 'import torch; print(int(torch.cuda.is_available()))') || exit 2
 fi
-have=$("$python" -c 'import torch; print(int(torch.cuda.is_available()))') || exit 2
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 ended=()
@@ -23,6 +34,12 @@ note=(--note "${NOTE:-}")
 part() { # name, seconds at most, command
     local name=$1 limit=$2 began=$SECONDS left=$((${LIMIT:-580} - SECONDS)) code
     shift 2
+    if [ -n "$dry" ]; then
+        printf '%s, at most %s s\n ' "$name" "$limit"
+        printf ' %q' "$@" | tee -a "$log"
+        echo | tee -a "$log"
+        return
+    fi
     if [ "$left" -lt 10 ]; then
         skip "$name" "no time is left"
         return
@@ -43,9 +60,13 @@ skip() { # name, reason
 }
 
 if [ "$have" = 1 ]; then
-    part "a step, Qwen3-VL-4B" 90 "$python" bench/step.py --random --steps 5 "${note[@]}" \
+    part "a step, Qwen3-VL-4B" 120 "$python" bench/step.py --random --steps 5 "${note[@]}" \
         --preset paper --frozen bf16
+    part "fused losses" 60 "$python" bench/losses.py "${note[@]}"
+    part "joint attention" 100 "$python" bench/attention.py "${note[@]}" # it compiles FlexAttention
     part "latency" 150 "$python" bench/latency.py --random --repeats 3 --seconds 2 "${note[@]}"
+    # only the files that have such tests: to collect them all takes longer than to run these
+    part "tests on the GPU" 90 "$python" -m pytest -q -m gpu $(grep -l 'mark\.gpu' tests/*.py)
     part "a step, VITA-1.5, stage 2" 60 "$python" bench/step.py --method vita_vla \
         --stage finetune --random --steps 3 "${note[@]}" --preset calvin --batch 4 --frozen bf16 \
         --grad-checkpoint
@@ -53,9 +74,6 @@ if [ "$have" = 1 ]; then
         --random --steps 3 "${note[@]}" --preset calvin --batch 8 --frozen bf16 --grad-checkpoint
     part "a step, Eagle2" 60 "$python" bench/step.py --method dualvla --random --steps 3 \
         "${note[@]}" --preset paper --frozen bf16
-    part "tests on the GPU" 90 "$python" -m pytest -q -m gpu
-    part "fused losses" 60 "$python" bench/losses.py "${note[@]}"
-    part "joint attention" 60 "$python" bench/attention.py "${note[@]}"
     part "a step, tiny" 40 "$python" bench/step.py "${note[@]}"
 else
     echo "there is no GPU here: CPU parts only"
@@ -78,6 +96,18 @@ part "loader" 60 "$python" bench/loader.py --episodes 20 --side 128 --workers 0,
 if [ "$have" = 1 ]; then
     part "a compiled step, Qwen3-VL-4B" 300 "$python" bench/step.py --random --steps 5 \
         --variants twin "${note[@]}" --preset paper --frozen bf16 --compile
+fi
+if [ -n "$dry" ]; then
+    "$python" -c '
+import importlib, shlex, sys
+sys.path[:0] = ["bench", "."]
+import common
+def check():
+    for _, script, *words in filter(None, map(shlex.split, sys.stdin)):
+        if script != "-m":
+            importlib.import_module(script[6:-3]).arguments(words)
+common.run_main(check)' <"$log"
+    exit
 fi
 echo "=== all"
 printf '%s\n' "${ended[@]}" "$SECONDS s; lines in bench/results/"

@@ -17,10 +17,12 @@ in episodes of full length, as untrained policies make them.
 """
 
 import argparse
+import gc
 import json
 import statistics
 import sys
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -199,19 +201,19 @@ def bf16(policy):
 
 
 def policies(args, flags):
-    """-> method, a name, policy; each is made when its turn comes."""
+    """-> method, a name, a function that makes the policy."""
     for folder in args.runs:
         files = [f for f in (Path(folder, n) for n in ("config.json", "meta.json")) if f.exists()]
         if not files:
             raise common.UserError(f"{folder}: no run folder, there is no {folder}/config.json")
         method = json.loads(files[0].read_text())["method"]
-        yield method, folder, methods.SCRIPTS[method].load_policy(folder, methods.DEVICE)
+        yield method, folder, partial(methods.SCRIPTS[method].load_policy, folder, methods.DEVICE)
     for method in () if args.runs else args.method or methods.SCRIPTS:
         real = ["--preset", PRESETS[method], "--frozen", "bf16"] if args.random else []
         for stage in STAGES[method]:
             cfg = methods.config(method, [*real, *flags], stage)
             name = f"{method} {stage}".strip()
-            yield method, name, methods.policy(method, cfg, args.random)
+            yield method, name, partial(methods.policy, method, cfg, args.random)
 
 
 def arguments(words):
@@ -231,12 +233,17 @@ def arguments(words):
 
 def main():
     args, flags = arguments(sys.argv[1:])
-    for method, name, policy in policies(args, flags):
-        report(method, name, policy, args)
-        if methods.DEVICE.type == "cuda":
-            report(method, f"{name}, weights in bfloat16", bf16(policy), args)
-            del policy
-            torch.cuda.empty_cache()
+    for method, name, make in policies(args, flags):
+        try:
+            policy = make()
+            report(method, name, policy, args)
+            if methods.DEVICE.type == "cuda":
+                report(method, f"{name}, weights in bfloat16", bf16(policy), args)
+        except torch.OutOfMemoryError:
+            print(f"{name}: out of the GPU's memory")
+        policy = None
+        gc.collect()  # what a clock watches refers to itself
+        torch.cuda.empty_cache()
     print(f"{machine()}; {args.note}")
 
 

@@ -15,6 +15,7 @@ they map (RSS) besides.
 """
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -211,6 +212,7 @@ def children(pid):
 
 def timed(loader, seconds, watch=None):
     """-> samples a second over about `seconds`, after three batches; (memory early, late)."""
+    gc.collect()  # a forked worker that frees this process's old decoder waits for its threads
     batches, memory, count = iter(loader), [], 0
     for _ in range(3):
         next(batches, None)
@@ -221,6 +223,8 @@ def timed(loader, seconds, watch=None):
             memory.append(held(watch))
         if time.perf_counter() - began > seconds:
             break
+    if not count:
+        raise common.UserError("--episodes: too few, a reader was through with them at once")
     return count / (time.perf_counter() - began), memory
 
 

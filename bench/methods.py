@@ -61,14 +61,14 @@ def drawn(device):
         vlm.config.image_token_id = processor.image_token_id
         return vlm, processor
 
-    for module in (common, backbones):
-        module.load_backbone, module.blank = load_drawn, lambda: True
+    common.load_backbone = backbones.load_backbone = load_drawn
+    common.blank = backbones.blank = seer.blank = lambda: True
     try:
         with torch.device(device):
             yield
     finally:
-        for module in (common, backbones):
-            module.load_backbone, module.blank = load, blank
+        common.load_backbone = backbones.load_backbone = load
+        common.blank = backbones.blank = seer.blank = blank
 
 
 def eagle_processor(vision):

@@ -73,6 +73,23 @@ def measure(port, clients, seconds, message):
     return took, len(took) / seconds
 
 
+def report(args, server, message):
+    """Waits until the server listens; a line for each number of clients."""
+    ready = (line for line in server.stdout if line.startswith("listening"))
+    if not (line := next(ready, "")):
+        raise common.UserError("the server ended; its own message is above")
+    threading.Thread(target=server.stdout.read, daemon=True).start()
+    port = int(line.split(",")[0].rsplit(":", 1)[1])
+    print(f"{machine()}, {args.threads} thread(s) of torch, {len(message)} bytes")
+    heads = f"{'median ms':>10} {'90% ms':>8} {'in the policy':>14} {'requests/s':>11}"
+    print(f"{'clients':>7} {heads}")
+    for clients in map(int, args.clients.split(",")):
+        took, rate = measure(port, clients, args.seconds, message)
+        ms, policy = np.array(took).T
+        line = f"{clients:7} {np.median(ms):10.1f} {np.quantile(ms, 0.9):8.1f}"
+        print(f"{line} {np.median(policy):14.1f} {rate:11.1f}", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", nargs="?", help="run folder; none: an untrained one")
@@ -88,23 +105,13 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         words = ["--checkpoint", args.run or untrained(folder), "--port", "0", "--max-rate", "1e6"]
         words += ["--threads", str(args.threads)]
-        server = subprocess.Popen([sys.executable, str(ROOT / "worlds" / "serve.py"), *words],
-                                  stdout=subprocess.PIPE, text=True)  # fmt: skip
-        while not (line := server.stdout.readline()).startswith("listening"):
-            pass
-        threading.Thread(target=server.stdout.read, daemon=True).start()
-        port = int(line.split(",")[0].rsplit(":", 1)[1])
-        print(f"{machine()}, {args.threads} thread(s) of torch, {len(serve.encode(message))} bytes")
-        heads = f"{'median ms':>10} {'90% ms':>8} {'in the policy':>14} {'requests/s':>11}"
-        print(f"{'clients':>7} {heads}")
-        for clients in map(int, args.clients.split(",")):
-            took, rate = measure(port, clients, args.seconds, serve.encode(message))
-            ms, policy = np.array(took).T
-            line = f"{clients:7} {np.median(ms):10.1f} {np.quantile(ms, 0.9):8.1f}"
-            print(f"{line} {np.median(policy):14.1f} {rate:11.1f}", flush=True)
-        server.terminate()
-        server.wait()
+        command = [sys.executable, str(ROOT / "worlds" / "serve.py"), *words]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+            try:
+                report(args, server, serve.encode(message))
+            finally:
+                server.terminate()
 
 
 if __name__ == "__main__":
-    main()
+    common.run_main(main)

@@ -6,9 +6,10 @@
 
 A step is what the loop does: losses, backward, clipping, optimizer; the batch lies in memory ready,
 and what a loader's worker spends on one is said below the table. Medians of `--steps` steps, after
-two for warming up; the variants take turns on the same weights and batch, and ratios are medians of
-neighbours. `--random`: a backbone of its published size with random weights, of which nothing is
-needed; where the GPU is too small, methods.SMALLER says what is tried.
+some for warming up; the variants take turns on the same weights and batch, and ratios are medians
+of neighbours. `--random`: a backbone of its published size with random weights, of which nothing is
+needed; where the GPU is too small, methods.SMALLER says what is tried. "of_peak" counts all that is
+computed, with --grad-checkpoint some of it twice.
 
 TwinBrainVLA's variants: the vanilla VLA (the right brain alone; with a frozen left brain the
 arithmetic alone makes it 4/3), and the public lockstep form: both brains walked layer by layer
@@ -37,7 +38,7 @@ import twinbrain  # noqa: E402
 import vita_vla  # noqa: E402
 
 CUDA = methods.DEVICE.type == "cuda"
-PEAKS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}  # TFLOP/s, dense bfloat16, as published
+PEAKS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}  # TFLOP/s, dense bfloat16, of SXM cards
 
 
 # --- the public form ------------------------------------------------------------------------------
@@ -178,24 +179,35 @@ class Stepper:
             opt.zero_grad(set_to_none=True)
         return self.clock.read()
 
+    def forget(self):
+        """No gradients and no marks, as the loop begins a step."""
+        self.clock.marks = []
+        for opt in self.opts:
+            opt.zero_grad(set_to_none=True)
+
     def warm(self, variant):
-        """Two steps for warming up -> TFLOP of one, its host synchronisations, its peak memory."""
+        """Some steps for warming up -> TFLOP of one, its host synchronisations, its peak memory,
+        without a brain that the variant leaves out."""
         facts = {}
         if not self.cfg.compile:  # compiled blocks hide what they do
             with FlopCounterMode(display=False) as counter:
                 self.backward(variant)
             facts["tflop"] = round(counter.get_total_flops() / 1e12, 6)
+            self.forget()
         self.step(variant)
         if CUDA:
-            torch.cuda.reset_peak_memory_stats()
             with warnings.catch_warnings(record=True) as waits:
                 warnings.simplefilter("always")
                 torch.cuda.set_sync_debug_mode("warn")
                 self.backward(variant)
                 torch.cuda.set_sync_debug_mode("default")
             facts["waits"] = sum("synchroniz" in str(w.message) for w in waits)
+            self.forget()
+            torch.cuda.reset_peak_memory_stats()
             self.step(variant)
-            facts["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)
+            left = self.left.parameters() if self.left is not None else ()
+            idle = sum(p.nbytes for p in {*left} - {*self.model.parameters()})
+            facts["peak_gb"] = round((torch.cuda.max_memory_allocated() - idle) / 1e9, 1)
         return facts
 
 
@@ -207,8 +219,8 @@ def measure(stepper, steps, wanted):
             facts[variant] = stepper.warm(variant)
         except torch.OutOfMemoryError:
             print(f"{variant}: out of the GPU's memory")
-        for opt in stepper.opts:
-            opt.zero_grad(set_to_none=True)
+        stepper.forget()
+        torch.cuda.empty_cache()
     times = {variant: [] for variant in facts}
     for _ in range(steps):
         for variant, mine in times.items():

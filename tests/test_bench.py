@@ -2,7 +2,8 @@
 published sizes can be made from random weights, bench/gpu.sh's commands start."""
 
 import argparse
-import re
+import importlib
+import os
 import shlex
 import subprocess
 import sys
@@ -184,33 +185,60 @@ def test_a_rate_counts_the_plans_of_all_worlds():
     assert rates[1] == pytest.approx(3 * rates[0], rel=0.01)
 
 
-def commands():
-    """Every command of bench/gpu.sh that starts a script of bench/, as its name and arguments."""
-    text = (ROOT / "bench" / "gpu.sh").read_text().replace("\\\n", " ")
-    found = re.findall(r'"\$python" bench/(\w+)\.py([^\n]*)', text)
-    variable = r'"?\$\{?\w+.*?(\}"?|(?=\s)|$)'
-    return [(name, re.sub(variable, "", line).strip()) for name, line in found]
+@pytest.mark.parametrize("flags", [[], ["--cpu"]])
+def test_commands_of_gpu_sh_parse(flags):
+    command = ["bash", ROOT / "bench" / "gpu.sh", "--dry-run", *flags]
+    environment = os.environ | {"PYTHON": "true", "RUNS": ""}  # which parses nothing: this does
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    lines = [line.split("true ")[1] for line in done.stdout.splitlines() if line.startswith("  ")]
+    for script, *words in map(shlex.split, lines):
+        if script == "-m":
+            assert {"tests/test_kernels.py", "tests/test_scale.py"} <= set(words)
+            continue
+        given = importlib.import_module(Path(script).stem).arguments(words)
+        if "step.py" in script:
+            assert given[0].random == (given[1].backbone != "tiny")
+    for words in ("paper", "--stage align", "--stage finetune", "--method dualvla", "losses.py"):
+        assert flags or words in done.stdout
+    assert ("latency.py --random" in done.stdout) == (not flags)
 
 
-@pytest.mark.parametrize("name, line", commands())
-def test_commands_of_gpu_sh_parse(name, line):
-    words = shlex.split(line)
-    if name == "step":
-        args, cfg = step.arguments(words)
-        assert args.random == (cfg.backbone != "tiny")
-    elif name == "latency":
-        args, flags = latency.arguments(words)
-        for method in args.method or methods.SCRIPTS:
-            methods.config(method, flags, latency.STAGES[method][0])
-    elif name == "loader":
-        assert loader.arguments(words).rounds
+def test_drawn_weights_are_never_looked_for():
+    """Every module that asks `blank` whether there is anything to load is told that there is not,
+    and asks again afterwards."""
+    asks = [m for m in [*sys.modules.values()] if vars(m).get("blank") is backbones.blank]
+    with methods.drawn("cpu"):
+        assert len(asks) > 2 and all(m.blank() for m in asks)
+    assert not any(m.blank() for m in asks)
 
 
-def test_gpu_sh_names_the_real_configurations():
-    text = " ".join(line for name, line in commands() if name == "step")
-    for words in ("--preset paper", "--stage align", "--stage finetune", "--method dualvla"):
-        assert words in text
-    assert "--random" in " ".join(line for name, line in commands() if name == "latency")
+def test_warming_up_begins_each_step_without_gradients(monkeypatch):
+    stepper = step.Stepper("twinbrain", methods.config("twinbrain", TINY), False)
+    held, backward = [], stepper.backward
+
+    def spy(variant):
+        held.append([p for p in stepper.parameters if p.grad is not None])
+        backward(variant)
+
+    monkeypatch.setattr(stepper, "backward", spy)
+    stepper.warm("twin")
+    assert held == [[], []]
+
+
+def test_a_worker_does_not_wait_for_a_decoder_of_its_parent(tmp_path):
+    """Both readers of a video, first in this process, then in one that forks from it."""
+    pytest.importorskip("av")
+    loader.make(tmp_path / "set", 5, 32)
+    for workers in (0, 1):
+        for reader in (loader.plain, lambda *a: loader.ours(a[0], True, a[1], 9)):
+            assert loader.timed(reader(tmp_path / "set", workers), 0.1)[0] > 0
+
+
+def test_a_server_that_ends_before_it_listens_is_not_waited_for():
+    pytest.importorskip("websockets")
+    server = argparse.Namespace(stdout=iter(["its last words\n"]))
+    with pytest.raises(common.UserError, match="the server ended"):
+        importlib.import_module("bench.serve").report(None, server, b"")
 
 
 def test_arms_begin_where_the_stages_of_another_ended(tmp_path, monkeypatch):
