@@ -41,7 +41,7 @@ Assumptions, where the paper is silent
       but QwenFAST's, whose words mix all steps of a chunk.
   A7  Co-training adds as many questions as actions to each step, their loss weighted 0.1; it, and
       QwenFAST's, is a mean over the words of a process's batch.
-  A8  QwenPI: each layer of the VLM gets one cross-attention and one self-attention block.
+  A8  QwenPI: a cross- and a self-attention block for each layer's output, before DeepStack joins.
 Errata: Eq. 3 and 6 write Attn + FFN(H); the layers are ordinary pre-norm blocks with residuals.
 Appendix C calls QwenOFT discrete and autoregressive; the framework's, and ours, is continuous,
 parallel and trained with L1 (parts/starvla.py).

@@ -473,7 +473,7 @@ def test_deepstack_reaches_both_brains(episodes, case):
 
 
 def silent(cfg, names):
-    """Trainable parameters that no loss can reach: see `unused` in train()."""
+    """Trainable parameters that no loss can reach: see `common.parallel()` in train()."""
     if cfg.brain != "nofreeze":
         return set()
     keys = ("input_layernorm", "k_proj", "k_norm", "v_proj")
