@@ -153,7 +153,8 @@ def usage(Config, presets: dict, ablations: dict) -> str:
 
 def parse(Config, presets: dict[str, dict], ablations: dict[str, dict], argv=None):
     """Command line -> Config: defaults < preset < ablation < flags; `.explicit` names the flags
-    and what the ablation sets, which a finished run is held to.
+    and what the ablation sets, which a finished run is held to. The defaults are tiny's: another
+    --backbone takes the preset `larger`, if there is one and no other is named.
 
     Keys of a preset that start with "_" (a row's meaning, a paper's number) are not settings.
     """
@@ -179,9 +180,10 @@ def parse(Config, presets: dict[str, dict], ablations: dict[str, dict], argv=Non
         else:
             word = value if has_value else words.pop(0)
             given[name] = convert(flag, word, kinds[name], notes[name][0])
-    settings, chosen = {}, {}
+    grown = "larger" in presets and given.get("backbone", "tiny") != "tiny"
+    settings, chosen = {"preset": "larger"} if grown else {}, {}
     for kind, table in (("preset", presets), ("ablation", {**ablations, "list": {}})):
-        row = given.get(kind, "")
+        row = given.get(kind, settings.get(kind, ""))
         if row and row not in table:
             raise UserError(f"unknown {kind} {row!r} (did you mean {nearest(row, table)}?)")
         chosen = {k: v for k, v in table.get(row, {}).items() if not k.startswith("_")}

@@ -97,7 +97,7 @@ class Config:
     resume: str = ""  # run folder to go on from, exactly; auto: --out's, or start it
     eval_only: str = ""  # run folder to evaluate, without training
     ablation: str = ""  # a row of the paper's tables; `list` prints them all
-    preset: str = ""  # a named configuration, see below
+    preset: str = ""  # a named configuration, see below; of a --backbone but tiny: larger
     describe: bool = False  # prints the parameters of each part, without weights, and leaves
     export: str = ""  # run folder whose VLM becomes a Hugging Face checkpoint in --out
     show: str = ""  # pruning or pareto: prints a table, draws a picture, and leaves
@@ -203,7 +203,10 @@ PAPER = dict(
     talk=50, new_words=False,
     speak=0.5,  # ours: greedy, as InstructVLA decodes
 )  # fmt: skip
-PRESETS = {"paper": PAPER}
+LARGER = {k: PAPER[k] for k in ("optimizer", "lr", "lr_head", "rank", "queries", "width", "depth",
+                                "heads", "batch", "size", "wrist_size", "workers", "new_words",
+                                "talk")}  # fmt: skip
+PRESETS = {"paper": PAPER, "larger": LARGER}
 
 
 def row(paper, words, **overrides):

@@ -87,7 +87,7 @@ class Config:
     resume: str = ""  # run folder to go on from, exactly; auto: --out's, or start it
     eval_only: str = ""  # run folder to evaluate, without training
     ablation: str = ""  # a row of the paper's tables; `list` prints them all
-    preset: str = ""  # a named configuration, see below
+    preset: str = ""  # a named configuration, see below; of a --backbone but tiny: larger
     describe: bool = False  # prints the parameters of each part, without weights, and leaves
     export: str = ""  # run folder whose right brain becomes a Hugging Face checkpoint in --out
     episodes: int = 200  # evaluation episodes in each domain (paper: 480 on SimplerEnv)
@@ -161,7 +161,9 @@ PAPER = dict(
 LIBERO = dict(steps=100_000, min_lr=0.1, horizon=8, normalise="minmax", execute=8)
 LIBERO |= dict(ensemble=False, episodes=500)
 SHORT = dict(steps=1000, episodes=100, domains=("in", "colour", "shape", "pair", "wording"))
-PRESETS = {"paper": PAPER, "libero": PAPER | LIBERO, "short": SHORT}  # App. B, F; for ablations
+LARGER = {k: PAPER[k] for k in ("optimizer", "lr", "lr_head", "width", "depth", "heads", "future",
+                                "batch", "size", "wrist_size", "workers")}  # fmt: skip
+PRESETS = {"paper": PAPER, "libero": PAPER | LIBERO, "short": SHORT, "larger": LARGER}  # App. B, F
 
 
 def row(paper, words, **overrides):

@@ -391,7 +391,8 @@ def shown(value):
 def preset_table(method):
     """Every flag that the paper's presets set, beside the laptop's default."""
     script = SCRIPTS[method]
-    presets = {name: preset for name, preset in script.PRESETS.items() if name != "short"}
+    ours = ("short", "larger")
+    presets = {name: preset for name, preset in script.PRESETS.items() if name not in ours}
     names = dict.fromkeys(n for preset in presets.values() for n in preset)
     body = []
     for name in names:

@@ -393,6 +393,29 @@ def test_autocast_follows_the_flag():
         assert product("auto").dtype in (torch.bfloat16, torch.float32)
 
 
+def test_another_backbone_takes_the_preset_larger_unless_one_is_named():
+    def parse(words):
+        presets = {"paper": {"lr": 1e-5, "steps": 9}, "larger": {"lr": 1e-4}}
+        return common.parse(Grown, presets, {}, words.split())
+
+    @dataclass
+    class Grown:
+        backbone: str = "tiny"  # of it
+        preset: str = ""  # its name
+        ablation: str = ""  # a row
+        steps: int = 2  # of training
+        lr: float = 2e-3  # rate
+
+    usual = Grown()
+    grown = parse("--backbone Qwen3-VL-4B --steps 7")
+    assert (grown.lr, grown.steps, grown.preset) == (1e-4, 7, "larger")
+    assert grown.explicit == ("backbone", "steps")
+    assert parse("--backbone=Qwen3-VL-4B --lr 0.1").lr == 0.1
+    assert parse("--backbone Qwen3-VL-4B --preset paper").steps == 9
+    for words in ("", "--backbone tiny"):
+        assert (parse(words).lr, parse(words).preset) == (usual.lr, "")
+
+
 @pytest.mark.parametrize("adjust", ["original", "match_rms_adamw"])
 @pytest.mark.parametrize("most", [2**27, 100])
 def test_muon_steps_as_pytorchs_own(adjust, most, monkeypatch):
