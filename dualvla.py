@@ -140,6 +140,7 @@ class Config:
     weight_decay: float = 0.0  # of AdamW and Muon
     clip: float = 1.0  # gradient norm
     optimizer: str = "muon"  # adamw | adamw8bit | muon: muon takes the matrices, AdamW the rest
+    muon: str = ""  # bf16 | fp32: products inside Muon; empty: as --dtype
     dtype: str = "auto"  # auto | bf16 | fp32: arithmetic of the matrix products
     device: str = "auto"  # auto | cpu | cuda
     threads: int = 0  # CPU threads of a process; 0: torch's choice
@@ -868,7 +869,7 @@ def make_optimizers(model, cfg):
     )  # fmt: skip
     made = [common.adamw(adam, cfg)]
     if muon:
-        made.append(common.Muon(muon, adjust_lr_fn="match_rms_adamw"))
+        made.append(common.Muon(muon, cfg.muon or cfg.dtype, adjust_lr_fn="match_rms_adamw"))
     return made
 
 

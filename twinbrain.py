@@ -117,6 +117,7 @@ class Config:
     weight_decay: float = 1e-8  # of AdamW
     clip: float = 1.0  # gradient norm
     optimizer: str = "muon"  # adamw | adamw8bit | muon: matrices alone (paper: adamw)
+    muon: str = ""  # bf16 | fp32: products inside Muon; empty: as --dtype
     cotrain: float = 0.0  # weight of the question loss, questions 1:1 with actions (Figure 2; A7)
     distill: str = ""  # the teacher's run folder, for Twin-to-One (Appendix G)
     distill_weight: float = 1.0  # lambda of Eq. 10
@@ -760,8 +761,8 @@ def make_optimizers(model, cfg):
     )
     made = [common.adamw(adam, cfg)]
     if muon:
-        how = "match_rms_adamw"
-        made.append(common.Muon(muon, weight_decay=cfg.weight_decay, adjust_lr_fn=how))
+        same = dict(weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")
+        made.append(common.Muon(muon, cfg.muon or cfg.dtype, **same))
     return made
 
 

@@ -135,6 +135,7 @@ class Config:
     weight_decay: float = 1e-4  # of AdamW
     clip: float = 1.0  # gradient norm (Seer: 0.1)
     optimizer: str = "muon"  # adamw | adamw8bit | muon: matrices alone (paper: adamw)
+    muon: str = ""  # bf16 | fp32: products inside Muon; empty: as --dtype
     dtype: str = "auto"  # auto | bf16 | fp32: arithmetic of the matrix products
     device: str = "auto"  # auto | cpu | cuda
     threads: int = 0  # CPU threads of a process; 0: torch's choice
@@ -706,7 +707,7 @@ def make_optimizers(model, cfg):
     made = [common.adamw(adam, cfg)]
     if muon:
         same = dict(weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")
-        made.append(common.Muon(muon, **same))
+        made.append(common.Muon(muon, cfg.muon or cfg.dtype, **same))
     return made
 
 

@@ -40,8 +40,8 @@ def updates(opt):
     for p in (p for group in opt.param_groups for p in group["params"]):
         momentum = opt.state[p]["momentum_buffer"]
         momentum = (momentum if momentum.shape[0] <= momentum.shape[1] else momentum.T)[None]
-        found[id(p)] = [process.orthogonal(momentum, group, dtype).float()
-                        for dtype in (torch.bfloat16, torch.float32)]  # fmt: skip
+        half, full = momentum.bfloat16(), momentum.float()
+        found[id(p)] = [process.orthogonal(x, group).float() for x in (half, full)]
     return found
 
 

@@ -164,7 +164,12 @@ def autocast(device: torch.device, dtype: str = "auto"):
 
 class Muon(torch.optim.Muon):
     """PyTorch's Muon with its settings and state, but matrices of one shape go as one batch, and in
-    float32 where bfloat16 is not fast (PyTorch's own then takes seconds a step)."""
+    float32 where bfloat16 is not fast (PyTorch's own then takes seconds a step), or is not asked
+    for. dtype: auto | bf16 | fp32."""
+
+    def __init__(self, params, dtype="auto", **settings):
+        super().__init__(params, **settings)
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self):
@@ -181,6 +186,8 @@ class Muon(torch.optim.Muon):
             for pairs in (part for same in batches.values() for part in portions(same)):
                 rows, columns = pairs[0][0].shape
                 updates = torch.stack([p.grad.lerp(m, group["momentum"]) for p, m in pairs])
+                half = in_bf16(updates.device, self.dtype)
+                updates = updates.to(torch.bfloat16 if half else torch.float32)
                 if rows > columns:
                     updates = orthogonal(updates.mT, group).mT
                 else:
@@ -202,10 +209,9 @@ def portions(pairs: list) -> list[list]:
     return [pairs[i : i + n] for i in range(0, len(pairs), n)]
 
 
-def orthogonal(x: torch.Tensor, group: dict, dtype=None) -> torch.Tensor:
+def orthogonal(x: torch.Tensor, group: dict) -> torch.Tensor:
     """Newton-Schulz steps towards the nearest matrix with orthogonal rows, (N, rows, columns)."""
     a, b, c = group["ns_coefficients"]
-    x = x.to(dtype or (torch.bfloat16 if multiplies_bf16(x.device) else torch.float32))
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])
     for _ in range(group["ns_steps"]):
         square = x @ x.mT

@@ -416,6 +416,19 @@ def test_another_backbone_takes_the_preset_larger_unless_one_is_named():
         assert (parse(words).lr, parse(words).preset) == (usual.lr, "")
 
 
+def test_muon_multiplies_in_the_precision_it_is_told():
+    """In bfloat16 the update is another one, by about a rounding; the weights stay float32."""
+    start, grad, after = torch.randn(16, 16), torch.randn(16, 16), {}
+    for dtype in ("fp32", "bf16"):
+        p = torch.nn.Parameter(start.clone())
+        p.grad = grad.clone()
+        common.Muon([p], dtype, lr=0.02).step()
+        after[dtype] = (p.detach() - start).flatten()
+        assert p.dtype == torch.float32
+    assert not torch.equal(after["fp32"], after["bf16"])
+    assert torch.cosine_similarity(after["fp32"], after["bf16"], dim=0) > 0.99
+
+
 @pytest.mark.parametrize("adjust", ["original", "match_rms_adamw"])
 @pytest.mark.parametrize("most", [2**27, 100])
 def test_muon_steps_as_pytorchs_own(adjust, most, monkeypatch):
