@@ -101,7 +101,8 @@ def run(method, arm, seed, flags, args):
             result["curve"] = curve  # Figure 2
     facts = {"command": shlex.join(["python", f"{method}.py", *own]), "machine": machine()}
     facts |= {"torch": torch.__version__, "transformers": transformers.__version__}
-    return {"arm": arm, "flags": " ".join(flags), "parallel": args.parallel, **result, **facts}
+    line = {"arm": "", "flags": " ".join(flags), "parallel": args.parallel, **result, **facts}
+    return line | {"arm": arm}  # a stage taken from another run has that one's
 
 
 def table(lines):

@@ -241,6 +241,36 @@ def short_table(brief=False):
     return rows(head, body) + words + source(used)
 
 
+def precision_table():
+    """Table 1's two arms at half of the length, seed by seed, in each precision of products."""
+    kinds = {"bfloat16": SHORT, "float32 inside Muon": f"{SHORT} --muon fp32",
+             "float32": f"{SHORT} {FLOAT}"}  # fmt: skip
+    body, used = [], []
+    for arms in (("t1-twin", "f2-twin"), ("t1-vanilla", "f2-vla")):
+        for kind, flags in kinds.items():
+            some = [x for x in lines("twinbrain") if x["arm"] in arms and x["flags"] == flags]
+            some = {x["seed"]: x for x in some if x["world"] == twinbrain.Config.world}
+            some = [some[seed] for seed in sorted(some)]
+            shares = [", ".join(f"{100 * by_seed([x], m)[x['seed']][0]:.1f}" for x in some)
+                      for m in ("in", "out")]  # fmt: skip
+            seeds = ", ".join(str(x["seed"]) for x in some)
+            body.append([f"`{arms[0]}`", kind, seeds, *shares] if some else
+                        [f"`{arms[0]}`", kind, "", "not run", "not run"])  # fmt: skip
+            used += some
+    return rows(["arm", "products in", "seeds", "in %", "out %"], body) + "\n\n" + source(used)
+
+
+def rounding_table():
+    """bench/rounding.py: cosines between bfloat16 and float32, on a trained model."""
+    head = ["brain", "step", "what", "matrices", "median cosine", "least", "machine"]
+    body = [
+        [x["brain"], x["step"], x["what"], x["matrices"], f"{x['median']:.4f}",
+         f"{x['least']:.3f}", x["machine"]]
+        for x in newest("rounding", "brain", "what")
+    ]  # fmt: skip
+    return rows(head, body)
+
+
 def suites_table():
     """The world's suites at half of the length: success in each domain that was evaluated."""
     domains = [d for d in DOMAINS if d not in ("out", "look")] + ["pick_all"]
@@ -523,6 +553,8 @@ TABLES = {
     "forgetting": forgetting_table,
     "twinbrain-short": short_table,
     "twinbrain-seeds": lambda: short_table(brief=True),
+    "twinbrain-precision": precision_table,
+    "rounding": rounding_table,
     "twinbrain-suites": suites_table,
     "twinbrain-arms": lambda: arms_table("twinbrain"),
     "vita_vla": chain_table,
