@@ -94,6 +94,7 @@ from parts.scale import (
     halt_at_nan,
     memory_rows,
     merge_lora,
+    optimizers,
     parallel,
     place,
     same_samples,

@@ -853,24 +853,16 @@ def evaluate(policy, cfg, dist, folder, say, sets):
 
 def make_optimizers(model, cfg):
     """AdamW over what trains, or Muon over the matrices and AdamW over the rest; two rates."""
-    groups = {}
+    rows = []
     for name, p in model.named_parameters():
         if p.requires_grad:
             peak = cfg.lr if name.startswith("vlm.") else cfg.lr_head
             matrix = p.dim() == 2 and name.endswith(("weight", ".0", ".1"))
             words = "embed" in name or "lm_head" in name
-            muon = cfg.optimizer == "muon" and matrix and not words
             # where some words train alone (`forget_words()`), decay would shrink all others
             decay = 0.0 if words and model.words else cfg.weight_decay
-            groups.setdefault((muon, peak, decay), []).append(p)
-    adam, muon = (
-        [{"params": p, "lr": r, "peak": r, "weight_decay": d} for (m, r, d), p in groups.items()
-         if m == matrices] for matrices in (False, True)
-    )  # fmt: skip
-    made = [common.adamw(adam, cfg)]
-    if muon:
-        made.append(common.Muon(muon, cfg.muon or cfg.dtype, adjust_lr_fn="match_rms_adamw"))
-    return made
+            rows.append((p, peak, decay, matrix and not words))
+    return common.optimizers(cfg, rows)
 
 
 def train(cfg, dist, run, model, batches, meta, resumed, measure, teacher=None):  # [method]

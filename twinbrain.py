@@ -748,22 +748,13 @@ def abilities(model, cfg, processor, device, sets):
 
 def make_optimizers(model, cfg):
     """AdamW over what trains, or Muon over the matrices and AdamW over the rest; two rates."""
-    groups = {}
+    rows = []
     for name, p in model.named_parameters():
         if p.requires_grad:
             peak = cfg.lr if name.startswith(("right.", "left.")) else cfg.lr_head
             words = "embed" in name or "lm_head" in name
-            muon = cfg.optimizer == "muon" and p.dim() == 2 and not words
-            groups.setdefault((muon, peak), []).append(p)
-    adam, muon = (
-        [{"params": p, "lr": r, "peak": r} for (m, r), p in groups.items() if m == matrices]
-        for matrices in (False, True)
-    )
-    made = [common.adamw(adam, cfg)]
-    if muon:
-        same = dict(weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")
-        made.append(common.Muon(muon, cfg.muon or cfg.dtype, **same))
-    return made
+            rows.append((p, peak, cfg.weight_decay, p.dim() == 2 and not words))
+    return common.optimizers(cfg, rows)
 
 
 def train(cfg, dist, run, model, batches, meta, resumed, measure, teacher=None):  # [method]

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from parts.checkpoints import torchao, write_state
-from parts.process import UserError, in_bf16, size, to_device
+from parts.process import Muon, UserError, in_bf16, size, to_device
 
 SAVERS = {  # flags that save memory, and whether a Config leaves them unused
     "--grad-checkpoint": lambda cfg, dist: not cfg.grad_checkpoint,
@@ -247,6 +247,22 @@ def same_samples(cfg, resumed, dist):
     cfg.batch = math.gcd(cfg.batch, total // now)
     cfg.accumulate = total // now // cfg.batch
     return cfg
+
+
+def optimizers(cfg, rows):
+    """rows: (parameter, peak learning rate, weight decay, whether it is Muon's) of all that trains
+    -> AdamW, and Muon for the matrices if it takes any. A group keeps its rate's peak."""
+    groups = {}
+    for p, peak, decay, matrix in rows:
+        groups.setdefault((cfg.optimizer == "muon" and matrix, peak, decay), []).append(p)
+    adam, muon = (
+        [{"params": p, "lr": r, "peak": r, "weight_decay": d} for (m, r, d), p in groups.items()
+         if m == matrices] for matrices in (False, True)
+    )  # fmt: skip
+    made = [adamw(adam, cfg)]
+    if muon:
+        made.append(Muon(muon, cfg.muon or cfg.dtype, adjust_lr_fn="match_rms_adamw"))
+    return made
 
 
 def adamw(groups, cfg):
