@@ -422,16 +422,30 @@ class Fast:
 
 
 @torch.no_grad()
-def redraw_untrained(vlm, tokenizer, word):
-    """Words that no text ever trained lie in one place, where a model cannot tell one from another
-    (7 of 10 of tiny's: letters, slots, action tokens): draws those that lie with `word` anew, like
-    the rest. A word that lies alone was trained and stays."""
-    words = vlm.get_input_embeddings().weight
-    directions = F.normalize(words.float(), dim=-1)
+def untrained(vlm, tokenizer, word):
+    """(V,) True at the words that no text ever trained: they lie in one place with `word`, where a
+    model cannot tell one from another (7 of 10 of tiny's: letters, slots, action tokens). None, if
+    that word lies alone."""
+    directions = F.normalize(vlm.get_input_embeddings().weight.float(), dim=-1)
     one = tokenizer(word, add_special_tokens=False)["input_ids"][0]
     beside = directions @ directions[one] > 0.99
-    if beside.sum() > 1:
-        alike, apart = words[beside], words[~beside].float()
-        noise = torch.randn(alike.shape, generator=torch.Generator().manual_seed(0))
-        new = apart.mean(0) + apart.std(0) * noise.to(words.device)
-        words[beside] = new.to(words.dtype)
+    return beside & (beside.sum() > 1)
+
+
+@torch.no_grad()
+def draw_words(vlm, tokenizer, word, count, generator=None):
+    """-> (count, D) new embeddings, float32, in the midst of those that were trained."""
+    words = vlm.get_input_embeddings().weight
+    if words.is_meta:  # --describe counts them only
+        return torch.empty(count, words.shape[1])
+    trained = words[~untrained(vlm, tokenizer, word)].float()
+    noise = torch.randn(count, words.shape[1], generator=generator)
+    return trained.mean(0) + trained.std(0) * noise.to(words.device)
+
+
+@torch.no_grad()
+def redraw_untrained(vlm, tokenizer, word):
+    """Draws the words that lie with `word`, and were never trained, anew."""
+    words, beside = vlm.get_input_embeddings().weight, untrained(vlm, tokenizer, word)
+    same = torch.Generator().manual_seed(0)
+    words[beside] = draw_words(vlm, tokenizer, word, int(beside.sum()), same).to(words.dtype)

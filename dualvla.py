@@ -46,7 +46,8 @@ Assumptions, where the paper is silent
   A6  The base model is InstructVLA: Eagle2, r-LoRA on every matrix of its language model, two gates
       a token from the hidden state of a pass without LoRA, here twice a softmax, so that G starts
       as E; the vision tower is frozen; E's flow expert is trained with E and frozen then. Ours:
-      LoRA on the gates of its MLPs too and without dropout; G and the student train the queries.
+      LoRA on the gates of its MLPs too and without dropout; G and the student train the queries,
+      which begin as embeddings that lie among the words' (not among them, E's seeds may fail).
   A7  The flow expert's eye is a small convolutional net in the place of DINOv2, with FiLM.
   A8  A specialist is not asked for reasoning: its RA is 1 and R leaves Eq. 8. Of who is asked, a
       trajectory without a word has R = RA = 0 from the offline judge, hence a score of 0.
@@ -369,7 +370,8 @@ class DualVLA(nn.Module):
                 nn.init.zeros_(self.gate[-1].weight)
                 nn.init.zeros_(self.gate[-1].bias)
         if cfg.actions == "flow":
-            self.queries = nn.Parameter(0.02 * torch.randn(cfg.queries, D))
+            drawn = common.draw_words(vlm, processor.tokenizer, "<robot_action_0>", cfg.queries)
+            self.queries = nn.Parameter(drawn)  # ASSUMPTION A6
             self.flow = FlowExpert(cfg, D, state_dim, action_dim)
             if not alone:  # ASSUMPTION A6
                 self.flow.requires_grad_(False)
