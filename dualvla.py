@@ -183,9 +183,9 @@ class Config:
 ORDER = ("expert", "generalist", "dual")
 ALONE = dict(prune="none", teachers="none")
 STAGES = {  # what differs between the stages; --steps and --lr hold for all of them
-    "expert": dict(steps=1500, lr=2e-3, mix=0, reason=0.0, motion=0.0, qa_every=0) | ALONE,
+    "expert": dict(steps=1000, lr=2e-3, mix=0, reason=0.0, motion=0.0, qa_every=0) | ALONE,
     "generalist": dict(steps=400, lr=1e-3) | ALONE,
-    "dual": dict(steps=600, lr=1e-3),
+    "dual": dict(steps=500, lr=1e-3),
 }
 # DualVLA itself states that the learning rate is 2e-5 and fixed. What is marked "ours" nobody
 # states; the rest is its base model's, InstructVLA's, of whose sizes of pictures (448 for the VLM,

@@ -39,7 +39,8 @@ class Mixture(nn.Module):
         y, lambdas = self.base(x), self.gates.now  # (B, T, experts) or (1, 1, experts)
         if lambdas is not None:
             for i, (A, B) in enumerate(zip(self.down, self.up)):
-                y = y + self.alpha * lambdas[..., i : i + 1] * F.linear(F.linear(x, A), B)
+                low = self.alpha * lambdas[..., i : i + 1] * F.linear(x, A)  # (B, T, r)
+                y = y + F.linear(low, B)
         return y
 
 
