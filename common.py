@@ -241,7 +241,9 @@ class Run:
         lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
         whole = [line for line in lines if line.endswith("\n")]  # a crash may have torn the last
         draft = metrics.with_suffix(".tmp")
-        draft.write_text("".join(line for line in whole if json.loads(line)["step"] <= first))
+        rows = [(line, json.loads(line)) for line in whole]  # abilities: measured before a step
+        past = [line for line, row in rows if row["step"] + ("abilities" in row) <= first]
+        draft.write_text("".join(past))
         draft.replace(metrics)
         self.file = open(metrics, "a", buffering=1)
         self.bar = tqdm(total=total, initial=first, disable=None, leave=False)  # None: terminals
