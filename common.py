@@ -216,6 +216,20 @@ def resume_config(cfg, saved: dict, free: tuple[str, ...] = ()):
 # --- run folder -----------------------------------------------------------------------------------
 
 
+def positive(cfg, *names: str) -> None:
+    """UserError for the first of these flags that is below 1."""
+    for name in names:
+        if getattr(cfg, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: at least 1")
+
+
+def refuse(faults: dict[str, bool]) -> None:
+    """UserError for the first of the faults, {what to say: whether it is so}."""
+    for words, so in faults.items():
+        if so:
+            raise UserError(words)
+
+
 class Run:
     """runs/<method>-<world>-<seed>-<time>: config.json, script copy, metrics.jsonl, result.json."""
 

@@ -1051,12 +1051,10 @@ def check(cfg):
     score.check(cfg)
     data.named(cfg.data)
     common.find_backbone(cfg.backbone)
-    for name in ("batch", "accumulate", "demos", "repeats", "episodes", "parallel", "log_every",
-                 "queries", "rank", "euler", "depth", "heads", "save_every",
-                 "event_demos"):  # fmt: skip
-        if getattr(cfg, name) < 1:
-            raise common.UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: at least 1")
-    faults = {
+    common.positive(cfg, "batch", "accumulate", "demos", "repeats", "episodes", "parallel",
+                    "log_every", "queries", "rank", "euler", "depth", "heads", "save_every",
+                    "event_demos")  # fmt: skip
+    common.refuse({
         f"--heads {cfg.heads} do not divide --width {cfg.width}": cfg.width % cfg.heads,
         f"--questions {cfg.questions}: an even number, MME asks in pairs":
             cfg.questions < 2 or cfg.questions % 2,
@@ -1070,10 +1068,7 @@ def check(cfg):
             cfg.resume and cfg.eval_only,
         f"--benchmark {cfg.benchmark} needs --eval-only RUN": cfg.benchmark and not cfg.eval_only,
         f"--show {cfg.show}: pruning or pareto": cfg.show not in ("", "pruning", "pareto"),
-    }  # fmt: skip
-    for words, so in faults.items():
-        if so:
-            raise common.UserError(words)
+    })  # fmt: skip
 
 
 def show(cfg):

@@ -918,11 +918,9 @@ def check(cfg):
     loop.check(cfg)
     data.named(cfg.data)
     common.find_backbone(cfg.backbone)
-    for name in ("steps", "batch", "accumulate", "demos", "repeats", "episodes", "parallel",
-                 "log_every", "save_every", "euler", "depth", "heads"):  # fmt: skip
-        if getattr(cfg, name) < 1:
-            raise common.UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: at least 1")
-    faults = {
+    common.positive(cfg, "steps", "batch", "accumulate", "demos", "repeats", "episodes",
+                    "parallel", "log_every", "save_every", "euler", "depth", "heads")  # fmt: skip
+    common.refuse({
         "--resume goes on with a run, --eval-only takes it as it is: one of them":
             cfg.resume and cfg.eval_only,
         "--attention kernel: no --visibility index, no --brain nofreeze":
@@ -941,10 +939,7 @@ def check(cfg):
             cfg.questions < 2 or cfg.questions % 2,
         f"--execute {cfg.execute}: from 1 to --horizon {cfg.horizon}":
             not 1 <= cfg.execute <= cfg.horizon,
-    }  # fmt: skip
-    for words, so in faults.items():
-        if so:
-            raise common.UserError(words)
+    })  # fmt: skip
 
 
 def load_teacher(cfg, device, robots):

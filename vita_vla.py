@@ -916,47 +916,43 @@ def check(cfg):
     loop.check(cfg)
     data.named(cfg.data)
     common.find_backbone(cfg.backbone)
-    for name in ("batch", "accumulate", "demos", "episodes", "parallel", "log_every", "history",
-                 "future", "width", "heads", "patch", "foresight"):  # fmt: skip
-        if getattr(cfg, name) < 1:
-            raise common.UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: at least 1")
+    common.positive(cfg, "batch", "accumulate", "demos", "episodes", "parallel", "log_every",
+                    "history", "future", "width", "heads", "patch", "foresight")  # fmt: skip
     begun = cfg.resume or cfg.eval_only or cfg.describe
     first = STAGES[cfg.recipe][1] if cfg.stage == "chain" else cfg.stage
-    for wrong, words in (
-        (cfg.teacher.endswith(RELEASED) and cfg.normalise != "raw" and not begun,
-         f"--teacher {cfg.teacher} speaks of actions as recorded: add --normalise raw"),
-        (cfg.resume and cfg.eval_only,
-         "--resume goes on with a run, --eval-only takes it as it is: one of them"),
-        (cfg.stage == "teacher" and cfg.teacher,
-         "--stage teacher begins one from nothing: no --teacher beside it"),
-        (cfg.stage == "align" and not (cfg.teacher or cfg.describe),
-         "--stage align needs --teacher RUN: make one with `python vita_vla.py --stage teacher "
-         "--out RUN`"),
-        (cfg.stage == "align" and cfg.recipe == "only-finetune",
-         "--recipe only-finetune has no --stage align: take finetune"),
-        (cfg.stage == "finetune" and not (cfg.student or cfg.teacher or begun),
-         "--stage finetune needs --student RUN, of stage align, or for only-finetune --teacher "
-         "RUN, whose decoder it takes"),
-        (cfg.stage == "chain" and cfg.freeze_vlm,
-         "--freeze-vlm is of --stage finetune; a chain: --recipe freeze-vlm"),
-        (cfg.student and first != "finetune" and not begun,
-         "--student is what --stage finetune or frozen starts from"),
-        (cfg.goal and cfg.stage in ("align", "finetune") and not begun,
-         f"--goal {cfg.goal} is of a teacher's training: --stage teacher"),
-        (not 0 <= cfg.goal < cfg.history, f"--goal {cfg.goal}: from 0 to {cfg.history - 1}"),
-        (not 0 <= cfg.hide_foresight <= 1,
-         f"--hide-foresight {cfg.hide_foresight}: a share, from 0 to 1"),
-        (cfg.ensemble and cfg.act_index,
-         "--ensemble blends what is said about now: no --act-index beside it"),
-        (cfg.execute != 1, "--execute is 1 here: the history is made of every step"),
-        (not 0 <= cfg.act_index < cfg.future,
-         f"--act-index {cfg.act_index}: from 0 to {cfg.future - 1}"),
-        (math.isqrt(cfg.foresight) ** 2 != cfg.foresight,
-         f"--foresight {cfg.foresight}: a square number"),
-        (cfg.width % cfg.heads, f"--heads {cfg.heads} do not divide --width {cfg.width}"),
-    ):  # fmt: skip
-        if wrong:
-            raise common.UserError(words)
+    common.refuse({
+        f"--teacher {cfg.teacher} speaks of actions as recorded: add --normalise raw":
+            cfg.teacher.endswith(RELEASED) and cfg.normalise != "raw" and not begun,
+        "--resume goes on with a run, --eval-only takes it as it is: one of them":
+            cfg.resume and cfg.eval_only,
+        "--stage teacher begins one from nothing: no --teacher beside it":
+            cfg.stage == "teacher" and cfg.teacher,
+        "--stage align needs --teacher RUN: make one with `python vita_vla.py --stage teacher "
+        "--out RUN`":
+            cfg.stage == "align" and not (cfg.teacher or cfg.describe),
+        "--recipe only-finetune has no --stage align: take finetune":
+            cfg.stage == "align" and cfg.recipe == "only-finetune",
+        "--stage finetune needs --student RUN, of stage align, or for only-finetune --teacher "
+        "RUN, whose decoder it takes":
+            cfg.stage == "finetune" and not (cfg.student or cfg.teacher or begun),
+        "--freeze-vlm is of --stage finetune; a chain: --recipe freeze-vlm":
+            cfg.stage == "chain" and cfg.freeze_vlm,
+        "--student is what --stage finetune or frozen starts from":
+            cfg.student and first != "finetune" and not begun,
+        f"--goal {cfg.goal} is of a teacher's training: --stage teacher":
+            cfg.goal and cfg.stage in ("align", "finetune") and not begun,
+        f"--goal {cfg.goal}: from 0 to {cfg.history - 1}": not 0 <= cfg.goal < cfg.history,
+        f"--hide-foresight {cfg.hide_foresight}: a share, from 0 to 1":
+            not 0 <= cfg.hide_foresight <= 1,
+        "--ensemble blends what is said about now: no --act-index beside it":
+            cfg.ensemble and cfg.act_index,
+        "--execute is 1 here: the history is made of every step": cfg.execute != 1,
+        f"--act-index {cfg.act_index}: from 0 to {cfg.future - 1}":
+            not 0 <= cfg.act_index < cfg.future,
+        f"--foresight {cfg.foresight}: a square number":
+            math.isqrt(cfg.foresight) ** 2 != cfg.foresight,
+        f"--heads {cfg.heads} do not divide --width {cfg.width}": cfg.width % cfg.heads,
+    })  # fmt: skip
     for name in ("size", "wrist_size") if cfg.eyes == "backbone" else ():
         if getattr(cfg, name) % cfg.patch:
             flag = f"--{name.replace('_', '-')} {getattr(cfg, name)}"
