@@ -438,30 +438,32 @@ class Fast:
 
 
 @torch.no_grad()
-def untrained(vlm, tokenizer, word):
-    """(V,) True at the words that no text ever trained: they lie in one place with `word`, where a
-    model cannot tell one from another (7 of 10 of tiny's: letters, slots, action tokens). None, if
-    that word lies alone."""
+def untrained(vlm, word: int):
+    """(V,) True at the words that no text ever trained, if this one (its id) is of them: they lie
+    in one place, where a model cannot tell one from another (7 of 10 of tiny's: letters, slots,
+    action tokens). A word that lies alone was trained."""
     directions = F.normalize(vlm.get_input_embeddings().weight.float(), dim=-1)
-    one = tokenizer(word, add_special_tokens=False)["input_ids"][0]
-    beside = directions @ directions[one] > 0.99
+    beside = directions @ directions[word] > 0.99
     return beside & (beside.sum() > 1)
 
 
 @torch.no_grad()
-def draw_words(vlm, tokenizer, word, count, generator=None):
-    """-> (count, D) new embeddings, float32, in the midst of those that were trained."""
+def draw_words(vlm, word: int, count: int, generator=None):
+    """-> (count, D) new embeddings, float32, amid all words but those that lie with `word`."""
     words = vlm.get_input_embeddings().weight
     if words.is_meta:  # --describe counts them only
         return torch.empty(count, words.shape[1])
-    trained = words[~untrained(vlm, tokenizer, word)].float()
+    trained = words[~untrained(vlm, word)].float()
     noise = torch.randn(count, words.shape[1], generator=generator)
     return trained.mean(0) + trained.std(0) * noise.to(words.device)
 
 
 @torch.no_grad()
-def redraw_untrained(vlm, tokenizer, word):
-    """Draws the words that lie with `word`, and were never trained, anew."""
-    words, beside = vlm.get_input_embeddings().weight, untrained(vlm, tokenizer, word)
-    same = torch.Generator().manual_seed(0)
-    words[beside] = draw_words(vlm, tokenizer, word, int(beside.sum()), same).to(words.dtype)
+def redraw_untrained(vlm, word: int, only=None):
+    """Draws the words that lie with this one anew, amid the trained ones; only: these ids of them,
+    those of words that will be trained."""
+    words, beside = vlm.get_input_embeddings().weight, untrained(vlm, word)
+    if only is not None:
+        beside &= torch.isin(torch.arange(len(words), device=words.device), torch.tensor(only))
+    new = draw_words(vlm, word, int(beside.sum()), torch.Generator().manual_seed(0))
+    words[beside] = new.to(words.dtype)

@@ -47,12 +47,13 @@ Assumptions, where the paper is silent
       a token from the hidden state of a pass without LoRA, here twice a softmax, so that G starts
       as E; the vision tower is frozen; E's flow expert is trained with E and frozen then. Ours:
       LoRA on the gates of its MLPs too and without dropout; G and the student train the queries,
-      which begin as embeddings that lie among the words' (not among them, E's seeds may fail).
+      which begin amid the embeddings of words (begun elsewhere, E may stay on a plateau).
   A7  The flow expert's eye is a small convolutional net in the place of DINOv2, with FiLM.
   A8  A specialist is not asked for reasoning: its RA is 1 and R leaves Eq. 8. Of who is asked, a
       trajectory without a word has R = RA = 0 from the offline judge, hence a score of 0.
   A9  A real VLM has read the words in which a robot explains itself, `tiny` has not (its questions
-      are about scenes), so G and the student learn their embeddings (`--no-new-words`).
+      are about scenes), so G and the student learn their embeddings, drawn anew first
+      (`--no-new-words`).
   A10 When to reason is not said. Of the steps that a student learned from, five in six are silent,
       and a greedy one hardly ever speaks: it does where words are likelier than `--speak`.
 
@@ -184,8 +185,8 @@ ORDER = ("expert", "generalist", "dual")
 ALONE = dict(prune="none", teachers="none")
 STAGES = {  # what differs between the stages; --steps and --lr hold for all of them
     "expert": dict(steps=1000, lr=2e-3, mix=0, reason=0.0, motion=0.0, qa_every=0) | ALONE,
-    "generalist": dict(steps=400, lr=1e-3) | ALONE,
-    "dual": dict(steps=500, lr=1e-3),
+    "generalist": dict(steps=300, lr=1e-3) | ALONE,
+    "dual": dict(steps=400, lr=1e-3),
 }
 # DualVLA itself states that the learning rate is 2e-5 and fixed. What is marked "ours" nobody
 # states; the rest is its base model's, InstructVLA's, of whose sizes of pictures (448 for the VLM,
@@ -370,8 +371,7 @@ class DualVLA(nn.Module):
                 nn.init.zeros_(self.gate[-1].weight)
                 nn.init.zeros_(self.gate[-1].bias)
         if cfg.actions == "flow":
-            drawn = common.draw_words(vlm, processor.tokenizer, "<robot_action_0>", cfg.queries)
-            self.queries = nn.Parameter(drawn)  # ASSUMPTION A6
+            self.queries = nn.Parameter(common.draw_words(vlm, self.first, cfg.queries))  # A6
             self.flow = FlowExpert(cfg, D, state_dim, action_dim)
             if not alone:  # ASSUMPTION A6
                 self.flow.requires_grad_(False)
@@ -1013,7 +1013,10 @@ def prepare(cfg, dist, run, resumed, teachers):
         kept = keep_labels(episodes, cfg, run.say) if dist.main else []
         bits = dist.share(["".join(str(int(k)) for k in row) for row in kept])
     if cfg.new_words and cfg.tune == "lora" and cfg.stage != "expert":  # ASSUMPTION A9
-        model.learn_words(events.all_words(episodes, processor.tokenizer))
+        said = events.all_words(episodes, processor.tokenizer)
+        model.learn_words(said)
+        for word in said if cfg.stage == "generalist" and not resumed else ():
+            common.redraw_untrained(model.vlm, word, said)
     kept = [np.array(list(row)) == "1" for row in bits]
     ends = np.cumsum([len(p.episodes) for p in acts])
     samples = [

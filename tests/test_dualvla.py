@@ -580,6 +580,17 @@ def test_before_training_the_vlm_is_the_librarys(case):
     assert torch.allclose(got[asked["prompt"]["real"]], want[asked["prompt"]["real"]], atol=1e-4)
 
 
+def test_queries_begin_amid_the_words_that_were_trained():
+    model, processor = dualvla.build(small("expert"), 8, 7)
+    words = model.vlm.get_input_embeddings().weight.detach()
+    trained = words[~common.untrained(model.vlm, model.first)]
+    queries = model.queries.detach()
+    assert 0.7 < queries.norm(dim=1).mean() / trained.norm(dim=1).mean() < 1.4
+    assert torch.cosine_similarity(queries.mean(0), trained.mean(0), dim=0) > 0.5
+    assert torch.cosine_similarity(queries[0], queries[1:]).max() < 0.9, "each its own"
+    assert not torch.equal(queries, dualvla.build(small("expert", seed=1), 8, 7)[0].queries)
+
+
 @pytest.mark.parametrize("stage", dualvla.ORDER)
 def test_who_trains_in_which_stage(episodes, stage, teachers):
     case = Case(episodes, stage)
@@ -770,3 +781,17 @@ def test_g_learns_the_words_in_which_a_robot_explains_itself(episodes):
     _, grads = case.step()
     moved = grads["vlm.model.language_model.embed_tokens.weight"].abs().sum(1) > 0
     assert moved.any() and set(moved.nonzero()[:, 0].tolist()) <= set(ids)
+
+
+def test_of_the_words_to_say_those_that_no_text_trained_are_drawn_anew(episodes):
+    vlm, processor = common.load_backbone("tiny")
+    weight, ids = vlm.get_input_embeddings().weight, events.all_words(episodes, processor.tokenizer)
+    before = weight.detach().clone()
+    for word in ids:
+        common.redraw_untrained(vlm, word, ids)
+    changed = (weight != before).any(1).nonzero()[:, 0]
+    assert 0 < len(changed) < len(ids) and set(changed.tolist()) <= set(ids)
+    red, because = (processor.tokenizer.encode(f" {w}")[0] for w in ("red", "because"))
+    assert because in changed and red in ids and red not in changed
+    old, new = (torch.nn.functional.normalize(w[changed], dim=1) for w in (before, weight.detach()))
+    assert (old @ old.T).min() > 0.99 and ((new @ new.T) - torch.eye(len(new))).max() < 0.9
