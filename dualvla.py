@@ -52,8 +52,7 @@ Assumptions, where the paper is silent
   A8  A specialist is not asked for reasoning: its RA is 1 and R leaves Eq. 8. Of who is asked, a
       trajectory without a word has R = RA = 0 from the offline judge, hence a score of 0.
   A9  A real VLM has read the words in which a robot explains itself, `tiny` has not (its questions
-      are about scenes), so G and the student learn their embeddings, drawn anew first
-      (`--no-new-words`).
+      are about scenes), so G and the student learn those, drawn anew (`--no-new-words`).
   A10 When to reason is not said. Of the steps that a student learned from, five in six are silent,
       and a greedy one hardly ever speaks: it does where words are likelier than `--speak`.
 
@@ -1013,10 +1012,9 @@ def prepare(cfg, dist, run, resumed, teachers):
         kept = keep_labels(episodes, cfg, run.say) if dist.main else []
         bits = dist.share(["".join(str(int(k)) for k in row) for row in kept])
     if cfg.new_words and cfg.tune == "lora" and cfg.stage != "expert":  # ASSUMPTION A9
-        said = events.all_words(episodes, processor.tokenizer)
-        model.learn_words(said)
-        for word in said if cfg.stage == "generalist" and not resumed else ():
-            common.redraw_untrained(model.vlm, word, said)
+        model.learn_words(events.all_words(episodes, processor.tokenizer))
+        for word in model.words if cfg.stage == "generalist" and not resumed else ():
+            common.redraw_untrained(model.vlm, word, only=model.words)
     kept = [np.array(list(row)) == "1" for row in bits]
     ends = np.cumsum([len(p.episodes) for p in acts])
     samples = [
