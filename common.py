@@ -361,6 +361,56 @@ def peak_memory() -> int:
     return torch.cuda.max_memory_allocated() or peak
 
 
+# --- questions about pictures ---------------------------------------------------------------------
+
+ABILITIES = ("pope", "seed", "scienceqa", "mme")  # the world's questions in these benchmarks' form
+
+
+def answer_labels(input_ids, answers):
+    """(B, T) ids whose rows end with their answers -> (B, T), -100 everywhere else."""
+    labels = torch.full_like(input_ids, -100)
+    for ids, answer in zip(labels, answers):
+        ids[len(ids) - len(answer) :] = torch.tensor(answer)
+    return labels
+
+
+def pack(rows, answers, pixels, grids, processor):
+    """Rows of ids that end with their answers, pictures -> batch of one prompt, labels in it."""
+    prompt = processor.pad(rows, grids)
+    prompt["labels"] = answer_labels(prompt["input_ids"], answers)
+    return {
+        "prompt": prompt,
+        "pixel_values": torch.from_numpy(np.concatenate(pixels)),
+        "image_grid_thw": torch.tensor([g for grid in grids for g in grid]),
+    }
+
+
+def ask(samples, processor, system):
+    """Samples with "images", "question", "answer" -> batch, its answers labelled."""
+    pixels, grids = zip(*(processor.images(s["images"]) for s in samples))
+    pairs = [
+        processor.prompt(system, "Question: " + s["question"], grid, s["answer"])
+        for s, grid in zip(samples, grids)
+    ]
+    rows, answers = [ids + answer for ids, answer in pairs], [answer for _, answer in pairs]
+    return pack(rows, answers, pixels, grids, processor)
+
+
+def abilities(right, sets, processor, system, device, dtype) -> dict[str, float]:
+    """{name: samples} -> {name: share answered right}; right(batch) -> (B,) bool. As in MME's
+    accuracy+, a picture counts there if both answers are right."""
+    shares = {}
+    for name, samples in sets.items():
+        told = []
+        for i in range(0, len(samples), 50):
+            asked = to_device(ask(samples[i : i + 50], processor, system), device)
+            with autocast(device, dtype):
+                told += right(asked).tolist()
+        together = np.reshape(told, (-1, 2 if name == "mme" else 1))
+        shares[name] = float(together.all(1).mean())
+    return shares
+
+
 # --- action tokens --------------------------------------------------------------------------------
 
 

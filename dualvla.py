@@ -292,7 +292,7 @@ def sense(samples, cfg, processor, form="", tail=True):
         if cfg.actions == "flow":  # when to act is learned; which query follows which is not
             learn = learn[: len(said) + 1] + [-100] * (cfg.queries - 1)
         labels.append(learn if tail else [])
-    batch = pack(rows, labels, pixels, grids, processor) | {
+    batch = common.pack(rows, labels, pixels, grids, processor) | {
         "state": torch.from_numpy(np.stack([s["state"] for s in samples])),  # (B, S)
         "views": {  # for the flow expert's eye: camera -> (B, h, w, 3)
             str(i): torch.from_numpy(np.stack(view))
@@ -305,30 +305,6 @@ def sense(samples, cfg, processor, form="", tail=True):
     return batch
 
 
-def ask(samples, processor):
-    """Samples with "images", "question", "answer" -> batch of one prompt, its answers labelled."""
-    pixels, grids = zip(*(processor.images(s["images"]) for s in samples))
-    pairs = [
-        processor.prompt(SYSTEM, "Question: " + s["question"], grid, s["answer"])
-        for s, grid in zip(samples, grids)
-    ]
-    rows, answers = [ids + answer for ids, answer in pairs], [answer for _, answer in pairs]
-    return pack(rows, answers, pixels, grids, processor)
-
-
-def pack(rows, answers, pixels, grids, processor):
-    """Rows of ids that end with their answers, pictures -> batch; -100 for all but the answers."""
-    prompt = processor.pad(rows, grids)
-    prompt["labels"] = torch.full_like(prompt["input_ids"], -100)  # (B, T)
-    for labels, answer in zip(prompt["labels"], answers):
-        labels[len(labels) - len(answer) :] = torch.tensor(answer)
-    return {
-        "prompt": prompt,
-        "pixel_values": torch.from_numpy(np.concatenate(pixels)),
-        "image_grid_thw": torch.tensor([g for grid in grids for g in grid]),
-    }
-
-
 def collate(samples, cfg, processor):
     """Robot samples and questions -> one batch; "plain": what the action teacher is asked."""
     robot = [s for s in samples if "action" in s]
@@ -336,7 +312,7 @@ def collate(samples, cfg, processor):
     batch = {"robot": sense(robot, cfg, processor)}
     if cfg.teachers in ("both", "action"):
         batch["plain"] = sense(robot, cfg, processor, form="plain")["prompt"]
-    return batch | ({"questions": ask(asked, processor)} if asked else {})
+    return batch | ({"questions": common.ask(asked, processor, SYSTEM)} if asked else {})
 
 
 # --- Model: two LoRA experts behind learned gates, latent action queries --------------------------
@@ -778,30 +754,16 @@ class Policy:
         """Samples with "images" and "question" -> its answers, of `limit` words at most."""
         with common.autocast(self.device, self.cfg.dtype), torch.no_grad():
             samples = [s | {"answer": ""} for s in samples]
-            asked = common.to_device(ask(samples, self.processor), self.device)
+            asked = common.to_device(common.ask(samples, self.processor, SYSTEM), self.device)
             ids, _ = self.model.eval().speak(asked, limit, lambda ids: ids == self.model.end, 0.0)
         return [self.processor.tokenizer.decode(row).strip() for row in ids]
 
 
-ABILITIES = ("pope", "seed", "scienceqa", "mme")  # question sets in the form of the benchmarks
-
-
 @torch.no_grad()
 def abilities(model, cfg, processor, device, sets):
-    """Share of questions answered right -> {"answers": {"pope": ...}}; sets: {name: samples}.
-    As in MME's accuracy+, a picture counts there if both answers are right."""
-    model.eval()
-    scores = {}
-    for name, samples in sets.items():
-        right = []
-        for i in range(0, len(samples), 50):
-            asked = common.to_device(ask(samples[i : i + 50], processor), device)
-            with common.autocast(device, cfg.dtype):
-                right += model.answer(asked).tolist()
-        right = np.array(right, float)
-        right = right.reshape(-1, 2).min(1) if name == "mme" else right
-        scores[name] = float(right.mean())
-    return {"answers": scores}
+    """Share of questions answered right -> {"answers": {"pope": ...}}; sets: {name: samples}."""
+    how = sets, processor, SYSTEM, device, cfg.dtype
+    return {"answers": common.abilities(model.eval().answer, *how)}
 
 
 def along_the_way(policy, cfg, sets):
@@ -1122,7 +1084,7 @@ def run_stage(cfg, dist):
     run.say(f"stage {cfg.stage}: {run.folder}; {dist.processes} process(es) on {dist.device}")
     frozen = load_teachers(cfg, dist.device)
     policy, batches, meta = prepare(cfg, dist, run, resumed, frozen)
-    sets = data.question_sets(ABILITIES, cfg.questions, cfg.size, cfg.wrist_size)
+    sets = data.question_sets(common.ABILITIES, cfg.questions, cfg.size, cfg.wrist_size)
     teachers = [frozen[name].model if name in frozen else None for name in ORDER[:2]]
     measure = partial(along_the_way, policy, cfg, sets)
     seconds = train(cfg, dist, run, policy.model, batches, meta, resumed, measure, teachers)
@@ -1157,7 +1119,7 @@ def evaluate_only(cfg, dist):
     if cfg.benchmark:
         return benchmarks.run(cfg.benchmark, policy.write, cfg) if dist.main else None
     run = common.Run(cfg, "dualvla", __file__, dist, cfg.steps)
-    sets = data.question_sets(ABILITIES, cfg.questions, cfg.size, cfg.wrist_size)
+    sets = data.question_sets(common.ABILITIES, cfg.questions, cfg.size, cfg.wrist_size)
     result = facts(cfg, *policy.trained)
     run.result(result | evaluate(policy, cfg, dist, run.folder, run.say, sets))
     run.close()

@@ -242,42 +242,18 @@ def sense(samples, cfg, processor, fast=None):
         "state": torch.from_numpy(np.stack([s["state"] for s in samples])),  # (B, S)
     }
     if said:
-        batch["right"]["labels"] = answer_labels(batch["right"]["input_ids"], said)
+        batch["right"]["labels"] = common.answer_labels(batch["right"]["input_ids"], said)
     if "action" in samples[0]:
         batch["action"] = torch.from_numpy(np.stack([s["action"] for s in samples]))  # (B, H, A)
         batch["mask"] = torch.from_numpy(np.stack([s["mask"] for s in samples]))  # (B, H)
     return batch
 
 
-def ask(samples, processor):
-    """Samples with "images", "question", "answer" -> batch of one prompt, its answers labelled."""
-    pixels, grids = zip(*(processor.images(s["images"]) for s in samples))
-    pairs = [
-        processor.prompt(SYSTEM_L, "Question: " + s["question"], grid, s["answer"])
-        for s, grid in zip(samples, grids)
-    ]
-    prompt = processor.pad([ids + answer for ids, answer in pairs], grids)
-    prompt["labels"] = answer_labels(prompt["input_ids"], [answer for _, answer in pairs])
-    return {
-        "prompt": prompt,
-        "pixel_values": torch.from_numpy(np.concatenate(pixels)),
-        "image_grid_thw": torch.tensor([g for grid in grids for g in grid]),
-    }
-
-
-def answer_labels(input_ids, answers):
-    """(B, T) ids whose rows end with their answers -> (B, T), -100 everywhere else."""
-    labels = torch.full_like(input_ids, -100)
-    for ids, answer in zip(labels, answers):
-        ids[len(ids) - len(answer) :] = torch.tensor(answer)
-    return labels
-
-
 def collate(samples, cfg, processor, fast=None):
     """Action samples and, when co-training, as many questions -> one batch."""
     batch = sense([s for s in samples if "action" in s], cfg, processor, fast)
     asked = [s for s in samples if "question" in s]
-    return batch | ({"questions": ask(asked, processor)} if asked else {})
+    return batch | ({"questions": common.ask(asked, processor, SYSTEM_L)} if asked else {})
 
 
 # --- Model: two brains joined by AsyMoT (Section 4.1) ---------------------------------------------
@@ -719,28 +695,17 @@ class Policy:
         return pictures.glow(image, heat.view(rows, columns).cpu().numpy())
 
 
-ABILITIES = ("pope", "seed", "scienceqa", "mme")  # Figure 2's four benchmarks, in the world's form
-
-
 @torch.no_grad()
 def abilities(model, cfg, processor, device, sets):
-    """Share of questions each brain answers by itself -> {"right": {"pope": ...}, "left": ...}.
-
-    sets: {name: samples}. As in MME's accuracy+, a picture counts there if both answers are right.
-    """
+    """Share of questions each brain answers by itself -> {"right": {"pope": ...}, "left": ...}:
+    Figure 2. sets: {name: samples}."""
     model.eval()
-    scores = {}
-    for side in ("right", "left") if model.left is not None else ("right",):
-        scores[side] = {}
-        for name, samples in sets.items():
-            right = []
-            for i in range(0, len(samples), 50):
-                asked = common.to_device(ask(samples[i : i + 50], processor), device)
-                with common.autocast(device, cfg.dtype):
-                    right += model.answer(getattr(model, side), asked)[1].tolist()
-            together = np.reshape(right, (-1, 2 if name == "mme" else 1))
-            scores[side][name] = float(together.all(1).mean())
-    return scores
+    brains = {"right": model.right} | ({"left": model.left} if model.left is not None else {})
+    how = sets, processor, SYSTEM_L, device, cfg.dtype
+    return {
+        side: common.abilities(lambda asked, vlm=vlm: model.answer(vlm, asked)[1], *how)
+        for side, vlm in brains.items()
+    }
 
 
 # --- Train ----------------------------------------------------------------------------------------
@@ -977,7 +942,7 @@ def session(cfg, dist):
     check(cfg)
     run = common.Run(cfg, "twinbrain", __file__, dist, cfg.steps, resumed)
     run.say(f"run folder {run.folder}; {dist.processes} process(es) on {dist.device}")
-    sets = data.question_sets(ABILITIES, cfg.questions, cfg.size, cfg.wrist_size)
+    sets = data.question_sets(common.ABILITIES, cfg.questions, cfg.size, cfg.wrist_size)
     if not policy:
         policy, batches, meta, teacher = prepare(cfg, dist, run, resumed)  # [method]
         measure = partial(abilities, policy.model, cfg, policy.processor, dist.device, sets)

@@ -140,7 +140,6 @@ def measures(result):
 
 # --- numbers --------------------------------------------------------------------------------------
 
-ABILITIES = ("pope", "seed", "scienceqa", "mme")
 PLAIN = ("length", "ms", "words", "train_seconds", "vla_score")  # not shares
 
 
@@ -234,7 +233,7 @@ def by_seed(side, name):
     for i, made in enumerate(side):
         value, trials = measures(made.result).get(name, (None, None))
         last = name.split(" ")[-1]
-        if last in ABILITIES and made.settings.get("questions"):
+        if last in common.ABILITIES and made.settings.get("questions"):
             trials = made.settings["questions"] // (2 if last == "mme" else 1)  # asked in pairs
         if value is not None:
             seed = made.settings.get("seed", i)

@@ -172,7 +172,7 @@ def forgetting_table():
     ):
         some = sorted(arm("twinbrain", name, flags), key=lambda x: x["seed"])
         used += some
-        shares = [[x["vqa"][side][a] for x in some] for a in twinbrain.ABILITIES]
+        shares = [[x["vqa"][side][a] for x in some] for a in common.ABILITIES]
         cells = [", ".join(f"{100 * v:.0f}" for v in row) or "not run" for row in shares]
         body.append([words, *cells])
     body.append(["paper, Qwen3-VL-4B, VLA training", "88.87 to 0.04 (paper)", "", "", ""])

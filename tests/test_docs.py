@@ -212,7 +212,7 @@ def test_verdicts_on_time_take_the_last_measurement(one, other, want, monkeypatc
 
 def test_claims_name_arms_and_measures_that_exist():
     domains = "in look colour shape pair wording out chain pick_all length train_seconds answers "
-    known = domains.split() + [f"{s} {a}" for s in ("left", "right") for a in twinbrain.ABILITIES]
+    known = domains.split() + [f"{s} {a}" for s in ("left", "right") for a in common.ABILITIES]
     known += ["vla_score", "reason in", "reason ms", "plain in"]
     for claim in CLAIMS["claims"]:
         assert claim["paper"] in tables.BASES and claim["claim"].endswith(".")

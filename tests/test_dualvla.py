@@ -700,7 +700,7 @@ def test_integration_reaches_the_target(steps):
 def test_answers_are_those_of_greedy_decoding(case):
     sets = data.question_sets(["pope"], 6)["pope"]
     with torch.no_grad():
-        right = case.model.answer(dualvla.ask(sets, case.processor)).tolist()
+        right = case.model.answer(common.ask(sets, case.processor, dualvla.SYSTEM)).tolist()
     said = case.policy.write(sets, 20)
     assert [s == w["answer"] for s, w in zip(said, sets)] == right
 

@@ -48,7 +48,7 @@ def test_the_chain_leaves_what_is_needed_to_read_it(finished):
         names += " scores.jsonl score.html"
         assert set(names.split()) <= {p.name for p in (finished / stage).iterdir()}, stage
         got = result(finished / stage)
-        assert got["stage"] == stage and set(got["vqa"]) == set(dualvla.ABILITIES)
+        assert got["stage"] == stage and set(got["vqa"]) == set(common.ABILITIES)
         assert got["vla_score"]["judge"] == "offline" and 0 <= got["vla_score"]["score"] <= 1
         assert set(got["forms"]) == ({"plain"} if stage == "expert" else {"plain", "reason"})
         assert all(form["ms"] > 0 for form in got["forms"].values())

@@ -52,7 +52,7 @@ class Case:
         self.batch = twinbrain.sense(self.samples, cfg, self.processor, self.fast)
         if cfg.cotrain:
             asked = data.question_sets(["pope"], 2)["pope"]
-            self.batch["questions"] = twinbrain.ask(asked, self.processor)
+            self.batch["questions"] = common.ask(asked, self.processor, twinbrain.SYSTEM_L)
         self.noise = twinbrain.draw_noise(cfg, 0, 7, ALONE)
         self.policy = twinbrain.Policy(
             self.model,
@@ -456,7 +456,7 @@ def test_left_brain_stays_as_it_was(episodes):
     weights, right = case.model.left.state_dict(), case.model.right.state_dict()
     assert all(torch.equal(weights[n], x) for n, x in fresh.state_dict().items())
     assert not torch.equal(right["lm_head.weight"], weights["lm_head.weight"])
-    asked = twinbrain.ask(data.question_sets(["seed"], 4)["seed"], case.processor)
+    asked = common.ask(data.question_sets(["seed"], 4)["seed"], case.processor, twinbrain.SYSTEM_L)
     words = {k: asked[k] for k in ("pixel_values", "image_grid_thw")}
     words |= {k: asked["prompt"][k] for k in ("input_ids", "position_ids")}
     words["attention_mask"] = common.causal_mask(asked["prompt"]["real"])
@@ -740,7 +740,8 @@ def test_answers_are_those_of_greedy_generation(case, library):
     other = {"yes": "no", "no": "yes"}
     samples += [s | {"answer": other[s["answer"]]} for s in samples[:6]]
     with torch.no_grad():
-        right = case.model.answer(case.model.left, twinbrain.ask(samples, case.processor))[1]
+        asked = common.ask(samples, case.processor, twinbrain.SYSTEM_L)
+        right = case.model.answer(case.model.left, asked)[1]
     want = []
     for sample in samples:
         pixels, grids = case.processor.images(sample["images"])
@@ -758,13 +759,14 @@ def test_answers_are_those_of_greedy_generation(case, library):
 
 
 def test_abilities_count_both_brains(case):
-    sets = data.question_sets(twinbrain.ABILITIES, 4)
+    sets = data.question_sets(common.ABILITIES, 4)
     scores = twinbrain.abilities(case.model, case.cfg, case.processor, ALONE.device, sets)
     assert set(scores) == {"left", "right"} and scores["left"] == scores["right"]  # untrained
     assert set(scores["left"]) == set(sets)
     pairs = sets["mme"]
     with torch.no_grad():
-        right = case.model.answer(case.model.left, twinbrain.ask(pairs, case.processor))[1].tolist()
+        asked = common.ask(pairs, case.processor, twinbrain.SYSTEM_L)
+        right = case.model.answer(case.model.left, asked)[1].tolist()
     both = [right[i] and right[i + 1] for i in (0, 2)]
     assert scores["left"]["mme"] == sum(both) / 2
 
