@@ -509,11 +509,12 @@ def draw_words(vlm, word: int, count: int, generator=None):
 
 
 @torch.no_grad()
-def redraw_untrained(vlm, word: int, only=None):
-    """Draws the words that lie with this one anew, amid the trained ones; only: these ids of them,
-    those of words that will be trained."""
-    words, beside = vlm.get_input_embeddings().weight, untrained(vlm, word)
-    if only is not None:
-        beside &= torch.isin(torch.arange(len(words), device=words.device), torch.tensor(only))
-    new = draw_words(vlm, word, int(beside.sum()), torch.Generator().manual_seed(0))
-    words[beside] = new.to(words.dtype)
+def redraw_untrained(vlm, ids: list[int], only=None):
+    """Draws the words that lie with one of these anew, amid the trained ones; only: of them those
+    with these ids, the words that will be trained."""
+    words, noise = vlm.get_input_embeddings().weight, torch.Generator().manual_seed(0)
+    for word in ids:
+        beside = untrained(vlm, word)
+        if only is not None:
+            beside &= torch.isin(torch.arange(len(words), device=words.device), torch.tensor(only))
+        words[beside] = draw_words(vlm, word, int(beside.sum()), noise).to(words.dtype)

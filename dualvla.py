@@ -346,7 +346,8 @@ class DualVLA(nn.Module):
                 nn.init.zeros_(self.gate[-1].weight)
                 nn.init.zeros_(self.gate[-1].bias)
         if cfg.actions == "flow":
-            self.queries = nn.Parameter(common.draw_words(vlm, self.first, cfg.queries))  # A6
+            words = common.draw_words(vlm, self.first, cfg.queries)  # ASSUMPTION A6
+            self.queries = nn.Parameter(words)
             self.flow = FlowExpert(cfg, D, state_dim, action_dim)
             if not alone:  # ASSUMPTION A6
                 self.flow.requires_grad_(False)
@@ -975,8 +976,8 @@ def prepare(cfg, dist, run, resumed, teachers):
         bits = dist.share(["".join(str(int(k)) for k in row) for row in kept])
     if cfg.new_words and cfg.tune == "lora" and cfg.stage != "expert":  # ASSUMPTION A9
         model.learn_words(events.all_words(episodes, processor.tokenizer))
-        for word in model.words if cfg.stage == "generalist" and not resumed else ():
-            common.redraw_untrained(model.vlm, word, only=model.words)
+        if cfg.stage == "generalist" and not resumed:
+            common.redraw_untrained(model.vlm, model.words, only=model.words)
     kept = [np.array(list(row)) == "1" for row in bits]
     ends = np.cumsum([len(p.episodes) for p in acts])
     samples = [

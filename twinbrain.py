@@ -844,8 +844,8 @@ def prepare(cfg, dist, run, resumed):
     teacher = load_teacher(cfg, dist.device, robots) if cfg.distill else None
     model, processor = build(cfg, *data.dims(robots), resumed)
     if cfg.head in ("oft", "fast") and not (resumed or cfg.lora):
-        word = processor.tokenizer.encode(SLOT if cfg.head == "oft" else "<robot_action_0>")[0]
-        common.redraw_untrained(model.right, word)
+        word = SLOT if cfg.head == "oft" else "<robot_action_0>"
+        common.redraw_untrained(model.right, processor.tokenizer.encode(word)[:1])
     how = cfg.horizon, cfg.augment, (cfg.size, cfg.wrist_size)
     windows = [data.Windows(p.episodes, p.stats, *how, data.robot_name(p.name)) for p in acts]
     mixtures = [data.Mixture(windows, [p.weight for p in acts], cfg.seed)]

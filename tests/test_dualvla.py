@@ -787,8 +787,7 @@ def test_of_the_words_to_say_those_that_no_text_trained_are_drawn_anew(episodes)
     vlm, processor = common.load_backbone("tiny")
     weight, ids = vlm.get_input_embeddings().weight, events.all_words(episodes, processor.tokenizer)
     before = weight.detach().clone()
-    for word in ids:
-        common.redraw_untrained(vlm, word, ids)
+    common.redraw_untrained(vlm, ids, only=ids)
     changed = (weight != before).any(1).nonzero()[:, 0]
     assert 0 < len(changed) < len(ids) and set(changed.tolist()) <= set(ids)
     red, because = (processor.tokenizer.encode(f" {w}")[0] for w in ("red", "because"))

@@ -58,6 +58,11 @@ def test_the_chain_leaves_what_is_needed_to_read_it(finished):
     lines = [json.loads(x) for x in (finished / "dual" / "metrics.jsonl").read_text().splitlines()]
     assert {"kd_action", "kd_reason", "text", "action", "answer"} <= set(lines[-1])
     assert not any(".base." in n or "visual" in n for n in weights(finished / "dual"))
+    tokenizer = common.load_backbone("tiny")[1].tokenizer
+    ids = [tokenizer.encode(f" {word}")[0] for word in ("because", "must")]  # drawn anew for G
+    for stage, apart in (("expert", False), ("generalist", True), ("dual", True)):
+        words = weights(finished / stage)["vlm.model.language_model.embed_tokens.weight"][ids]
+        assert (torch.cosine_similarity(*words, dim=0) < 0.9) == apart, stage
 
 
 def test_resuming_equals_never_having_stopped(finished, copied):

@@ -672,15 +672,15 @@ def test_words_that_no_text_trained_are_drawn_anew():
     twins = [ids("<robot_action_0>"), ids("<robot_action_7>"), ids(twinbrain.SLOT)]
     red = ids("Ġred")
     assert torch.cosine_similarity(words[twins[0]], words[twins[1:]]).min() > 0.99
-    common.redraw_untrained(vlm, red)
+    common.redraw_untrained(vlm, [red])
     assert torch.equal(words, before), "a word that lies alone was trained"
-    common.redraw_untrained(vlm, ids(twinbrain.SLOT))
+    common.redraw_untrained(vlm, [ids(twinbrain.SLOT)])
     changed = (words != before).any(1)
     assert changed[twins].all() and not changed[red] and vlm.lm_head.weight is words
     assert torch.cosine_similarity(words[twins[0]], words[twins[1:]]).max() < 0.9
     assert 0.8 < words[changed].norm(dim=1).mean() / words[~changed].norm(dim=1).mean() < 1.25
     drawn = words.detach().clone()
-    common.redraw_untrained(vlm, ids(twinbrain.SLOT))
+    common.redraw_untrained(vlm, [ids(twinbrain.SLOT)])
     assert torch.equal(words, drawn)
 
 
@@ -694,7 +694,7 @@ def test_words_added_to_a_large_vocabulary_are_drawn_anew(scale):
         words.weight[new] = words.weight[:3600].mean(0) + 1e-6 * draw(400, 64)
         before = words.weight.clone()
     vlm = SimpleNamespace(get_input_embeddings=lambda: words)
-    common.redraw_untrained(vlm, 3600)
+    common.redraw_untrained(vlm, [3600])
     changed = (words.weight != before).any(1)
     assert changed[new].all() and not changed[:3600].any()
 
