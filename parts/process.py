@@ -8,9 +8,11 @@ import datetime
 import difflib
 import errno
 import os
+import platform
 import random
 import signal
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -146,11 +148,20 @@ def seed_all(seed: int) -> None:
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether matrix products in bfloat16 are fast there; elsewhere they are dozens of times slower
-    than in float32."""
+    """Whether matrix products are faster in bfloat16 there than in float32. A CPU without its
+    instructions is dozens of times slower; AVX-512's alone help on AMD's, but not on Intel's, where
+    a step takes longer with them (no AMX, as in many virtual machines: `bench/step.py`)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if torch.cpu._is_amx_tile_supported():
+        return True
+    return torch.cpu._is_avx512_bf16_supported() and "AuthenticAMD" in processor()
+
+
+def processor() -> str:
+    """What the system says about its processor; its maker is named in it."""
+    file = Path("/proc/cpuinfo")
+    return file.read_text() if file.exists() else platform.processor()
 
 
 def in_bf16(device: torch.device, dtype: str) -> bool:

@@ -393,6 +393,19 @@ def test_autocast_follows_the_flag():
         assert product("auto").dtype in (torch.bfloat16, torch.float32)
 
 
+@pytest.mark.parametrize("dot, tiles, maker, fast", [
+    (False, False, "AuthenticAMD", False), (True, False, "AuthenticAMD", True),
+    (True, False, "GenuineIntel", False), (True, True, "GenuineIntel", True),
+])  # fmt: skip
+def test_auto_takes_bfloat16_where_its_products_are_the_faster_ones(
+    dot, tiles, maker, fast, monkeypatch
+):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: dot)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+    monkeypatch.setattr(process, "processor", lambda: f"vendor_id : {maker}")
+    assert process.in_bf16(torch.device("cpu"), "auto") == fast
+
+
 def test_another_backbone_takes_the_preset_larger_unless_one_is_named():
     def parse(words):
         presets = {"paper": {"lr": 1e-5, "steps": 9}, "larger": {"lr": 1e-4}}
