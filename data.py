@@ -22,7 +22,7 @@ import sys
 from collections import Counter, namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -116,9 +116,8 @@ def record(world, seed, size, wrist_size, noise, tries=20):
     )
 
 
-def _record_many(arguments):
-    world, seeds, *how = arguments
-    return [record(world, seed, *how) for seed in seeds]
+def _record_many(world, seeds, **how):
+    return [record(world, seed, **how) for seed in seeds]
 
 
 def demonstrations(world, episodes=1000, seed=0, size=64, wrist_size=32, noise=0.3):
@@ -132,12 +131,13 @@ def demonstrations(world, episodes=1000, seed=0, size=64, wrist_size=32, noise=0
         return load_demonstrations(path)
     seeds = range(seed * 1_000_000, seed * 1_000_000 + episodes)
     share = 4 if World.slow else 20
-    blocks = [list(seeds[i : i + share]) for i in range(0, episodes, share)]
-    jobs = [(world, block, size, wrist_size, noise) for block in blocks]
-    made, words = [], f"demonstrations of {world} (once, then cached)"
+    shares = [seeds[i : i + share] for i in range(0, episodes, share)]
+    made = []
+    print(f"recording {episodes} demonstrations of {world} (once, then cached)", flush=True)
+    how = partial(_record_many, world, size=size, wrist_size=wrist_size, noise=noise)
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
-        with tqdm(None, words, episodes, leave=False, disable=None) as bar:
-            for block in pool.map(_record_many, jobs):
+        with tqdm(total=episodes, leave=False, disable=None) as bar:
+            for block in pool.map(how, shares):
                 made.extend(block)
                 bar.update(len(block))
     tqdm.write(f"demonstrations of {world}: {expert_rates(made)}")

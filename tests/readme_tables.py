@@ -304,6 +304,8 @@ def arms_table(method, usual=""):
     full = [x for x in lines(method) if x["flags"].startswith(SHORT) == (usual == SHORT)]
     said = ((x["arm"], x["flags"].removesuffix(FLOAT).rstrip()) for x in full)
     runs |= dict.fromkeys(said)
+    found = {n for n in names for run in runs if cell(arm(method, *run), n) != "not run"}
+    names = [n for n in names if n in found or n == other]  # measured of any row
     for name, flags in runs:
         about, some = SCRIPTS[method].ABLATIONS[name], arm(method, name, flags)
         if not some and any(x["arm"] == name for x in lines(method)):
