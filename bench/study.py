@@ -107,14 +107,14 @@ def run(method, arm, seed, flags, args):
 
 def table(lines):
     """Mean over seeds, with the 95% interval over seeds where there are several."""
-    second = "length" if "length" in lines[0] else "success_out"
-    heads = {"success_out": "out-of-domain %", "length": "average length"}
+    heads = {"length": "average length", "answers": "answers %", "success_out": "out-of-domain %"}
+    second = next((key for key in heads if lines[0].get(key) is not None), "success_out")
     print(f"{'arm':18} {'seeds':>5}  {'success %':>20} {heads[second]:>20} {'seconds':>8}  flags")
     for arm, flags in dict.fromkeys((line["arm"], line["flags"]) for line in lines):
         mine = [line for line in lines if (line["arm"], line["flags"]) == (arm, flags)]
         cells = []
-        for key, scale in (("success", 100), (second, 100 if second == "success_out" else 1)):
-            values = [scale * line[key] for line in mine if line[key] is not None]
+        for key, scale in (("success", 100), (second, 1 if second == "length" else 100)):
+            values = [scale * line[key] for line in mine if line.get(key) is not None]
             mean = sum(values) / len(values) if values else float("nan")
             low, high = common.ci95_mean(values) if len(values) > 1 else (mean, mean)
             cells.append(f"{mean:.2f} ({low:.2f} to {high:.2f})")

@@ -241,6 +241,25 @@ def short_table(brief=False):
     return rows(head, body) + words + source(used)
 
 
+def metaworld_table():
+    """The methods on Meta-World's ten tasks, each as it acts: at its first arm's settings."""
+    body, used = [], []
+    for method, measure in (("twinbrain", "in"), ("vita_vla", "in"), ("dualvla", "reason in")):
+        first = MEASURES[method][0]
+        some = [x for x in lines(method) if x["world"] == "metaworld" and x["arm"] == first]
+        if not some:
+            continue
+        rates = {t: statistics.fmean(x["per_task"][t] for x in some) for t in some[0]["per_task"]}
+        worst = min(rates, key=rates.get)
+        minutes = statistics.fmean(spent(x, "train_seconds") for x in some) / 60
+        flags = some[0]["flags"].removesuffix(FLOAT).rstrip()
+        body.append([f"`{method}.py {flags}`", cell(some, measure),
+                     f"{worst.removesuffix('-v3')} {100 * rates[worst]:.0f}", f"{minutes:.0f}"])
+        used += some
+    head = ["script", "success %", "hardest task %", "minutes of training"]
+    return rows(head, body) + "\n\n" + source(used)
+
+
 def precision_table():
     """Table 1's two arms at half of the length, seed by seed, in each precision of products."""
     kinds = {"bfloat16": SHORT, "float32 inside Muon": f"{SHORT} --muon fp32",
@@ -301,7 +320,8 @@ def arms_table(method, usual=""):
     body, base = [], arm(method, first, usual)
     other = names[1] if method == "twinbrain" else names[0]
     runs = dict.fromkeys((name, usual) for name in SCRIPTS[method].ABLATIONS)
-    full = [x for x in lines(method) if x["flags"].startswith(SHORT) == (usual == SHORT)]
+    home = [x for x in lines(method) if x["world"] == SCRIPTS[method].Config.world]
+    full = [x for x in home if x["flags"].startswith(SHORT) == (usual == SHORT)]
     said = ((x["arm"], x["flags"].removesuffix(FLOAT).rstrip()) for x in full)
     runs |= dict.fromkeys(said)
     found = {n for n in names for run in runs if cell(arm(method, *run), n) != "not run"}
@@ -557,6 +577,7 @@ TABLES = {
     "twinbrain-seeds": lambda: short_table(brief=True),
     "twinbrain-precision": precision_table,
     "rounding": rounding_table,
+    "metaworld": metaworld_table,
     "twinbrain-suites": suites_table,
     "twinbrain-arms": lambda: arms_table("twinbrain"),
     "vita_vla": chain_table,

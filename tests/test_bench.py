@@ -277,6 +277,15 @@ def test_arms_begin_where_the_stages_of_another_ended(tmp_path, monkeypatch):
     assert not {"--student", "--teacher"} & set(asked[3])
 
 
+@pytest.mark.parametrize("method, head", [("twinbrain", "out-of-domain %"),
+                                          ("vita_vla", "average length"), ("dualvla", "answers %")])
+def test_a_study_tabulates_the_lines_of_each_method(method, head, capsys):
+    lines = common.result_lines(method)
+    study.table(lines)
+    first, *rows = capsys.readouterr().out.splitlines()
+    assert head in first and len(rows) == len({(x["arm"], x["flags"]) for x in lines})
+
+
 def test_the_forgetting_figure_takes_each_brain_by_its_arm():
     def scores(share):
         return {"pope": share, "seed": share, "scienceqa": share, "mme": 0.0}

@@ -7,9 +7,10 @@ import common
 
 def show(method, rows, paper, ours, numbers):
     """Prints rows {--ablation: {"_row": words, "_paper": number or None, flags}} beside the means
-    over seeds of `numbers(line)`, of the lines of assets/results; paper, ours: what the two
-    columns hold. -> {name: means of the runs without further flags}."""
+    over seeds of `numbers(line)`, of assets/results' lines on the tabletop; paper, ours: what the
+    two columns hold. -> {name: means of the runs without further flags}."""
     plain, lines = {}, common.result_lines(method)
+    lines = [r for r in lines if r["world"].startswith("tabletop")]
     print(f"{'--ablation':18} {'row':45} {paper:>24}   ours, {ours} (seeds) flags")
     for name, about in rows.items():
         found = {}
