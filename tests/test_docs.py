@@ -35,8 +35,8 @@ ROOT, SCRIPTS = tables.ROOT, tables.SCRIPTS
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 TEXT = {page.name: page.read_text() for page in PAGES}
 GUIDES = ("guide.md", "ablation.md")
-NAMES = set("AMD AMX AVX CPU CUDA EGL EPYC GB GPT GPUs JSON MB MIT MuJoCo PyTorch README SIGTERM TSV "
-            "VITA VL nanoGPT starVLA".split())  # fmt: skip
+NAMES = set("AMD AMX AVX CPU CUDA EGL EPYC GB GPT GPUs JSON MB MIT MuJoCo PyTorch README SIGTERM "
+            "TSV VITA VL nanoGPT starVLA".split())  # fmt: skip
 CLAIMS = tables.claims_file()
 SMALL = {  # what makes a command of the guide a matter of seconds
     "twinbrain": "--steps 2 --batch 4 --demos 20 --episodes 1 --questions 2 --width 32 --depth 2 "
