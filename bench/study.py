@@ -34,6 +34,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 import common  # noqa: E402
+from parts import process  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHARED = {  # method or arm: flags that take a stage of another run, and that stage's folder
@@ -45,8 +46,8 @@ SHARED = {  # method or arm: flags that take a stage of another run, and that st
 
 def machine():
     """Kind of machine, without its name: processor, cores, accelerator, lack of bfloat16."""
-    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    model = [line.split(":")[1].strip() for line in text.splitlines() if "model name" in line]
+    lines = process.cpu_facts().splitlines()
+    model = [line.split(":")[1].strip() for line in lines if "model name" in line]
     words = f"{model[0] if model else platform.machine()}, {os.cpu_count()} cores"
     words += f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return words + ("" if common.multiplies_bf16(DEVICE) else " without bfloat16")

@@ -155,11 +155,11 @@ def multiplies_bf16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if torch.cpu._is_amx_tile_supported():
         return True
-    return torch.cpu._is_avx512_bf16_supported() and "AuthenticAMD" in processor()
+    return torch.cpu._is_avx512_bf16_supported() and "AuthenticAMD" in cpu_facts()
 
 
-def processor() -> str:
-    """What the system says about its processor; its maker is named in it."""
+def cpu_facts() -> str:
+    """What the system says about its CPU: maker and model among others."""
     file = Path("/proc/cpuinfo")
     return file.read_text() if file.exists() else platform.processor()
 

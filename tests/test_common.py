@@ -402,7 +402,7 @@ def test_auto_takes_bfloat16_where_its_products_are_the_faster_ones(
 ):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: dot)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
-    monkeypatch.setattr(process, "processor", lambda: f"vendor_id : {maker}")
+    monkeypatch.setattr(process, "cpu_facts", lambda: f"vendor_id : {maker}")
     assert process.in_bf16(torch.device("cpu"), "auto") == fast
 
 
