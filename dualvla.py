@@ -26,9 +26,7 @@ Equation map (Eq. 1 names the policy; Eq. 9 of the appendix is Eq. 3 as an expec
   Eq. 6   KL to the reasoning teacher         -> reason_distillation()
   Eq. 7   L_VLA + lambda L_KD                 -> total_loss()
   Eq. 8   VLA Score of a trajectory           -> vla_score()
-Table map (`--ablation list`: the paper's number beside ours): the ablations of pruning and of the
-teachers base, base-ft, no-*, random-pruning, ours; beside them tokens, masked, keep-either,
-full-weights, degeneration.
+Table map: `--ablation list`, the paper's number beside ours; those without one are ours.
 
 Assumptions, where the paper is silent
   A1  Frames are kept where both labels are 1; `--reach` widens a scene label around its boundary,
@@ -39,8 +37,8 @@ Assumptions, where the paper is silent
   A3  A pruned sample keeps its question (`Say why.`) and loses the answer, so the model learns when
       to talk (`--masking ignore` keeps the words and takes them out of the loss). An episode that
       was recorded without reasoning is not pruned: where a move is asked for, it is named.
-  A4  Where actions are continuous, Eq. 5 is the distance of two velocities at the same noise and
-      time: the KL of two Gaussians of one fixed variance (`--actions tokens`: Eq. 5 to the letter).
+  A4  Where actions are continuous, Eq. 5 is the KL of two Gaussians with the velocities as means,
+      at the same noise and time, of one variance, `--sigma` squared (`--actions tokens`: Eq. 5).
   A5  T = 1; the KL is a mean over positions, as the losses are; one question for `--mix` robot
       samples (InstructVLA: 7).
   A6  The base model is InstructVLA: Eagle2, r-LoRA on every matrix of its language model, two gates
@@ -115,6 +113,7 @@ class Config:
     teachers: str = "both"  # both | action | reason | none
     kd_weight: float = 0.15  # lambda of Eq. 7
     temperature: float = 1.0  # T of Eq. 5 and 6
+    sigma: float = 0.1  # of actions as Gaussians (A4): the smaller, the more E's are heeded
     # the model
     tune: str = "lora"  # lora | full: full trains every weight of the VLM in each stage
     rank: int = 32  # of LoRA (InstructVLA: 128)
@@ -580,7 +579,7 @@ def action_distillation(teacher, v_t, h, weight, mask, cfg):
     """The action teacher, asked without reasoning, on a student that has reasoned. teacher: its
     velocities (B, R, H, A), or its states at the action words (n, D) and head (V, D)."""
     if cfg.actions == "flow":  # ASSUMPTION A4
-        return masked_mean((v_t - teacher.detach()) ** 2, mask)
+        return masked_mean((v_t - teacher.detach()) ** 2, mask) / (2 * cfg.sigma**2)
     # T^2 KL(pi_E(a | o, i) || pi(a | o, i, r))
     kl = common.linear_kl(h, weight, *teacher, cfg.temperature)
     return cfg.temperature**2 * kl  # Eq. (5)
@@ -1026,6 +1025,7 @@ def check(cfg):
             not 1 <= cfg.execute <= cfg.horizon,
         f"--speak {cfg.speak}: a probability, from 0 to below 1": not 0 <= cfg.speak < 1,
         f"--temperature {cfg.temperature}: above 0": cfg.temperature <= 0,
+        f"--sigma {cfg.sigma}: above 0": cfg.sigma <= 0,
         "--reason and --motion are shares, --mix a number of samples":
             cfg.reason + cfg.motion > 1 or min(cfg.reason, cfg.motion, cfg.mix) < 0,
         "--resume goes on with a run, --eval-only takes it as it is: one of them":

@@ -38,9 +38,10 @@ class Mixture(nn.Module):
     def forward(self, x):
         y, lambdas = self.base(x), self.gates.now  # (B, T, experts) or (1, 1, experts)
         if lambdas is not None:
-            for i, (A, B) in enumerate(zip(self.down, self.up)):
-                low = self.alpha * lambdas[..., i : i + 1] * F.linear(x, A)  # (B, T, r)
-                y = y + F.linear(low, B)
+            A, B = torch.cat([*self.down]), torch.cat([*self.up], dim=1)  # all experts at once
+            low = F.linear(x, A).unflatten(-1, (len(self.down), -1))  # (B, T, experts, r)
+            low = self.alpha * lambdas[..., None] * low
+            y = y + F.linear(low.flatten(-2), B)
         return y
 
 

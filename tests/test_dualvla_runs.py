@@ -143,6 +143,7 @@ def test_a_chain_that_never_acted_has_a_summary_too():
     (["--prune", "and"], "--prune takes both"),
     (["--ablation", "no-teachers"], "unknown ablation 'no-teachers'"),
     (["--temperature", "0"], "--temperature 0.0: above 0"),
+    (["--sigma", "0"], "--sigma 0.0: above 0"),
     (["--expert", "nowhere"], "no checkpoint in nowhere: no such folder"),
     (["--resume", "nowhere"], "--resume nowhere: no run in this folder"),
     (["--eval-only", "nowhere"], "no checkpoint in nowhere: no such folder"),
