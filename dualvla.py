@@ -60,7 +60,6 @@ Assumptions, where the paper is silent
 """
 
 import dataclasses
-import json
 import math
 import time
 from dataclasses import dataclass, replace
@@ -937,8 +936,7 @@ def build(cfg, state_dim, action_dim, checkpoint=None):
 
 def load_policy(folder, device, robot=""):
     """A run folder, one of its stages, or one checkpoint -> Policy."""
-    inner = [Path(folder, name) for name in ORDER if Path(folder, name, "checkpoints").exists()]
-    checkpoint = common.load_checkpoint(inner[-1] if inner else folder, "dualvla")
+    checkpoint = common.load_checkpoint(stages.newest(folder, ORDER), "dualvla")
     cfg = common.resume_config(Config(), checkpoint.meta["config"])
     cfg.robot = robot or cfg.robot
     robots = checkpoint.meta["robots"]
@@ -1068,10 +1066,10 @@ def staged(cfg, stage, folders):
 
 
 def run_stage(cfg, dist):
-    """Trains and evaluates one stage in its folder -> its result; what is done stays done."""
+    """Trains and evaluates one stage in its folder; what is done stays done."""
     folder, resumed = Path(cfg.out), None
     if (folder / "result.json").exists():
-        return json.loads((folder / "result.json").read_text())
+        return
     if list(folder.glob("checkpoints/step_*/meta.json")):
         resumed = common.load_checkpoint(folder, "dualvla", dist=dist)
         teachers = cfg.expert, cfg.generalist  # where they are by now
@@ -1097,7 +1095,6 @@ def run_stage(cfg, dist):
     run.close()
     if dist.main:
         pictures.draw_run(run.folder, ("action", "text", "answer", "kd_action", "kd_reason"))
-    return result
 
 
 def facts(cfg, steps, processes):
@@ -1148,14 +1145,12 @@ def main(argv=None):
         return evaluate_only(cfg, dist)
     cfg, out = stages.begin(cfg, dist, "dualvla", ORDER, FREE, check)
     folders = stages.folders(cfg, dist, "dualvla", ORDER, out)
-    last, results = last_stage(cfg), {}
-    for stage in ORDER[: ORDER.index(last) + 1]:
-        if folders[stage] == out / stage:
-            results[stage] = run_stage(staged(cfg, stage, folders), dist)
-        elif (folders[stage] / "result.json").exists():
-            results[stage] = json.loads((folders[stage] / "result.json").read_text())
+    folders = {n: folders[n] for n in ORDER[: ORDER.index(last_stage(cfg)) + 1]}
+    for stage, folder in folders.items():
+        if folder == out / stage:
+            run_stage(staged(cfg, stage, folders), dist)
+    results = stages.finish(out, folders, dist)
     if dist.main:
-        common.write_json(out / "result.json", results.get(last, {}) | {"stages": results})
         reports.stages(results)
         print(f"results, pictures, films and scores of each stage are in {out}")
     dist.destroy()

@@ -66,7 +66,7 @@ from torch import nn
 import common
 import data
 from parts import history, seer
-from worlds import ablations, loop, pictures
+from worlds import ablations, loop, pictures, stages
 
 # --- Config: the defaults are the laptop's run ----------------------------------------------------
 
@@ -866,8 +866,8 @@ def introduce(teacher, student, stats, cfg, resumed, device):
 
 
 def load_policy(folder, device, robot=""):
-    """A run folder (or one checkpoint of it) -> Policy."""
-    checkpoint = common.load_checkpoint(folder, "vita_vla")
+    """A run folder, one of its stages, or one checkpoint -> Policy."""
+    checkpoint = common.load_checkpoint(stages.newest(folder, STAGES["freeze-vlm"]), "vita_vla")
     cfg = common.resume_config(Config(), checkpoint.meta["config"])
     cfg.robot = robot or cfg.robot
     model, processor = build(replace(cfg, student=""), checkpoint)
@@ -991,17 +991,15 @@ def begin(cfg, name):
 def chain(cfg, dist):
     """Yields the Config of each stage that is still to run; each has a folder of its own in the
     chain's, which `--resume` goes on with."""
-    if cfg.stage != "chain" or cfg.eval_only:
+    alone = cfg.resume and not Path(cfg.resume, "chain.json").exists()  # a single stage's folder
+    if alone or cfg.stage != "chain" or cfg.eval_only:
         yield cfg
         return
-    folder = Path(cfg.resume or cfg.out or f"runs/vita_vla-{time.strftime('%Y%m%d-%H%M%S')}")
-    folder = Path(dist.share(str(folder)))
-    if cfg.resume and (folder / "chain.json").exists():
+    new = time.strftime("runs/vita_vla-%Y%m%d-%H%M%S")
+    folder = Path(dist.share(cfg.resume or cfg.out or new))
+    if cfg.resume:
         saved = json.loads((folder / "chain.json").read_text())
         cfg = common.resume_config(cfg, saved, FREE)
-    elif cfg.resume:  # the folder of a single stage
-        yield cfg
-        return
     elif dist.share((folder / "chain.json").exists()):
         raise common.UserError(f"{folder} holds a chain: --resume {folder}, or another --out")
     elif dist.main:
@@ -1025,6 +1023,7 @@ def chain(cfg, dist):
             yield here
         teacher = teacher or str(folder / "teacher")
         before = "" if name == "teacher" else str(folder / name)
+    stages.finish(folder, {name: folder / name for name in STAGES[cfg.recipe]}, dist)
 
 
 def session(cfg, dist):
@@ -1081,8 +1080,8 @@ def main(argv=None):
     check(cfg)
     if cfg.describe:
         alone = "frozen" if cfg.freeze_vlm else cfg.stage
-        stages = STAGES[cfg.recipe] if cfg.stage == "chain" else (alone,)
-        builds = {f"VITA-VLA, {n}": lambda n=n: build(begin(cfg, n))[0] for n in stages}
+        names = STAGES[cfg.recipe] if cfg.stage == "chain" else (alone,)
+        builds = {f"VITA-VLA, {n}": lambda n=n: build(begin(cfg, n))[0] for n in names}
         return common.describe(cfg.backbone, common.load_vlm, builds)
     if cfg.export:
         return export(cfg)

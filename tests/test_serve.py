@@ -31,7 +31,7 @@ import data  # noqa: E402
 import dualvla  # noqa: E402
 import twinbrain  # noqa: E402
 import vita_vla  # noqa: E402
-from worlds import serve, tabletop  # noqa: E402
+from worlds import serve, stages, tabletop  # noqa: E402
 
 ALONE = common.Dist(0, 1, torch.device("cpu"))
 SMALL = dict(width=32, depth=1, heads=2, dtype="fp32", device="cpu")
@@ -814,4 +814,7 @@ def test_the_newest_stage_of_a_chain_is_served(runs, tmp_path):
     (tmp_path / "chain.json").write_text("{}")
     for stage in ("teacher", "finetune"):
         (tmp_path / stage).symlink_to(runs["vita_vla"])
-    assert serve.locate(tmp_path) == ("vita_vla", tmp_path / "finetune")
+    order = vita_vla.STAGES["freeze-vlm"]
+    assert serve.method_of(tmp_path) == "vita_vla"
+    assert stages.newest(tmp_path, order) == tmp_path / "finetune"
+    assert stages.newest(tmp_path / "teacher", order) == tmp_path / "teacher"

@@ -89,7 +89,10 @@ def same(one, two):
 
 
 def test_a_chain_leaves_a_run_for_each_stage(chained):
-    assert {p.name for p in chained.iterdir()} == {"chain.json", *STAGES}
+    assert {p.name for p in chained.iterdir()} == {"chain.json", "result.json", *STAGES}
+    whole = result(chained)
+    assert whole.pop("stages") == {name: result(chained / name) for name in STAGES}
+    assert whole == result(chained / "frozen")
     for name in STAGES:
         folder = chained / name
         files = "config.json metrics.jsonl result.json vita_vla.py loss.png first_batch.png"
@@ -197,7 +200,8 @@ def test_only_finetune_has_the_teachers_decoder_and_no_stage_one(chained, tmp_pa
     words = [*TINY, "--steps", "1", "--warmup", "1000000", "--weight-decay", "0"]
     words += ["--teacher", str(chained / "teacher"), "--out", str(tmp_path / "only")]
     vita_vla.main([*words, "--ablation", "only-finetune"])
-    assert {p.name for p in (tmp_path / "only").iterdir()} == {"chain.json", "finetune"}
+    names = {"chain.json", "result.json", "finetune"}
+    assert {p.name for p in (tmp_path / "only").iterdir()} == names
     assert result(tmp_path / "only" / "finetune")["arm"] == "only-finetune"
     got, held = weights(tmp_path / "only" / "finetune", 1), weights(chained / "teacher")
     for n in (n for n in held if n.startswith(DECODER)):  # a step so small that it shows nothing
@@ -209,8 +213,9 @@ def test_evaluation_alone_repeats_the_runs_own(chained, copied):
     to say: here by two processes, whatever --steps is now."""
     (*_, meta) = sorted(copied.glob("finetune/checkpoints/*/meta.json"))
     meta.write_text(meta.read_text().replace('"processes": 1', '"processes": 2'))
-    vita_vla.main(["--eval-only", str(copied / "finetune"), "--no-cache", "--steps", "9"])
-    (folder,) = (copied / "finetune").glob("eval-*")
+    shutil.rmtree(copied / "frozen")  # of a chain, the last stage acts
+    vita_vla.main(["--eval-only", str(copied), "--no-cache", "--steps", "9"])
+    (folder,) = copied.glob("eval-*")
     for key in ("success", "length", "domains", "params", "stage", "steps"):
         assert result(folder)[key] == result(chained / "finetune")[key], key
     assert result(folder)["samples"] == 2 * result(chained / "finetune")["samples"]

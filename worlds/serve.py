@@ -637,12 +637,9 @@ class Server:
 # --- main -----------------------------------------------------------------------------------------
 
 
-def locate(folder):
-    """--checkpoint -> its method, the folder of its newest stage."""
+def method_of(folder):
+    """--checkpoint -> the script that made it; where it is a chain's, the newest stage serves."""
     folder = Path(folder)
-    if (folder / "chain.json").exists():  # of vita_vla.py; dualvla.py finds its stages itself
-        stages = [folder / name for name in ("teacher", "align", "finetune", "frozen")]
-        folder = next((s for s in reversed(stages) if (s / "checkpoints").exists()), folder)
     places = ("config.json", "meta.json", "step_*/meta.json", "*/config.json", "*/*/meta.json")
     found = [file for place in places for file in sorted(folder.glob(place))]
     if not found:
@@ -653,7 +650,7 @@ def locate(folder):
         raise UserError(f"{found[0]} is damaged: no method in it") from None
     if method not in METHODS:
         raise UserError(f"{found[0]} is a run of {short(method)}; served are {', '.join(METHODS)}")
-    return method, folder
+    return method
 
 
 def describe(policy, method, cfg, reader):
@@ -714,9 +711,8 @@ def warn(cfg, say):
 
 def load(cfg):
     """-> policy, method; as `--eval-only` loads it."""
-    method, folder = locate(cfg.checkpoint)
-    device = common.setup(cfg).device
-    policy = importlib.import_module(method).load_policy(folder, device, cfg.robot)
+    method, device = method_of(cfg.checkpoint), common.setup(cfg).device
+    policy = importlib.import_module(method).load_policy(cfg.checkpoint, device, cfg.robot)
     if cfg.form and method != "dualvla":
         raise UserError(f"--form {cfg.form}: only a run of dualvla is asked in two ways")
     if cfg.form == "reason" and policy.form == "plain":

@@ -47,6 +47,22 @@ def folders(cfg, dist, method, order, out):
     return found
 
 
+def newest(folder, order):
+    """A chain's folder -> that of its last stage that has a checkpoint; else the folder itself."""
+    inner = [Path(folder, name) for name in order if Path(folder, name, "checkpoints").exists()]
+    return inner[-1] if inner else folder
+
+
+def finish(out, folders, dist):
+    """{stage: its folder} -> {stage: its result}; the chain's own is its last one's, and all."""
+    files = {stage: folder / "result.json" for stage, folder in folders.items()}
+    results = {stage: json.loads(f.read_text()) for stage, f in files.items() if f.exists()}
+    if dist.main:
+        last = list(results.values())[-1]
+        common.write_json(out / "result.json", last | {"stages": results})
+    return results
+
+
 def same_units(name, given, theirs, robots):
     """What the run given by --name reads and says lies between the bounds of its own recordings,
     `theirs`: of each of ours, one of them must have about the same, within a twentieth of the
