@@ -112,7 +112,7 @@ class Config:
     teachers: str = "both"  # both | action | reason | none
     kd_weight: float = 0.15  # lambda of Eq. 7
     temperature: float = 1.0  # T of Eq. 5 and 6
-    sigma: float = 0.1  # of actions as Gaussians (A4): the smaller, the more E's are heeded
+    sigma: float = 0.05  # of actions as Gaussians (A4): the smaller, the more E is heeded
     # the model
     tune: str = "lora"  # lora | full: full trains every weight of the VLM in each stage
     rank: int = 32  # of LoRA (InstructVLA: 128)
