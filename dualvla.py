@@ -1149,9 +1149,8 @@ def main(argv=None):
     for stage, folder in folders.items():
         if folder == out / stage:
             run_stage(staged(cfg, stage, folders), dist)
-    results = stages.finish(out, folders, dist)
     if dist.main:
-        reports.stages(results)
+        reports.stages(stages.finish(out, folders))
         print(f"results, pictures, films and scores of each stage are in {out}")
     dist.destroy()
 

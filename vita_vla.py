@@ -1023,7 +1023,8 @@ def chain(cfg, dist):
             yield here
         teacher = teacher or str(folder / "teacher")
         before = "" if name == "teacher" else str(folder / name)
-    stages.finish(folder, {name: folder / name for name in STAGES[cfg.recipe]}, dist)
+    if dist.main:
+        stages.finish(folder, {name: folder / name for name in STAGES[cfg.recipe]})
 
 
 def session(cfg, dist):

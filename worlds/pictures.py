@@ -57,7 +57,7 @@ def plot_curves(path, series: dict[str, list], title, xlabel, ylabel, smooth=0.0
     draw.line([left, top, left, bottom, right, bottom], ink, 3)
     draw.text(((left + right) / 2, 24), title, ink, large, "mt")
     draw.text(((left + right) / 2, 940), xlabel, ink, font, "mm")
-    draw.text((left - 14, top - 32), ylabel, ink, font, "rm")
+    draw.text((14, top - 32), ylabel, ink, font, "lm")
     for i, (name, line) in enumerate(series.items()):
         colour, y_label, mean, means = INKS[i % len(INKS)], top + 20 + 44 * i, None, []
         for x, y in line:

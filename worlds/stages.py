@@ -53,13 +53,11 @@ def newest(folder, order):
     return inner[-1] if inner else folder
 
 
-def finish(out, folders, dist):
+def finish(out, folders):
     """{stage: its folder} -> {stage: its result}; the chain's own is its last one's, and all."""
     files = {stage: folder / "result.json" for stage, folder in folders.items()}
     results = {stage: json.loads(f.read_text()) for stage, f in files.items() if f.exists()}
-    if dist.main:
-        last = list(results.values())[-1]
-        common.write_json(out / "result.json", last | {"stages": results})
+    common.write_json(out / "result.json", list(results.values())[-1] | {"stages": results})
     return results
 
 
