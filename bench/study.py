@@ -12,7 +12,9 @@ again. `--ablation list` and the README's tables read that file. Flags behind `-
 {seed} in them replaced. As many runs go side by side as the machine has cores, one thread each:
 on small models that is almost twice as fast as one run after another with all threads. `--after
 ARM` lets arms begin where that one's first stages ended: VITA-VLA's teacher (freeze-vlm: after
-two-stage), DualVLA's E and G. A line's command is the whole run's, of which these are parts.
+two-stage), DualVLA's E and G. A line's command is the whole run's, of which these are parts. Where
+the lines of `ours` are there and its folders are not, `python dualvla.py --seed S --threads 1
+--stage generalist --out runs/dual/ours-S` makes E and G again.
 """
 
 import argparse
