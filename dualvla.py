@@ -26,7 +26,8 @@ Equation map (Eq. 1 names the policy; Eq. 9 of the appendix is Eq. 3 as an expec
   Eq. 6   KL to the reasoning teacher         -> reason_distillation()
   Eq. 7   L_VLA + lambda L_KD                 -> total_loss()
   Eq. 8   VLA Score of a trajectory           -> vla_score()
-Table map: `--ablation list`, the paper's number beside ours; those without one are ours.
+Table map (`--ablation list`), of pruning and teachers: base, base-ft, no-*, random-pruning, ours;
+beside them tokens, masked, keep-either, full-weights, degeneration.
 
 Assumptions, where the paper is silent
   A1  Frames are kept where both labels are 1; `--reach` widens a scene label around its boundary,
