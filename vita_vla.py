@@ -856,7 +856,7 @@ def introduce(teacher, student, stats, cfg, resumed, device):
         low, high = data.bounds(stats[kind])
         other = np.array(data.bounds(teacher.robots[name][kind]))  # (2, numbers)
         if other.shape[1] != len(low) or (abs(other - (low, high)) > (high - low) / 2).any():
-            words = f"whose bounds of {kind} are not this run's: train one, --stage teacher"
+            words = f"whose bounds of {kind} are not this run's: more --demos, or --stage teacher"
             raise common.UserError(f"--teacher {cfg.teacher} learned from {name}, {words}")
     if not resumed:
         given = teacher.state_dict()
