@@ -98,7 +98,7 @@ def run(method, arm, seed, flags, args):
                 name: {k: stage[k] for k in ("samples", "train_seconds")}
                 for name, stage in stages.items()
             }
-        log = last / "metrics.jsonl"  # DualVLA's stages have one each
+        log = last / result.get("stage", "") / "metrics.jsonl"  # of DualVLA's last stage
         lines = [json.loads(x) for x in log.read_text().splitlines()] if log.exists() else []
         if curve := [[x["step"], x["abilities"]] for x in lines if "abilities" in x]:
             result["curve"] = curve  # Figure 2
