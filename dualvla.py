@@ -39,7 +39,7 @@ Assumptions, where the paper is silent
       to talk (`--masking ignore` keeps the words and takes them out of the loss). An episode that
       was recorded without reasoning is not pruned: where a move is asked for, it is named.
   A4  Where actions are continuous, Eq. 5 is the KL of two Gaussians with the velocities as means,
-      at the same noise and time, of one variance, `--sigma` squared (Eq. 5 itself: `--actions tokens`).
+      at the same noise and time and one variance, `--sigma` squared. `--actions tokens`: itself.
   A5  T = 1; the KL is a mean over positions, as the losses are; one question for `--mix` robot
       samples (InstructVLA: 7).
   A6  The base model is InstructVLA: Eagle2, r-LoRA on every matrix of its language model, two gates
