@@ -112,7 +112,7 @@ class Config:
     # distillation (Sec. 3.2.2)
     teachers: str = "both"  # both | action | reason | none
     kd_weight: float = 0.15  # lambda of Eq. 7
-    temperature: float = 1.0  # T of Eq. 5 and 6
+    temperature: float = 1.0  # T of Eq. 5 and 6, where words are compared
     sigma: float = 0.05  # of actions as Gaussians (A4): the smaller, the more E is heeded
     # the model
     tune: str = "lora"  # lora | full: full trains every weight of the VLM in each stage
@@ -627,8 +627,9 @@ def acceleration_keyframes(pose, gripper):
     a, label = np.zeros(len(pose)), np.zeros(len(pose), bool)  # ASSUMPTION A2
     if len(pose) > 2:
         a[1:-1] = np.linalg.norm(pose[2:] - 2 * pose[1:-1] + pose[:-2], axis=1)
+        rounding = 8 * np.finfo(np.float32).eps * np.abs(pose).max()  # of poses in float32
         # ||T''(t_k)|| > 1/N sum_i ||T''(t_i)||, or G changes at t_k
-        label = a > a[1:-1].mean() + 1e-9  # Eq. (4)
+        label = a > a[1:-1].mean() + rounding  # Eq. (4)
     label[1:] |= np.asarray(gripper[1:]) != np.asarray(gripper[:-1])
     return label
 
@@ -1017,7 +1018,11 @@ def check(cfg):
                     "log_every", "queries", "rank", "euler", "depth", "heads", "save_every",
                     "event_demos")  # fmt: skip
     common.refuse({
-        f"--heads {cfg.heads} do not divide --width {cfg.width}": cfg.width % cfg.heads,
+        f"--width {cfg.width}: a multiple of 8 and of --heads {cfg.heads}":
+            cfg.width % 8 or cfg.width % cfg.heads,
+        f"--queries {cfg.queries}: at most {BINS}": cfg.queries > BINS,
+        f"--event-demos {cfg.event_demos}: at least 2": cfg.event_demos < 2,
+        "--reach and --score-episodes: at least 0": min(cfg.reach, cfg.score_episodes) < 0,
         f"--questions {cfg.questions}: an even number, MME asks in pairs":
             cfg.questions < 2 or cfg.questions % 2,
         f"--execute {cfg.execute}: from 1 to --horizon {cfg.horizon}":

@@ -334,6 +334,12 @@ def test_constant_speed_has_no_keyframes():
     assert marked(pose, gripper) == []
 
 
+def test_rounding_of_recorded_poses_is_no_jerk():
+    """Recordings are float32: their second differences at constant speed are not quite zero."""
+    way = np.arange(30)[:, None] * np.array([0.013, -0.007, 0.003, 0, 0, 0.1], np.float32)
+    assert marked((0.3 + way).astype(np.float32), np.ones(30)) == []
+
+
 def test_one_jerk_marks_its_frame():
     pose, gripper = still()
     pose[5:, 0] = 0.05 * np.arange(1, 5)  # stands until frame 4, then moves on evenly

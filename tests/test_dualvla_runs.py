@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from test_formats import LENGTHS, write_v2
 
 import common
+import data
 import dualvla
 from worlds import benchmarks, reports
 
@@ -151,6 +152,12 @@ def test_a_chain_that_never_acted_has_a_summary_too():
     (["--reason", "0.9", "--motion", "0.2"], "--reason and --motion are shares"),
     (["--questions", "3"], "--questions 3"),
     (["--rank", "0"], "--rank 0: at least 1"),
+    (["--width", "36"], "--width 36: a multiple of 8 and of --heads 2"),
+    (["--queries", "300"], "--queries 300: at most 256"),
+    (["--event-demos", "1"], "--event-demos 1: at least 2"),
+    (["--reach", "-1"], "--reach and --score-episodes: at least 0"),
+    (["--score-episodes", "-3"], "--reach and --score-episodes: at least 0"),
+    (["--judge", "local:nowhere"], "unknown --backbone nowhere"),
 ])  # fmt: skip
 def test_bad_flags_end_in_one_line(words, names, status, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -180,6 +187,13 @@ def test_event_scores_of_another_detector(tmp_path, status):
         file.write_text(text)
         code, _, err = status(dualvla.main, *words)
         assert code == 2 and names in err and err.count("\n") == 1
+    episodes = data.demonstrations("tabletop:bridge", 20, 0, 64, 32, 0.3)
+    places = [list(range(0, len(e.action), 2)) for e in episodes]
+    rows = [{"frame_idx": at, "scores": [t == 4 for t in at]} for at in places]
+    file.write_text(json.dumps(dict(enumerate(rows))))
+    code, out, _ = status(dualvla.main, *words, "--out", str(tmp_path))
+    kept = next(line.split() for line in out.splitlines() if line.startswith("scene"))
+    assert code == 0 and int(kept[2]) == 20, "the fourth frame of each recording"
 
 
 def test_ablation_list_prints_every_row(status):

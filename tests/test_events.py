@@ -1,4 +1,4 @@
-"""Event boundaries, the judges of the VLA Score, and benchmark files."""
+"""Event boundaries and the judges of the VLA Score."""
 
 import json
 import threading
@@ -14,7 +14,7 @@ import torch
 import common
 import data
 from dualvla import Config
-from worlds import benchmarks, events, loop, score, tabletop
+from worlds import events, loop, score, tabletop
 
 # --- event boundaries -----------------------------------------------------------------------------
 
@@ -38,6 +38,29 @@ def test_f1_by_relative_distance():
     assert events.f1(found, truth, [20], 0.02) == 0
     assert events.f1([[5, 5.4]], [[5]], [20]) == pytest.approx(2 / 3)  # each boundary counts once
     assert events.f1([[], [3]], [[4], [3]], [20, 20]) == pytest.approx(2 / 3)  # pooled
+    assert events.matches([5, 7.5], [3.5, 6], 2) == 2  # true boundaries choose, in order
+    assert events.matches([4], [3, 5], 1) == 1 and events.matches([], [3], 1) == 0
+
+
+def test_scores_of_some_frames_are_boundaries_of_those(tmp_path):
+    """DDM-Net scores every few frames: its radius and ends count in places of its own list."""
+    film, file = SimpleNamespace(action=np.zeros((60, 7))), tmp_path / "scores.json"
+    at = list(range(1, 60, 3))
+    scores = [0.9 if t in (16, 43) else 0.1 for t in at]
+    for rows in ({"frame_idx": at, "scores": scores}, np.eye(60)[20].tolist()):
+        file.write_text(json.dumps({"0": rows}))
+        want = [16, 43] if isinstance(rows, dict) else [20]
+        assert events.from_file(file, [film]) == [want]
+    for bad in ({"frame_idx": [70], "scores": [1]}, {"frame_idx": at, "scores": [1]}, [0.5] * 59):
+        file.write_text(json.dumps({"0": bad}))
+        with pytest.raises(common.UserError, match="episode 0 has 60 frames"):
+            events.from_file(file, [film])
+
+
+def test_a_detector_needs_the_cameras_it_has_learned(episodes):
+    alone = replace(episodes[0], images={"static": episodes[0].images["static"]})
+    with pytest.raises(common.UserError, match="other cameras than --data"):
+        events.scene_labels([alone], Config(), lambda: episodes)
 
 
 def test_pictures_read_one_by_one_are_those_of_an_array():
@@ -83,6 +106,9 @@ def test_names_of_moves():
     state[3] = [-0.1, 0.1, 0, 0, 0.1, -0.1, 0, 1]
     want = "move left forward and tilt up and turn right and open the fingers"
     assert events.move_name(state, 0) == want
+    state = np.zeros((4, 8))
+    state[:, 5] = [3.10, 3.12, -3.14, -3.10]  # over pi, the short way
+    assert events.move_name(state, 0) == "turn left"
 
 
 def test_timeline_shows_what_is_kept(episodes, tmp_path):
@@ -309,125 +335,61 @@ def test_report_is_one_safe_page(tmp_path):
     assert "<script>" not in text and "http" not in text
 
 
-def test_a_local_vlm_judges_or_says_that_it_cannot(tmp_path):
-    cfg = replace(Config(), judge="local:tiny")
-    with pytest.raises(common.UserError, match="1 of 1 trajectories could not be judged"):
-        judge(cfg, tmp_path / "scores.jsonl", fake_runs(1))
+def test_a_local_vlm_judges_or_says_that_it_cannot(tmp_path, monkeypatch):
+    cfg, runs = replace(Config(), judge="local:tiny"), fake_runs(4)
+    with pytest.raises(common.UserError, match="4 of 4 trajectories could not be judged"):
+        judge(cfg, tmp_path / "scores.jsonl", runs)
+    asked, load = [], common.load_backbone
+
+    def loaded(*args):
+        vlm, processor = load(*args)
+        ids = processor.tokenizer.encode("x", add_special_tokens=False)
+
+        def generate(input_ids, **given):
+            asked.append(given)
+            return torch.cat([input_ids, torch.tensor([ids])], dim=1)
+
+        monkeypatch.setattr(vlm, "generate", generate)
+        return vlm, processor
+
+    monkeypatch.setattr(common, "load_backbone", loaded)
+    monkeypatch.setattr(score, "parse_marks", lambda text, reasons: GOOD["Result"])
+    rows = judge(cfg, tmp_path / "scores.jsonl", runs)
+    assert [r["Alignment"] for r in rows] == [9] * 4 and len(asked) == 4
+    assert asked[0]["image_grid_thw"].shape == (3, 3)  # the pictures of a run
 
 
-# --- benchmark files ------------------------------------------------------------------------------
+def test_whoever_judges_must_be_there_before_anything_is_spent(stub):
+    score.check(replace(Config(), judge=stub))
+    for wrong, says in (("local:nowhere", "unknown --backbone nowhere"),
+                        ("http://127.0.0.1:1/v1", "nobody answers there"),
+                        ("http://127.0.0.1:port/v1", "nobody answers there")):  # fmt: skip
+        with pytest.raises(common.UserError, match=says):
+            score.check(replace(Config(), judge=wrong))
 
 
-def test_vqa_accuracy_on_published_examples():
-    """VQA: min(1, humans that said it / 3), averaged over the ten subsets of nine."""
-    ten = ["yes"] * 8 + ["no"] * 2
-    assert benchmarks.vqa("Yes.", ten) == 1.0
-    assert benchmarks.vqa("no", ten) == pytest.approx((8 * 2 / 3 + 2 * 1 / 3) / 10)
-    assert benchmarks.vqa("maybe", ten) == 0
-    assert benchmarks.vqa("the cup", ["cup"]) == 1.0
+def test_a_judge_that_is_gone_is_not_asked_on_and_on(stub, tmp_path):
+    Stub.faults = [500] * 18  # six tries of three trajectories
+    with pytest.raises(common.UserError, match="6 of 6 .* with --resume"):
+        judge(replace(Config(), judge=stub), tmp_path / "scores.jsonl", fake_runs())
+    assert len(Stub.asked) == 18
 
 
-def test_anls_on_worked_examples():
-    assert benchmarks.edits("kitten", "sitting") == 3
-    assert benchmarks.anls("sitting", ["kitten", "sittin"]) == pytest.approx(1 - 1 / 7)
-    assert benchmarks.anls("kitten", ["sitting"]) == pytest.approx(1 - 3 / 7)
-    assert benchmarks.anls("abc", ["xyzw"]) == 0  # less than a half
-    assert benchmarks.anls("New  York", ["new york"]) == 1
+def test_trajectories_of_a_judge_that_looks_are_acted_once(stub, tmp_path, monkeypatch):
+    cfg, runs = replace(Config(), judge=stub, score_episodes=2), fake_runs(2)
+    acted = []
+    monkeypatch.setattr(score, "trajectories", lambda *a: acted.append(a) or runs)
+    policy = SimpleNamespace(device="cpu")
 
+    def formula(R, A, intent, RA, B, reasons, bracket):
+        return A
 
-@pytest.mark.parametrize("said, letter", [
-    ("B", "B"), ("(B)", "B"), ("B.", "B"), ("the ball", "A"), ("a Cup", "B"), ("E", ""),
-    ("it may be a cup", "B"), ("cup or ball", ""), ("", ""),
-])  # fmt: skip
-def test_letters_are_read_from_answers(said, letter):
-    options = {"A": "ball", "B": "cup", "C": "spoon"}
-    assert benchmarks.choice(said, options) == letter
-
-
-def test_files_of_the_world_and_pairs(tmp_path):
-    file = tmp_path / "MME_tabletop.tsv"
-    benchmarks.export("mme", 8, file)
-    rows = benchmarks.read(file)
-    assert len(rows) == 8 and benchmarks.metric_of(file, rows) == "pairs"
-    assert rows[0]["images"][0].shape == (64, 64, 3) and rows[0]["group"] == rows[1]["group"]
-    found = benchmarks.run(file, lambda *asked: [r["answers"][0] for r in rows], None, str)
-    assert found == {"accuracy": 1, "accuracy+": 1, "score": 200, "questions": 8}
-    half = benchmarks.total([1, 1, 1, 0, 1, 1, 1, 1], rows, "pairs")
-    assert half["accuracy"] == 7 / 8 and half["accuracy+"] == 3 / 4
-
-
-@pytest.mark.parametrize("text, names", [
-    ("", "needs the columns"), ("question\tanswer\n", "and a row"),
-    ("index\tquestion\n1\twhat\n", "needs the columns"),
-    ("index\timage\tquestion\tanswer\n1\t" + "A" * 80 + "\tq\ta\n", "row 1 has no readable image"),
-    ("index\timage\tquestion\tanswer\n1\t7\tq\ta\n", "row 1 has no readable image"),
-    ("index\timage_path\tquestion\tanswer\n1\tno.png\tq\ta\n", "row 1 has no readable image"),
-])  # fmt: skip
-def test_bad_files_are_named(tmp_path, text, names):
-    file = tmp_path / "bad.tsv"
-    file.write_text(text)
-    with pytest.raises(common.UserError, match="--benchmark .*bad.tsv") as error:
-        benchmarks.read(file)
-    assert names in str(error.value)
-    with pytest.raises(common.UserError):
-        benchmarks.read(tmp_path / "missing.tsv")
-
-
-def test_answers_written_as_lists():
-    assert benchmarks.several("left") == ["left"]
-    assert benchmarks.several("['a', \"b\"]") == ["a", "b"]
-    assert benchmarks.several('["a"') == ['["a"']
-    assert benchmarks.contains("It says STOP 4", ["stop4"]) == 1
-
-
-class Writer:
-    """Says what it is told to, and notes how many words it was allowed."""
-
-    def __init__(self, *said):
-        self.said, self.limits = said, []
-
-    def __call__(self, samples, limit):
-        self.limits.append(limit)
-        return self.said
-
-
-def table(path, *rows):
-    path.write_text("\n".join("\t".join(row) for row in rows))
-    return path
-
-
-def test_mmbench_counts_a_question_that_is_right_however_its_options_are_turned(tmp_path):
-    shot = score.png(np.zeros((8, 8, 3), np.uint8))
-    rows = [
-        ("index", "image", "question", "answer", "A", "B"),
-        ("7", shot, "which", "A", "cup", "ball"), ("1000007", "7", "which", "B", "ball", "cup"),
-        ("9", shot, "who", "B", "I", "you"), ("1000009", "9", "who", "A", "you", "I"),
-    ]  # fmt: skip
-    write = Writer("A", "B", "B", "B")
-    found = benchmarks.run(table(tmp_path / "MMBench_DEV_EN_V11.tsv", *rows), write, None, str)
-    assert found == {"accuracy": 0.5, "questions": 2, "of each turn": 0.75} and write.limits == [64]
-
-
-def test_a_row_may_have_several_pictures(tmp_path):
-    shots = [np.full((8, 8, 3), shade, np.uint8) for shade in (0, 200)]
-    for name, shot in zip("ab", shots):
-        score.Image.fromarray(shot).save(tmp_path / f"{name}.png")
-    rows = [
-        ("index", "image", "image_path", "question", "answer"),
-        ("1", str([score.png(shot) for shot in shots]), "", "q", "x"),
-        ("2", "", "['a.png', 'b.png']", "q", "x"), ("3", "1", "", "q", "x"),
-    ]  # fmt: skip
-    for row in benchmarks.read(table(tmp_path / "MMMU_DEV_VAL.tsv", *rows)):
-        assert [image.mean() for image in row["images"]] == [0, 200]
-
-
-def test_a_judge_of_answers_that_stays_silent_is_one_line(stub, tmp_path, monkeypatch):
-    monkeypatch.setattr(score.time, "sleep", lambda seconds: None)
-    benchmarks.export("pope", 1, tmp_path / "MMVet.tsv")
-    Stub.faults, write = [500] * 6, Writer("yes")
-    with pytest.raises(common.UserError, match="question 0, no usable answer after 6") as error:
-        benchmarks.run(tmp_path / "MMVet.tsv", write, replace(Config(), judge=stub), str)
-    assert "\n" not in str(error.value) and len(Stub.asked) == 6 and write.limits == [512]
+    first = score.judged(policy, cfg, tmp_path, print, formula, True)
+    before = len(Stub.asked)
+    assert score.judged(policy, cfg, tmp_path, print, formula, True) == first
+    assert len(acted) == 1 and len(Stub.asked) == before == 2
+    score.judged(policy, replace(cfg, seed=1), tmp_path, print, formula, True)
+    assert len(acted) == 2
 
 
 # --- the hand's way in recordings of any layout ---------------------------------------------------

@@ -12,6 +12,7 @@ Letters: T frames, B windows, W frames of a window, L levels, S time scales, C c
 """
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -59,14 +60,15 @@ def peaks(scores, threshold, radius=1, ends=(1, 0)):
 
 
 def matches(found, truth, reach):
-    """Pairs of a found and a true boundary at most `reach` apart, nearest first, each used once."""
-    near = sorted((abs(f - t), f, t) for f in found for t in truth if abs(f - t) <= reach)
-    used_f, used_t = set(), set()
-    for _, f, t in near:
-        if f not in used_f and t not in used_t:
-            used_f.add(f)
-            used_t.add(t)
-    return len(used_f)
+    """How many true boundaries, in order, have a found one at most `reach` away, their nearest of
+    those that no other has taken."""
+    left, hits = list(found), 0
+    for t in sorted(truth):
+        nearest = min(left, key=lambda f: abs(f - t), default=math.inf)
+        if abs(nearest - t) <= reach:
+            left.remove(nearest)
+            hits += 1
+    return hits
 
 
 def f1(found, truth, lengths, distance=0.05):
@@ -79,20 +81,28 @@ def f1(found, truth, lengths, distance=0.05):
 
 
 def from_file(path, episodes):
-    """Scores of another detector, {"0": [score of each frame], ...} -> boundaries per episode."""
+    """Scores of another detector as JSON -> boundaries per episode. {"0": scores, ...}, one of each
+    frame, or as DDM-Net gives them, of some frames: {"0": {"frame_idx": [...], "scores": [...]}}.
+    """
     flag = f"--event-scores {path}"
     try:
         table = json.loads(Path(path).read_text())
-        rows = [np.array(table[str(i)], float) for i in range(len(episodes))]
+        rows = [table[str(i)] for i in range(len(episodes))]
+        frames = [r["frame_idx"] if isinstance(r, dict) else range(len(r)) for r in rows]
+        rows = [np.array(r["scores"] if isinstance(r, dict) else r, float) for r in rows]
     except (OSError, ValueError, TypeError) as error:
         raise common.UserError(f"{flag}: not a JSON file of scores ({error})") from None
     except KeyError as error:
         raise common.UserError(f"{flag}: no scores for episode {error}") from None
-    for i, (scores, episode) in enumerate(zip(rows, episodes)):
-        if scores.shape != (len(episode.action),):
-            frames = len(episode.action)
-            raise common.UserError(f"{flag}: episode {i} has {frames} frames, {scores.size} scores")
-    return [peaks(scores, THRESHOLD, RADIUS, ENDS) for scores in rows]
+    found = []
+    for i, (at, scores, episode) in enumerate(zip(frames, rows, episodes)):
+        T = len(episode.action)
+        whole = len(at) == T if isinstance(at, range) else all(t in range(T) for t in at)
+        if not whole or scores.shape != (len(at),):
+            words = f"{scores.size} scores of {len(at)} frames"
+            raise common.UserError(f"{flag}: episode {i} has {T} frames, this has {words}")
+        found.append([at[t] for t in peaks(scores, THRESHOLD, RADIUS, ENDS)])
+    return found
 
 
 def scene_labels(episodes, cfg, demonstrate, say=print):
@@ -113,6 +123,9 @@ def scene_labels(episodes, cfg, demonstrate, say=print):
             raise common.UserError("--events ddm learns from a world's marks: take "
                                    "--events similarity or --event-scores FILE")  # fmt: skip
         known = demonstrate() if cfg.world != "none" else []
+        if cfg.events == "ddm" and len(known[0].images) != len(episodes[0].images):
+            raise common.UserError(f"--events ddm learns from --world {cfg.world}, which has other "
+                                   "cameras than --data: take --events similarity")  # fmt: skip
         made = detector(cfg.events, known, cfg.seed, say)
         found = [made.boundaries(e) if e.reasoning else [] for e in episodes]
     return [dilate(f, len(e.action), cfg.reach) for f, e in zip(found, episodes)]
@@ -355,7 +368,8 @@ def all_words(episodes, tokenizer):
 def move_name(path, t, window=3, threshold=0.02):
     """A hand's way (T, D), of `hand()` -> what it does next: "move left up and close the fingers",
     or "stop"."""
-    change = path[min(t + window, len(path) - 1)] - path[t]
+    change = np.array(path[min(t + window, len(path) - 1)] - path[t])
+    change[3:-1] = (change[3:-1] + np.pi) % (2 * np.pi) - np.pi  # angles, the short way round
     turns = zip(MOVES, change[:-1])
     way = [names[int(d < 0)] for names, d in turns if names and abs(d) > threshold]
     straight = [word for word in way if " " not in word]

@@ -15,13 +15,16 @@ import json
 import math
 import os
 import re
+import socket
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 import common
@@ -38,9 +41,19 @@ SIGHTS = 15  # plans that a speed is the median of
 
 
 def check(cfg):
-    """Whether there is such a judge, before anything is spent."""
+    """Whether there is such a judge, and whether its address can be reached, before anything is
+    spent."""
     if not re.match(r"offline$|local:.|https?://.", cfg.judge):
         raise common.UserError(f"--judge {cfg.judge}: offline, http(s)://..., or local:BACKBONE")
+    if cfg.judge.startswith("local:"):
+        common.find_backbone(cfg.judge.partition(":")[2])
+    elif cfg.judge != "offline":
+        at = urllib.parse.urlsplit(cfg.judge)
+        try:
+            port = at.port or {"http": 80, "https": 443}[at.scheme]
+            socket.create_connection((at.hostname, port), timeout=10).close()
+        except (OSError, ValueError, TypeError) as error:
+            raise common.UserError(f"--judge {cfg.judge}: nobody answers there ({error})") from None
     examples_of(cfg.judge_examples)
 
 
@@ -51,14 +64,37 @@ def judged(policy, cfg, folder, say, formula, reasons):
     if not knows(cfg.world):
         say("  no VLA Score: its judges need a world that can be copied")
         return None
-    starts = loop.starts_of(cfg.world, "in", cfg.score_episodes, cfg.seed)
-    runs = trajectories(policy, cfg, cfg.world, starts)
-    rows = judge_all(runs, cfg, folder / "scores.jsonl", reasons, say)
+    runs = acted(policy, cfg, folder)
+    rows = judge_all(runs, cfg, folder / "scores.jsonl", reasons, say, device=policy.device)
     for r in rows:
-        parts = [r[name] / 10 for name in MEANS[:4]]
+        parts = [r.get(name, 0) / 10 for name in MEANS[:4]]  # of who is silent Eq. 8 reads two
         r["score"] = formula(*parts, r["success"], reasons, cfg.bracket)
     report(folder / "score.html", runs, rows, cfg)
-    return {n: float(np.mean([r[n] for r in rows])) for n in MEANS} | {"judge": cfg.judge}
+    return means(rows) | {"judge": cfg.judge}
+
+
+def means(rows):
+    """Of what was judged: a specialist has neither Reasoning nor Alignment."""
+    return {n: float(np.mean([r[n] for r in rows])) for n in MEANS if n in rows[0]}
+
+
+def acted(policy, cfg, folder):
+    """The trajectories to judge. For a judge that looks they are kept in the folder: acted again,
+    on a GPU say, they may differ, and what was paid for would be asked anew."""
+    file = folder / "trajectories.json"
+    names = "world", "seed", "steps", "score_episodes", "execute", "ensemble", "talk", "speak"
+    facts = {name: getattr(cfg, name) for name in names}
+    if cfg.judge != "offline" and file.exists():
+        kept = json.loads(file.read_text())
+        if kept["of"] == facts:
+            return [r | {"frames": [unpng(f) for f in r["frames"]]} for r in kept["runs"]]
+    starts = loop.starts_of(cfg.world, "in", cfg.score_episodes, cfg.seed)
+    runs = trajectories(policy, cfg, cfg.world, starts)
+    if cfg.judge != "offline":
+        seen = ("start", "task", "said", "actions", "success")
+        plain = [{n: r[n] for n in seen} | {"frames": [png(f) for f in shown(r)]} for r in runs]
+        common.write_json(file, {"of": facts, "runs": plain})
+    return runs
 
 
 # --- trajectories, with the truth about them ------------------------------------------------------
@@ -178,7 +214,8 @@ def judge_offline(run, reasons):
             np.mean([a == b for a, b in zip(clauses(run["said"][i]), clauses(run["expert"][i]))])
             for i in spoken
         ]
-        fits = [moved_as_said(clauses(run["said"][i])[1], run["poses"][n * i : n * i + n + 1])
+        span = max(n, 2)  # with --ensemble a plan's own move is shorter than any of the bounds
+        fits = [moved_as_said(clauses(run["said"][i])[1], run["poses"][n * i : n * i + span + 1])
                 for i in spoken]  # fmt: skip
         fits = [fit for fit in fits if fit is not None]
         marks["Reasoning"] = np.mean(right) if right else 0.0
@@ -234,6 +271,11 @@ def png(image, scale=1):
     file = io.BytesIO()
     image.resize((image.width * scale, image.height * scale), Image.NEAREST).save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()
+
+
+def unpng(text):
+    """What `png` made, of scale 1 -> (h, w, 3) uint8."""
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))))
 
 
 def task_words(run, reasons, example=None):
@@ -321,21 +363,25 @@ def judge_by_address(cfg, reasons, examples, pause=1.0, timeout=60.0):
     return judge
 
 
-def judge_by_vlm(backbone, reasons, examples, tries=1):
-    """A VLM of this machine -> function: run -> marks."""
-    import torch
-
-    vlm, processor = common.load_backbone(backbone)
+def judge_by_vlm(backbone, reasons, examples, device):
+    """A VLM of this machine -> function: run -> marks. It decodes greedily: one try."""
+    half = torch.float32 if str(device) == "cpu" else torch.bfloat16
+    vlm, processor = common.load_backbone(backbone, half)
+    vlm = vlm.to(device)
 
     def judge(run):
         words = rubric(reasons) + "\n" + task_words(run, reasons, similar(run, examples))
         pixels, grids = processor.images(shown(run))
         ids = torch.tensor([processor.prompt("", words, grids)[0]])
-        out = vlm.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
-            mm_token_type_ids=(ids == processor.image_token_id).int(), max_new_tokens=300,
-            pixel_values=torch.from_numpy(pixels), image_grid_thw=torch.tensor(grids),
-        )  # fmt: skip
+        given = {
+            "input_ids": ids, "attention_mask": torch.ones_like(ids),
+            "pixel_values": torch.from_numpy(pixels).to(half),
+        }  # fmt: skip
+        if vlm.config.model_type.startswith("qwen"):
+            given["mm_token_type_ids"] = (ids == processor.image_token_id).int()
+            given["image_grid_thw"] = torch.tensor(grids)
+        given = common.to_device(given, torch.device(device))
+        out = vlm.generate(**given, do_sample=False, max_new_tokens=300)
         text = processor.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
         try:
             return parse_marks(text, reasons)
@@ -349,9 +395,11 @@ def judge_by_vlm(backbone, reasons, examples, tries=1):
 
 
 def key_of(run, cfg, reasons):
-    """Names a trajectory, its judge and the question: other words or moves are another one."""
+    """Names a trajectory, its judge and the question: other words, moves or examples are another
+    one."""
     facts = [run["start"], run["said"], run["actions"], cfg.judge, reasons]
-    facts += [cfg.judge_model, cfg.judge_examples] if cfg.judge != "offline" else []
+    if cfg.judge != "offline":
+        facts += [cfg.judge_model, examples_of(cfg.judge_examples)]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
@@ -378,26 +426,28 @@ def examples_of(path):
     return rows
 
 
-def estimate(runs, cfg, reasons):
-    """Tokens and dollars that judging these runs will take, roughly."""
-    text = sum(len(rubric(reasons)) + len(task_words(r, reasons)) for r in runs) / 4
+def estimate(runs, cfg, reasons, examples=()):
+    """Tokens and dollars that judging these runs will take, roughly: what is read, and an answer
+    of 150 tokens, each at four times the price."""
+    said = (task_words(r, reasons, similar(r, examples)) for r in runs)
+    text = sum(len(rubric(reasons)) + len(words) for words in said) / 4
     tokens = text + sum(len(shown(r)) for r in runs) * 255  # a picture of 256 pixels
-    return int(tokens), tokens / 1e6 * cfg.judge_price
+    return int(tokens), (tokens + 4 * 150 * len(runs)) / 1e6 * cfg.judge_price
 
 
-def judge_all(runs, cfg, file, reasons, say=print, pause=1.0, timeout=60.0):
+def judge_all(runs, cfg, file, reasons, say=print, pause=1.0, timeout=60.0, device="cpu"):
     """Marks of every run, in order; those that `file` already holds are not asked for again."""
     keys = [key_of(run, cfg, reasons) for run in runs]
     done = {r["key"]: r for r in read_jsonl(file) if "key" in r}
     todo = [(k, r) for k, r in zip(keys, runs) if k not in done]
     judge, examples = judge_offline, examples_of(cfg.judge_examples)
     if cfg.judge.startswith("local:"):
-        judge = judge_by_vlm(cfg.judge.partition(":")[2], reasons, examples)
+        judge = judge_by_vlm(cfg.judge.partition(":")[2], reasons, examples, device)
     elif cfg.judge != "offline":
         judge = judge_by_address(cfg, reasons, examples, pause, timeout)
-        tokens, dollars = estimate([r for _, r in todo], cfg, reasons)
+        tokens, dollars = estimate([r for _, r in todo], cfg, reasons, examples)
         say(f"  {len(todo)} trajectories to {cfg.judge}: about {tokens:,} tokens, ${dollars:.2f}")
-    lost = []
+    faults, in_a_row = [], 0
     with open(file, "a") as out:
         if out.tell() and not Path(file).read_bytes().endswith(b"\n"):
             out.write("\n")
@@ -407,20 +457,24 @@ def judge_all(runs, cfg, file, reasons, say=print, pause=1.0, timeout=60.0):
             try:
                 marks = judge(run, reasons) if judge is judge_offline else judge(run)
             except TimeoutError as error:
-                lost.append(str(error))
+                faults.append(str(error))
+                in_a_row += 1
+                if in_a_row == 3:  # whoever judges is gone
+                    break
                 continue
+            in_a_row = 0
             row = {"key": key, "task": run["task"], "success": run["success"], **marks}
             done[key] = row | {"thumb": thumb(run)}
             out.write(json.dumps(done[key]) + "\n")
             out.flush()
-    if lost:
+    missing = sum(key not in done for key in keys)
+    if missing:
+        again = f"--{'out' if cfg.eval_only else 'resume'} {Path(file).parent}"
         raise common.UserError(
-            f"{len(lost)} of {len(runs)} trajectories could not be judged ({lost[0]}); the others "
-            f"are in {file}: the same command goes on with what is missing (after "
-            f"--eval-only with --out {file.parent})"
+            f"{missing} of {len(runs)} trajectories could not be judged ({faults[0]}); the others "
+            f"are in {file}: the same command with {again} goes on with what is missing"
         )
-    silent = {"Reasoning": 0, "Alignment": 10}  # a specialist: Eq. 8 does not read them
-    return [silent | done[key] for key in keys]
+    return [done[key] for key in keys]
 
 
 # --- report ---------------------------------------------------------------------------------------
@@ -428,16 +482,16 @@ def judge_all(runs, cfg, file, reasons, say=print, pause=1.0, timeout=60.0):
 
 def report(path, runs, rows, cfg):
     """One HTML file: pictures, words and marks of every trajectory."""
-    means = {n: np.mean([r[n] for r in rows]) for n in MEANS}
+    mean = means(rows)
     who = {"offline": "the world's ground truth, no VLM"}.get(cfg.judge, cfg.judge)
-    head = "".join(f"<th>{n}</th>" for n in MEANS)
-    cells = "".join(f"<td>{v:.2f}</td>" for v in means.values())
-    parts = [f"<h1>VLA Score {means['score']:.3f}</h1><p>Judge: {html.escape(who)}; "]
+    head = "".join(f"<th>{n}</th>" for n in mean)
+    cells = "".join(f"<td>{v:.2f}</td>" for v in mean.values())
+    parts = [f"<h1>VLA Score {mean['score']:.3f}</h1><p>Judge: {html.escape(who)}; "]
     parts += [f"{len(rows)} trajectories.</p><table><tr>{head}</tr><tr>{cells}</tr></table>"]
     for run, r in zip(runs, rows):
         parts.append(f"<h2>{html.escape(run['task'])}: {r['score']:.2f}</h2><p>")
         parts += [f'<img src="data:image/png;base64,{png(f, 2)}">' for f in shown(run)]
-        marks = ", ".join(f"{n} {r[n]}" for n in MEANS[:-1])
+        marks = ", ".join(f"{n} {r[n]}" for n in MEANS[:-1] if n in r)
         said = [s for i, s in enumerate(run["said"]) if s and s not in run["said"][:i]]
         parts.append(f"</p><p>{marks}</p><p>{html.escape(r.get('Thought', ''))}</p><ul>")
         parts += [f"<li>{html.escape(s)}</li>" for s in said]
@@ -457,7 +511,8 @@ def sight(world, seed, steps):
 
 
 def speed(policy, cfg):
-    """Milliseconds that a plan for one robot takes (median), and words said on the way."""
+    """Milliseconds that a plan for one robot takes, the median and, as few plans may say much, the
+    mean; and words said on the way."""
     times, words = [], []
     with loop.Crew(cfg.world, 1, cfg.size, cfg.wrist_size) as crew:
         for i in range(SIGHTS):
@@ -466,4 +521,5 @@ def speed(policy, cfg):
             policy.act([observation], [crew.facts[0][1]], np.random.default_rng(i))
             times.append(1000 * (time.perf_counter() - began))
             words.append(len(policy.said[0].split()))
-    return {"ms": float(np.median(times)), "words": float(np.mean(words))}
+    mean = float(np.mean(times))
+    return {"ms": float(np.median(times)), "ms_mean": mean, "words": float(np.mean(words))}
