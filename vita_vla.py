@@ -158,7 +158,7 @@ class Config:
     domains: tuple[str, ...] = ()  # what differs from training; empty: chain in abc_d, else all
     execute: int = 1  # actions executed of each plan: one, as the history is made of every step
     act_index: int = 0  # which of the N predictions is executed (A7)
-    ensemble: bool = False  # blend what the last plans say about now (paper: on LIBERO)
+    ensemble: bool = False  # blend what the last plans say about now (released: on LIBERO)
     cache: bool = True  # keep keys, values and pictures of the history between control steps
     parallel: int = 50  # episodes acted side by side
     gifs: int = 2  # rollouts drawn in each domain

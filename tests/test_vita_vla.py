@@ -1426,7 +1426,7 @@ def test_act_index_takes_that_prediction(index, case):
 
 
 def test_ensembling_against_a_written_out_loop(case):
-    """exp(-0.01 i), i from the oldest plan that still speaks of now, as in the paper's LIBERO."""
+    """exp(-0.01 i), i from the oldest plan that still speaks of now, as on LIBERO."""
     rng, policy, memory, plans = np.random.default_rng(0), case.policy(ensemble=True), {}, []
     for now in range(6):
         plans.append(rng.uniform(size=(3, 7)))
