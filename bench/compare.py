@@ -423,13 +423,13 @@ def draw_band(path, rows, term, line=None):
     lines = [[tuple(p) for p in row["curves"][term]] for row in rows if term in row["curves"]]
     steps = [step for step, _ in lines[0]]
     span, limits = band(lines, steps)
-    names = ("band, low", "mean", "band, high")
+    names = ("95% band, lower edge", "mean", "95% band, upper edge")
     series = {n: [(s, v[i]) for s, v in zip(steps, limits)] for i, n in enumerate(names)}
     if line:
         series["this run"] = smooth(line, span)
     series = {n: [(s, math.log10(max(v, 1e-6))) for s, v in c] for n, c in series.items()}
     title = f"{term}, {len(lines)} reference runs"
-    pictures.plot_curves(path, series, title, "step", "log10 of the loss")
+    pictures.plot_curves(path, series, title, "step", "loss", log=True)
 
 
 def check(made, rows):

@@ -94,9 +94,9 @@ def skeleton(pen, y, picture, name, idea, colour, vlm, leaves, head, loss, actio
     middle = y + MAIN + TALL / 2
     pen.sheet.paste(picture, (SEES * SCALE, (y + MAIN - 4) * SCALE))
     pen.words(SEES + 37, y + MAIN + TALL + 16, "pictures, words, state", GREY, 11)
-    pen.box(VLM, y + MAIN, 132, vlm)
+    pen.box(VLM, y + MAIN, 132, vlm, frozen=vlm.endswith("LoRA experts"))
     pen.words(LEAVES + 66, middle, leaves[0], leaves[1], 12.5)
-    pen.box(HEAD, y + MAIN, 122, head[0], head[1])
+    pen.box(HEAD, y + MAIN, 122, head[0], head[1], frozen=head[0].startswith("flow expert"))
     pen.arrow((SEES + 80, middle), (VLM - 4, middle))
     pen.arrow((VLM + 136, middle), (LEAVES + 12, middle))
     pen.arrow((LEAVES + 122, middle), (HEAD - 4, middle))
@@ -145,8 +145,8 @@ def vita(pen, y, picture):
 
 def dual(pen, y, picture):
     skeleton(pen, y, picture, "DualVLA", "less reasoning to learn,\ntwo teachers", GREEN,
-             "VLM\nfrozen, with two\nLoRA experts", ("N action\nqueries", INK),
-             ("flow expert\nflow matching", GREY), "L_VLA +\n0.15 L_KD", 8)  # fmt: skip
+             "VLM\nwith two trained\nLoRA experts", ("N action\nqueries", INK),
+             ("flow expert\nE's own", GREY), "L_VLA +\n0.15 L_KD", 8)  # fmt: skip
     for i in range(9):  # the frames of an episode, with their sentences
         kept, x = i in (2, 6), SEES - 14 + i * 13
         edges = [x * SCALE, (y + ABOVE + 42) * SCALE, (x + 10) * SCALE, (y + ABOVE + 52) * SCALE]
@@ -164,9 +164,10 @@ def dual(pen, y, picture):
               (LEAVES + 16, middle + 12), colour=GREEN)  # fmt: skip
     pen.arrow((VLM + 136, middle - 4), (LEAVES + 16, middle - 4), colour=GREEN, dashed=True)
     pen.words(VLM + 146, middle - 22, "questions: Eq. 6", GREEN, 12.5, "lm")
-    down = HEAD + 61
-    pen.arrow((down, y + ABOVE + TALL + 3), (down, y + MAIN - 3), colour=GREEN, dashed=True)
-    pen.words(down + 9, y + (ABOVE + TALL + MAIN) / 2, "robot data: Eq. 5", GREEN, 12.5, "lm")
+    over = ACTS + 45
+    pen.arrow((HEAD + 126, middle), (over, middle), (over, y + MAIN - 10), colour=GREEN,
+              dashed=True)  # fmt: skip
+    pen.words(over + 9, middle + 18, "robot data: Eq. 5", GREEN, 12.5, "lm")
 
 
 def main():
@@ -175,7 +176,7 @@ def main():
     world = tabletop.Tabletop("bridge")
     picture = Image.fromarray(next(iter(world.reset(7)["images"].values())))
     picture = picture.resize((74 * SCALE, 74 * SCALE), Image.Resampling.NEAREST)
-    heads = ((SEES + 37, "sees"), (VLM + 66, "a pretrained VLM"), (LEAVES + 66, "what leaves it"),
+    heads = ((SEES + 37, "sees"), (VLM + 66, "a pretrained model"), (LEAVES + 66, "what leaves it"),
              (HEAD + 61, "action head"), (ACTS + 46, "acts"), (ACTS + 134, "loss"))  # fmt: skip
     for x, words in heads:
         pen.words(x, 18, words, GREY, 12.5)

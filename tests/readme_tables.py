@@ -292,6 +292,19 @@ def rounding_table():
     return rows(head, body)
 
 
+def boundaries_table():
+    """bench/boundaries.py: F1 of event boundaries on held-out recordings."""
+    names = {"F1@0.05": "F1 within 5% of the length", "F1@0.25": "within 25%", "mean": "5 to 50%"}
+    body = [
+        [f"`--events {x['events']}`" if "mean" in x else x["events"],
+         *(f"{x[n]:.3f}" if n in x else "" for n in names),
+         ", ".join(f"{f:.3f}" for f in x["each"]), x["episodes"], machine_cell(x)]
+        for x in newest("boundaries", "events")
+    ]  # fmt: skip
+    head = ["detector", *names.values(), "at 5%, by seed", "recordings a seed", "machine"]
+    return rows(head, body)
+
+
 def suites_table():
     """The world's suites at half of the length: success in each domain that was evaluated."""
     domains = [d for d in DOMAINS if d not in ("out", "look")] + ["pick_all"]
@@ -572,6 +585,7 @@ TABLES = {
     "twinbrain-precision": precision_table,
     "rounding": rounding_table,
     "metaworld": metaworld_table,
+    "boundaries": boundaries_table,
     "twinbrain-suites": suites_table,
     "twinbrain-arms": lambda: arms_table("twinbrain"),
     "vita_vla": chain_table,

@@ -297,3 +297,12 @@ def test_the_forgetting_figure_takes_each_brain_by_its_arm():
     series = figure.forgetting(lines)
     assert series == {"twin, right brain": [(0, 75.0), (100, 0.0)],
                       "twin, left brain": [(0, 75.0), (100, 75.0)]}  # fmt: skip
+
+
+def test_the_figure_of_degeneration_has_actions_and_answers():
+    curve = [[0, {"actions": {"success": 0.9}, "answers": {"pope": 0.0, "mme": 0.5}}],
+             [10, {"actions": {"success": 0.4}, "answers": {"pope": 1.0, "mme": 0.5}}]]  # fmt: skip
+    lines = [{"arm": "ours", "seed": 0}, {"arm": "degeneration", "seed": 0, "curve": curve}]
+    series = figure.degeneration(lines)
+    assert series == {"tasks done": [(0, 90), (10, 40)], "questions answered": [(0, 25), (10, 75)]}
+    assert figure.degeneration([]) == {"tasks done": [], "questions answered": []}

@@ -331,7 +331,8 @@ def test_paths_links_and_flags_exist(name):
         assert (ROOT / "docs" / link).exists(), link
     scripts = (*SCRIPTS.values(), serve)
     known = {f.replace("_", "-") for s in scripts for f in s.Config.__dataclass_fields__}
-    known |= {"against", "check-curve", "keep", "forgetting", "make-reference", "seeds", "write"}
+    known |= {"against", "check-curve", "degeneration", "keep", "forgetting", "make-reference"}
+    known |= {"seeds", "write"}
     known |= {"no-cache", "no-state", "no-deepstack"}
     known |= {"nproc-per-node", "nnodes", "rdzv-backend", "rdzv-endpoint", "max-restarts"}
     known |= {"requeue", "signal"}  # Slurm's; those above are torchrun's

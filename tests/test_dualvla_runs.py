@@ -202,6 +202,21 @@ def test_ablation_list_prints_every_row(status):
     assert [line.split()[0] for line in out.splitlines()[1:]] == list(dualvla.ABLATIONS)
 
 
+def test_pareto_draws_the_arms_and_their_specialist(tmp_path, monkeypatch, status):
+    lines = [{"arm": arm, "flags": "", "world": "tabletop:bridge", "success": s, "answers": a,
+              "stages": {"expert": {"success": 0.99, "answers": 0.0}}}
+             for arm, s, a in (("base", 0.6, 0.9), ("ours", 0.95, 0.94), ("ours", 0.97, 0.92))]
+    monkeypatch.setattr(common, "result_lines", lambda method: lines)
+    drawn = []
+    monkeypatch.setattr(reports.pictures, "plot_curves", lambda *a: drawn.append(a))
+    code, out, _ = status(dualvla.main, "--show", "pareto", "--out", str(tmp_path))
+    assert code == 0 and "pareto.png" in out
+    want = {"base": (90, 60), "ours": (93, 96), "E, silent": (0, 99)}
+    unbeaten = drawn[0][1].pop("unbeaten")
+    assert {n: pytest.approx(p[0]) for n, p in drawn[0][1].items()} == want
+    assert [tuple(p) for p in unbeaten] == [pytest.approx((0, 99)), pytest.approx((93, 96))]
+
+
 def test_foreign_checkpoints_are_refused(copied, status):
     for path in copied.glob("*/checkpoints/*/meta.json"):
         path.write_text(path.read_text().replace('"method": "dualvla"', '"method": "twinbrain"'))

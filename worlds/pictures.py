@@ -14,7 +14,8 @@ import time
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-INKS = ("#1f6fb4", "#d9541e", "#2c9a3f", "#8c4fb0", "#b8860b", "#00929a", "#c2326f", "#5a5a5a")
+INKS = ("#1f6fb4", "#d9541e", "#2c9a3f", "#8c4fb0", "#b8860b", "#00929a", "#c2326f", "#5a5a5a",
+        "#7fb3e0", "#f0a37e", "#90cf9a", "#c9a6df", "#111111")  # fmt: skip
 
 
 def tick_marks(low: float, high: float, count: int = 5) -> list[float]:
@@ -27,8 +28,9 @@ def tick_marks(low: float, high: float, count: int = 5) -> list[float]:
     return [i * step for i in range(first, last + 1)]
 
 
-def plot_curves(path, series: dict[str, list], title, xlabel, ylabel, smooth=0.0) -> None:
-    """PNG line chart of {name: [(x, y), ...]}; smooth > 0: exponential mean over the faint raw."""
+def plot_curves(path, series: dict[str, list], title, xlabel, ylabel, smooth=0.0, log=False):
+    """PNG line chart of {name: [(x, y), ...]}; smooth > 0: exponential mean over the faint raw;
+    log: the y are powers of ten."""
     finite = {name: [p for p in line if math.isfinite(p[1])] for name, line in series.items()}
     series = {name: line for name, line in finite.items() if line}
     points = [point for line in series.values() for point in line] or [(0, 0), (1, 1)]
@@ -53,7 +55,7 @@ def plot_curves(path, series: dict[str, list], title, xlabel, ylabel, smooth=0.0
     for y in y_ticks:
         at = place(0, y)[1]
         draw.line([left, at, right, at], "#dddddd", 2)
-        draw.text((left - 14, at), f"{y:.6g}", ink, font, "rm")
+        draw.text((left - 14, at), f"{10**y if log else y:.{2 if log else 6}g}", ink, font, "rm")
     draw.line([left, top, left, bottom, right, bottom], ink, 3)
     draw.text(((left + right) / 2, 24), title, ink, large, "mt")
     draw.text(((left + right) / 2, 940), xlabel, ink, font, "mm")
@@ -209,5 +211,5 @@ def draw_run(folder, losses) -> None:
     if len(asked) > 1:
         names = [(side, name) for side, scores in asked[0][1].items() for name in scores]
         curves = {f"{n} ({s})": [(step, a[s][n]) for step, a in asked] for s, n in names}
-        title = "general abilities along action training"
-        plot_curves(folder / "forgetting.png", curves, title, "step", "accuracy")
+        title = "abilities along training"
+        plot_curves(folder / "forgetting.png", curves, title, "step", "share")

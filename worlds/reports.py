@@ -2,15 +2,25 @@
 
 import numpy as np
 
+import common
 from worlds import ablations, events, pictures
 
 
 def pareto(rows, numbers, folder):
-    """--show pareto: what `--ablation list` prints, its runs as points of a picture."""
+    """--show pareto: what `--ablation list` prints; the means of its runs and of their specialists
+    (E) as points of a picture, a line through those that no other beats in both."""
     means = ablations.show("dualvla", rows, "paper %", "% success, answers", numbers)
-    points = {name: [(answers, success)] for name, (success, answers) in means.items()}
+    chains = [r["stages"]["expert"] for r in common.result_lines("dualvla")
+              if r["arm"] == "ours" and not r["flags"]]  # fmt: skip
+    if chains:
+        means["E, silent"] = np.mean([numbers(r) for r in chains], axis=0)
+    points = {n: (answers, success) for n, (success, answers) in means.items()}
+    best = sorted(p for p in points.values() if not any(
+        q[0] >= p[0] and q[1] >= p[1] and q != p for q in points.values()))  # fmt: skip
+    curves = {"unbeaten": best} | {name: [point] for name, point in points.items()}
     names = "actions against answers", "answers %", "success %"
-    pictures.plot_curves(folder / "pareto.png", points, *names)
+    pictures.plot_curves(folder / "pareto.png", curves, *names)
+    print(f"wrote {folder / 'pareto.png'}")
 
 
 def pruning(told, keep, seed, tokenizer, folder):
