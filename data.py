@@ -15,7 +15,6 @@ import argparse
 import hashlib
 import json
 import os
-import random
 import re
 import shutil
 import sys
@@ -29,18 +28,17 @@ import numpy as np
 from tqdm import tqdm
 
 from common import UserError, convert, nearest, run_main
+from parts.asked import QuestionFile, Questions, question_sets  # noqa: F401, for the scripts
 from parts.formats import (
     GROUPS,
     SOURCES,
     Calvin,
     LeRobot,
     Libero,
-    QuestionFile,
     Source,
     Store,
     drafted,
     fingerprint,
-    first_of,
     flat,
     locate,
     opened,
@@ -51,9 +49,10 @@ from parts.formats import (
     reading,
     scaled,
     shift,
-    shots,
+    shot,
+    stopped_by,
 )
-from worlds import drawing, loop, pictures, questions, tabletop
+from worlds import drawing, loop, pictures
 
 CACHE = Path(os.environ.get("ONEFILE_VLA_CACHE", Path.home() / ".cache" / "onefile-vla"))
 
@@ -128,7 +127,11 @@ def demonstrations(world, episodes=1000, seed=0, size=64, wrist_size=32, noise=0
     name = re.sub(r"[^\w.-]", "-", world)[:80]
     path = CACHE / f"{name}-{episodes}-{seed}-{size}-{wrist_size}-{noise}-{source}.npz"
     if path.exists():
-        return load_demonstrations(path)
+        try:
+            with reading(path):
+                return load_demonstrations(path)
+        except UserError:
+            print(f"{path} is damaged: made anew", flush=True)
     seeds = range(seed * 1_000_000, seed * 1_000_000 + episodes)
     share = 4 if World.slow else 20
     shares = [seeds[i : i + share] for i in range(0, episodes, share)]
@@ -229,6 +232,7 @@ class Episodes:
             if self.lengths[i] < 1:
                 raise ValueError("the episode is empty")
             state, action, words = (self.store or self.reader).numbers(i)
+        with reading(self.names[i], "--skip-bad leaves the episode out"):
             for kind, x, width in zip(("state", "action"), (state, action), self.reader.dims):
                 if x.shape != (self.lengths[i], width):
                     raise ValueError(f"field {kind} is {x.shape}, not {(self.lengths[i], width)}")
@@ -248,20 +252,24 @@ class Episodes:
         return Episode(frames, state, action, words, self.reader.fps, said)
 
     def settle(self, skip_bad=False, every=False, again=False):
-        """Reads everything once, keeps the numbers in CACHE; faults stop it, or are left out."""
+        """Reads everything once, keeps the numbers in CACHE; faults stop it, or are left out. What
+        was found when `every` picture was tried is what counts from then on."""
         if self.store is None:
             folder = CACHE / f"{self.path.name}-{fingerprint(self.path, self.source)}"
+            deep = folder.with_name(f"{folder.name}-deep")
+            every = every or deep.exists()
+            folder = deep if every else folder
             try:
                 known = None if again else Store(folder)
             except UserError:  # there is none yet, or the machine went down with it half on disk
                 known = None
-            if known is None or (known.faults and not skip_bad):
+            if known is None or (known.faults and not skip_bad and not every):
                 write_store(self, folder, every=every)
             self.store = Store(folder)
             self.kept, self.names = self.store.kept, self.store.names
             self.lengths, self.faults, self.recent = self.store.lengths, self.store.faults, {}
-        if self.faults and not skip_bad:
-            raise UserError(first_of(self.faults, self.path))
+        if (self.faults and not skip_bad) or not self.names:
+            raise stopped_by(self.faults, self.path)
         return self.store
 
 
@@ -285,12 +293,14 @@ def fill_store(folder, episodes, pictures, side, every, skip_bad):
             for camera, frames in episode.images.items():
                 which = range(len(frames)) if pictures or every else sorted({0, len(frames) - 1})
                 with reading(f"{fresh.names[i]}, camera {camera}"):
-                    taken = shots(frames, which, side)
-                    if pictures:
-                        size = index["sizes"].setdefault(camera, taken[0].shape)
-                        if any(shot.shape != size for shot in taken):
+                    for t in which:
+                        image = shot(frames, t, side)
+                        if not pictures:  # it was tried, that is all
+                            continue
+                        size = index["sizes"].setdefault(camera, image.shape)
+                        if image.shape != size:
                             raise ValueError(f"not {size} as before: --size makes all of one size")
-                        arrays[camera] = np.stack(taken)
+                        arrays.setdefault(camera, []).append(image)
         except UserError as fault:
             index["faults"].append(str(fault))
             if not skip_bad:
@@ -303,7 +313,7 @@ def fill_store(folder, episodes, pictures, side, every, skip_bad):
         arrays |= {"state": episode.state, "action": episode.action}
         for name, array in arrays.items():
             with open(folder / name, "ab") as file:
-                file.write(array.tobytes())
+                file.writelines(row.tobytes() for row in array)
         if pictures and episode.reasoning:
             said = {"episode": len(index["kept"]), "reasoning": episode.reasoning}
             with open(folder / "reasoning.jsonl", "a", encoding="utf-8") as file:
@@ -311,24 +321,26 @@ def fill_store(folder, episodes, pictures, side, every, skip_bad):
         row = fresh.names[i], i, episode.instruction, len(episode.action)
         for name, value in zip(("names", "kept", "text", "lengths"), row):
             index[name].append(value)
-    if not index["kept"] or (index["faults"] and not skip_bad):
-        raise UserError(first_of(index["faults"], episodes.path))
+    if (index["faults"] and not skip_bad) or (pictures and not index["kept"]):
+        raise stopped_by(index["faults"], episodes.path)
     stats, T = {}, sum(index["lengths"])
     for kind, width in zip(("state", "action"), reader.dims):
-        stats[kind] = summary(flat(folder / kind, "f4", (T, width)))
+        (folder / kind).touch()  # that nothing whole is left is worth remembering as well
+        stats[kind] = summary(flat(folder / kind, "f4", (T, width))) if T else {}
     index |= {"stats": stats, "normalise": episodes.source.normalise}
     (folder / "index.json").write_text(json.dumps(index))
 
 
-def open_episodes(spec, skip_bad=False, every=False, again=False):
+def open_episodes(spec, skip_bad=False, every=None, again=False):
     """A row of SOURCES, a hub id, a path, or a world -> a sequence of Episode, or of
     questions. skip_bad: what cannot be read is left out and listed in `.faults`; for that all is
-    read once, `every` picture too if wanted, `again` even if it was before."""
+    read once, `every` picture too (unless it is False), `again` even if it was before."""
+    every = skip_bad if every is None else every
     if str(spec).partition(":")[0] in loop.WORLDS:
         return demonstrations(str(spec))
     path, source = locate(str(spec))
     if path.suffix in (".json", ".jsonl", ".tsv"):
-        return QuestionFile(path, skip_bad)
+        return QuestionFile(path, CACHE, skip_bad, every, again)
     if path.suffix == ".npz":
         with reading(path):
             return load_demonstrations(path)
@@ -538,38 +550,6 @@ class Windows:
         }
 
 
-def question_sets(names, count, size=64, wrist_size=32):
-    """The world's question sets in the forms of published benchmarks -> {name: [sample]}."""
-    return {
-        name: [
-            {"images": list(images.values()), "question": question, "answer": answer}
-            for images, question, answer, _ in questions.benchmark(name, count, 0, size, wrist_size)
-        ]
-        for name in names
-    }
-
-
-class Questions:
-    """Questions about tabletop scenes, an endless supply: sample i is drawn from its own seed."""
-
-    def __init__(self, size=64, wrist_size=32, seed=0):
-        self.world, self.seed = tabletop.Tabletop("bridge", size, wrist_size), seed
-
-    def __len__(self):
-        return 10_000_000
-
-    def get(self, index, rng):
-        question = None
-        while question is None:  # a scene does not allow every kind of question
-            observation = self.world.scatter(self.seed * len(self) + index)
-            question = questions.ask(self.world, random.Random(int(rng.integers(2**31))))
-        return {
-            "images": list(observation["images"].values()),
-            "question": question.question,
-            "answer": question.answer,
-        }
-
-
 class Mixture:
     """Draws sample i, a part by weight, then one of its windows, from (seed, i) alone."""
 
@@ -620,8 +600,8 @@ def warnings(part):
     return lines + ([f"{silent} episodes have no instruction"] if silent else [])
 
 
-def describe(name, episodes, picks):
-    """Prints counts, lengths, instructions, ranges and warnings -> rows of a contact sheet."""
+def describe(name, episodes):
+    """Prints counts, lengths, instructions, ranges and warnings."""
     recorded = isinstance(episodes, Episodes)
     kind = type(episodes.reader).__name__ if recorded else "world"
     how = episodes.source.normalise if recorded else "q99"
@@ -640,28 +620,37 @@ def describe(name, episodes, picks):
             print(f"{kind + ' ' + str(d):12}" + "".join(f"{v:9.4f} " for v in row))
     for line in warnings(part):
         print(f"warning: {line}")
-    shown = [(e.images.values(), e.instruction) for e in (episodes[i] for i in picks)]
-    places = (0, 0.5, 1)
-    return [([f[int(p * (len(f) - 1))] for p in places for f in c], text) for c, text in shown]
+
+
+def pick(episodes, i):
+    """A row of the contact sheet: a question, or the start, middle and end of an episode."""
+    if isinstance(episodes, QuestionFile):
+        sample = episodes.get(i)
+        return sample["images"], f"{sample['question']}\n{sample['answer']}"
+    cameras, places = episodes[i].images.values(), (0, 0.5, 1)
+    return [f[int(p * (len(f) - 1))] for p in places for f in cameras], episodes[i].instruction
 
 
 def inspect(spec, sheet, deep=False):
     """Prints what was recognised, draws a contact sheet, lists every fault."""
-    episodes = open_episodes(spec, skip_bad=True, every=deep, again=True)
-    picks = sorted({int(i) for i in np.linspace(0, len(episodes) - 1, 5)})
-    faults, rows = list(getattr(episodes, "faults", [])), []
+    rows, episodes = [], []
+    try:
+        episodes = open_episodes(spec, True, deep, again=True)
+        faults = list(getattr(episodes, "faults", ()))
+    except UserError as error:  # perhaps because nothing whole is left
+        if not (faults := getattr(error, "faults", None)):
+            raise
     if isinstance(episodes, QuestionFile):
         print(f"{episodes.path.suffix[1:]}: {len(episodes)} questions")
-        for i in range(len(episodes)) if deep else picks:
-            try:
-                sample = episodes.get(i)
-                rows.append((sample["images"], f"{sample['question']}\n{sample['answer']}"))
-            except UserError as fault:
-                faults.append(str(fault))
-    else:
-        rows = describe(spec, episodes, picks)
+    elif episodes:
+        describe(spec, episodes)
+    for i in np.unique(np.linspace(0, len(episodes) - 1, 5).astype(int)) if episodes else ():
+        try:
+            rows.append(pick(episodes, i))
+        except UserError as fault:
+            faults.append(str(fault))
     if rows:
-        pictures.contact_sheet(sheet, rows[:5], max(1, 128 // len(rows[0][0][0])))
+        pictures.contact_sheet(sheet, rows, max(1, 128 // len(rows[0][0][0])))
         print(f"contact sheet: {sheet}")
     for fault in faults:
         print(f"fault: {fault}")
@@ -684,7 +673,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.verb == "inspect":
         return inspect(args.path, args.sheet, args.deep)
-    episodes = open_episodes(args.path, args.skip_bad)
+    episodes = open_episodes(args.path, args.skip_bad, every=False)
     if not isinstance(episodes, Episodes):
         raise UserError(f"{args.path}: its pictures are not in files that need decoding")
     folder = Path(args.out or f"{episodes.path.name}-frames")

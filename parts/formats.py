@@ -1,10 +1,9 @@
-"""How others keep recordings: their names, LeRobot, CALVIN, LIBERO, stores, question files.
+"""How others keep recordings: their names, LeRobot, CALVIN, LIBERO, stores of our own.
 
 A reader of episodes has names, lengths, fps, dims (S, A), numbers(i) and frames(i).
 """
 
-import base64
-import csv
+import errno
 import hashlib
 import importlib
 import io
@@ -14,7 +13,8 @@ import pickle
 import re
 import shutil
 import tempfile
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -89,6 +89,8 @@ GROUPS = {  # name -> {row of SOURCES: weight}, 1 in the mean, as a dataset name
 def locate(spec):
     """A row of SOURCES, a hub id or a path -> (path on this disk, its row)."""
     source, path = SOURCES.get(spec), Path(spec).expanduser()
+    if spec in GROUPS and not path.exists():
+        raise UserError(f"{spec} is several datasets, name one of them: {', '.join(GROUPS[spec])}")
     if source is None and path.exists():
         rows = reversed(SOURCES.values())  # the first of a name wins
         known = {row.hub.rpartition("/")[2].removesuffix(".zip"): row for row in rows}
@@ -125,7 +127,7 @@ def need(module):
 
 
 @contextmanager
-def reading(place):
+def reading(place, remedy="fetch it again, or leave its episodes out with --skip-bad"):
     """Whatever fails inside becomes one line with the place and the remedy."""
     try:
         yield
@@ -135,14 +137,17 @@ def reading(place):
         missing = isinstance(error, FileNotFoundError)
         words = "no such file" if missing else " ".join(str(error).split()) or repr(error)
         words = f"no field {words}" if isinstance(error, KeyError) else words
-        remedy = "fetch it again, or leave its episodes out with --skip-bad"
         raise UserError(f"{place}: {words[:300]}; {remedy}") from error
 
 
-def first_of(faults, path):
-    if not faults:
-        return f"{path}: there is nothing in it"
-    return f"{faults[0]} [{len(faults)} faults; all: python data.py inspect {path}]"
+def stopped_by(faults, path):
+    """The error that names the first fault, and has them all in `.faults`."""
+    words = f"{path}: there is nothing in it"
+    if faults:
+        words = f"{faults[0]} [{len(faults)} faults; all: python data.py inspect {path}]"
+    error = UserError(words)
+    error.faults = list(faults)
+    return error
 
 
 def read_json(path):
@@ -227,19 +232,38 @@ class Video:
             self.how["threads"] = 1
         self.half, self.coming, self.now = 0.5 / float(self.stream.average_rate or 30), None, None
 
+    def step(self, time):
+        """The next picture on the way to the one at time."""
+        frame = next(self.coming, None)
+        if frame is None:
+            raise ValueError(f"the video ends before {time:.2f} s")
+        if frame.is_corrupt:  # the decoder painted over what it could not read
+            raise ValueError(f"damaged at {frame.time:.2f} s")
+        return frame
+
+    def seek(self, time):
+        """The first picture decoded from a key frame before time; one further back if that is too
+        late: a key frame may lie in the file before pictures that are shown before it."""
+        second = round(1 / self.stream.time_base)
+        for where in range(round(max(time, 0) / self.stream.time_base), -second, -second):
+            self.file.seek(max(where, 0), stream=self.stream, backward=True)
+            self.coming = self.file.decode(self.stream)
+            frame = self.step(time)
+            if frame.time <= time + self.half:
+                break
+        return frame
+
     def at(self, time, tolerance):
-        first = self.now.time - self.half if self.now else np.inf
+        now, self.now = self.now, None  # stays so if this fails: the next call seeks
+        first = now.time - self.half if now else np.inf
         if not first <= time <= first + 8 * self.half:
-            where = int(max(time, 0) / self.stream.time_base)
-            self.file.seek(where, stream=self.stream, backward=True)
-            self.coming, self.now = self.file.decode(self.stream), None
-        while self.now is None or self.now.time < time - self.half:
-            self.now = next(self.coming, None)
-            if self.now is None:
-                raise ValueError(f"the video ends before {time:.2f} s")
-        if self.now.time > time + tolerance:
+            now = self.seek(time)
+        while now.time < time - self.half:
+            now = self.step(time)
+        self.now = now
+        if now.time > time + tolerance:
             raise ValueError(f"no picture at {time:.2f} s")
-        return self.painter.reformat(self.now, **self.how).to_ndarray()
+        return self.painter.reformat(now, **self.how).to_ndarray()
 
 
 @lru_cache(maxsize=32)
@@ -253,12 +277,13 @@ def video_picture(path, start, fps, t):
 
 
 @lru_cache(maxsize=8)
-def parquet_numbers(path):
-    """Every column of numbers -> {name: (rows,) or (rows, n)}; a list's lengths must agree."""
+def parquet_numbers(path, wanted):
+    """Those of these columns that are there and hold numbers -> {name: (rows,) or (rows, n)}; a
+    list's lengths must agree."""
     pq, pc, out = need("pyarrow.parquet"), need("pyarrow.compute"), {}
-    schema = pq.read_schema(path)
-    names = [f.name for f in schema if re.search("int|float|double|bool", str(f.type))]
-    names = [name for name in names if "struct" not in str(schema.field(name).type)]
+    kinds = {f.name: str(f.type) for f in pq.read_schema(path) if f.name in wanted}
+    numeric = re.compile("(?!.*struct).*(int|float|double|bool)")
+    names = [name for name, kind in kinds.items() if numeric.match(kind)]
     table = pq.read_table(path, columns=names, use_threads=False)  # it may be a forked worker
     for name in table.column_names:
         column = table[name].combine_chunks()
@@ -305,16 +330,29 @@ def hdf5_picture(path, demo, key, t):
     return np.ascontiguousarray(file[f"data/{demo}/obs/{key}"][t][::-1, ::-1])
 
 
-def fingerprint(path, source):
-    """Of every file's name, size and time, and of how it is read."""
-    digest = hashlib.sha256(f"1 {source} {path.resolve()}".encode())
-    alone = [(path.parent, [], [path.name])]
-    for folder, folders, names in os.walk(path) if path.is_dir() else alone:
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            stat = os.stat(os.path.join(folder, name))
-            digest.update(f"{folder}/{name} {stat.st_size} {stat.st_mtime_ns}".encode())
+def stamp(files, words):
+    """A digest of these files' names, sizes and times, and of words."""
+    digest = hashlib.sha256(words.encode())
+    for path in files:
+        digest.update(os.fsencode(path))
+        with suppress(OSError):  # a link to nowhere has its name alone
+            stat = os.stat(path)
+            digest.update(f" {stat.st_size} {stat.st_mtime_ns}".encode())
     return digest.hexdigest()[:16]
+
+
+def files_of(path):
+    """Every file under a path but those in hidden folders; a file itself."""
+    if not path.is_dir():
+        yield path
+    for folder, folders, names in os.walk(path):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (os.path.join(folder, name) for name in sorted(names))
+
+
+def fingerprint(path, source):
+    """Of all that is in a dataset, and of how it is read."""
+    return stamp(files_of(path), f"2 {source} {path.resolve()}")
 
 
 # --- Pictures -------------------------------------------------------------------------------------
@@ -327,13 +365,12 @@ def resized(image, side):
     return np.asarray(Image.fromarray(image).resize((side, side), Image.BICUBIC))
 
 
-def shots(frames, which, side):
-    """Those pictures, seen to be pictures."""
-    out = [resized(frames[t], side) for t in which]
-    for t, shot in zip(which, out):
-        if shot.dtype != np.uint8 or shot.ndim != 3 or shot.shape[2] != 3:
-            raise ValueError(f"frame {t} is {shot.dtype} {shot.shape}, not a picture")
-    return out
+def shot(frames, t, side):
+    """Picture t, seen to be one, at side x side."""
+    image = resized(frames[t], side)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"frame {t} is {image.dtype} {image.shape}, not a picture")
+    return image
 
 
 def shift(image, dx, dy):
@@ -359,6 +396,13 @@ class LeRobot:
 
     def __init__(self, root, source):
         self.root, self.info, meta = root, read_json(root / "meta/info.json"), root / "meta"
+        parts = meta / "modality.json"
+        self.modality = read_json(parts) if parts.exists() else {}
+        with reading(f"{parts}, video, annotation"):
+            seen = self.modality.get("video", {}).items()  # name -> the feature it is
+            called = {about.get("original_key"): name for name, about in seen}
+            noted = self.modality.get("annotation", {}).items()  # name -> where its task number is
+            noted = [at.get("original_key", f"annotation.{name}") for name, at in noted]
         with reading(meta / "info.json"):
             version, self.fps = str(self.info["codebase_version"]), float(self.info["fps"])
             features = self.info["features"]
@@ -372,14 +416,14 @@ class LeRobot:
             for key, feature in features.items():
                 about = feature.get("info") or feature.get("video_info") or {}
                 if feature["dtype"] in ("video", "image") and not about.get("video.is_depth_map"):
-                    if "/" in key:  # a store names a file by it
-                        raise ValueError(f"field {key}: a name with a /")
                     name = key.rpartition(".")[2]
+                    if name not in source.cameras:
+                        name = called.get(key, name)
+                    if "/" in key + name:  # a store names a file by it
+                        raise ValueError(f"field {key}: a name with a /")
                     taken = name in (*self.cameras, "state", "action")
                     self.cameras[key if taken else name] = key
                     need("av" if feature["dtype"] == "video" else "pyarrow")
-        parts = meta / "modality.json"
-        self.modality = read_json(parts) if parts.exists() else {}
         self.cuts, self.v3 = {}, version.startswith("v3")
         for kind in ("state", "action") if source.parts else ():
             with reading(f"{parts}, {kind} of {', '.join(source.parts)}"):
@@ -387,9 +431,7 @@ class LeRobot:
                 self.cuts[kind] = np.r_[tuple(slice(s["start"], s["end"]) for s in spans)]
                 width[kind] = len(self.cuts[kind])
         self.dims = width["state"], width["action"]
-        noted = self.modality.get("annotation", {}).items()  # name -> where its task number is
-        said = [at.get("original_key", f"annotation.{name}") for name, at in noted]
-        said = [key for key in said if key in features and "valid" not in key]
+        said = [key for key in noted if key in features and "valid" not in key]
         self.words = (said + ["task_index"])[0]
         if self.v3:
             files = sorted(meta.glob("episodes/*/*.parquet"))
@@ -426,11 +468,12 @@ class LeRobot:
     def numbers(self, i):
         """-> state (T, S), action (T, A), instruction."""
         row, path, T = self.rows[i], self.path(self.rows[i]), self.lengths[i]
-        table = parquet_numbers(path)
+        wanted = (*self.key.values(), "episode_index", "timestamp", self.words)
+        table = parquet_numbers(path, wanted)
         first = row["dataset_from_index"] - self.first[path] if self.v3 else 0
         end = first + T if self.v3 else None
         table = {name: column[first:end] for name, column in table.items()}
-        if (table.get("episode_index", self.numbered[i]) != self.numbered[i]).any():
+        if "episode_index" in table and (table["episode_index"] != self.numbered[i]).any():
             raise ValueError("field episode_index: rows of another episode, meta does not fit data")
         if "timestamp" in table and len(table["timestamp"]) == T:
             late = np.abs(table["timestamp"].reshape(-1) - np.arange(T) / self.fps) > 0.5 / self.fps
@@ -558,13 +601,28 @@ def flat(path, kind, shape):
 def drafted(folder):
     """An empty folder that takes the place of `folder` if all goes well, and is gone if not."""
     folder.parent.mkdir(parents=True, exist_ok=True)
+    sweep(folder.parent)
     words = dict(prefix=f"{folder.name}.part-", dir=folder.parent, ignore_cleanup_errors=True)
     with tempfile.TemporaryDirectory(**words) as aside:
         draft = Path(aside, "store")
         draft.mkdir()
         yield draft
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(draft, folder)
+        with suppress(FileNotFoundError):
+            os.replace(folder, Path(aside, "old"))
+        try:
+            os.replace(draft, folder)
+        except OSError as error:  # another run that reads the same may have been faster
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+
+
+def sweep(parent):
+    """Removes what killed runs left of their drafts, after a day without a write."""
+    for draft in parent.glob("*.part-????????/store"):
+        with suppress(OSError):  # another run was faster
+            last = max(path.stat().st_mtime for path in (draft, *draft.iterdir()))
+            if time.time() - last > 86400:
+                shutil.rmtree(draft.parent)
 
 
 class Store:
@@ -597,71 +655,3 @@ class Store:
 
     def frames(self, i):
         return {camera: self.cut(camera, i) for camera in self.cameras}
-
-
-class QuestionFile:
-    """LLaVA's JSON or JSONL, or a VLMEvalKit TSV: samples like those of `Questions`."""
-
-    def __init__(self, path, skip_bad=False):
-        self.path, self.samples, self.faults, self.pasted = path, [], [], {}
-        for number, row in enumerate(self.rows(), 1):
-            try:
-                with reading(f"{path}, item {number}"):
-                    row = json.loads(row) if isinstance(row, str) else row
-                    asked = self.ask(row) if "conversations" in row else [self.choose(row)]
-                    if not all(answer.strip() for _, _, answer in asked):
-                        raise ValueError("an empty answer, from which nothing can be learned")
-                    self.samples += asked
-            except UserError as fault:
-                self.faults.append(str(fault))
-        if (self.faults and not skip_bad) or not self.samples:
-            raise UserError(first_of(self.faults, path))
-
-    def rows(self):
-        with reading(self.path):
-            if self.path.suffix == ".json":
-                return json.loads(self.path.read_text("utf-8"))
-            if self.path.suffix == ".jsonl":
-                return [line for line in self.path.read_text("utf-8").split("\n") if line.strip()]
-            csv.field_size_limit(2**31 - 1)
-            with open(self.path, newline="", encoding="utf-8") as file:
-                return list(csv.DictReader(file, delimiter="\t"))
-
-    def find(self, name):
-        for folder in (self.path.parent, self.path.parent / "images", DATA):
-            if (folder / name).is_file():
-                return folder / name
-        raise ValueError(f"field image: no file {name} beside it, in images/ or in {DATA}")
-
-    def ask(self, row):
-        """A conversation -> a sample for each answer; what was said before it comes first."""
-        images, said = row.get("image", []), row["conversations"]
-        images = [self.find(name) for name in ([images] if isinstance(images, str) else images)]
-        if not images:
-            raise ValueError("field image: none; questions without a picture are not for this")
-        text, out = "", []
-        for turn in said:
-            if turn["from"] in ("gpt", "assistant"):
-                out.append((images, text.strip(), turn["value"]))
-            text += turn["value"].replace("<image>", "").strip() + "\n"
-        return out
-
-    def choose(self, row):
-        """A row of a TSV: base64 or a path; a short entry is the index of the row that has it."""
-        image = row.get("image") or ""
-        if image:
-            self.pasted[row["index"]] = image = self.pasted.get(image, image)
-            image = json.loads(image.replace("'", '"')) if image.startswith("[") else [image]
-            image = [base64.b64decode(part, validate=True) for part in image]
-        else:
-            image = [self.find(row["image_path"])]
-        options = [f"{letter}. {row[letter]}" for letter in "ABCDEFGH" if row.get(letter)]
-        return image, "\n".join([row["question"], *options]), row["answer"]
-
-    def __len__(self):
-        return len(self.samples)
-
-    def get(self, index, rng=None):
-        images, question, answer = self.samples[index]
-        with reading(f"{self.path}, sample {index}, field image"):
-            return {"images": [decode(i) for i in images], "question": question, "answer": answer}

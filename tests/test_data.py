@@ -1,9 +1,11 @@
 """data.py: normalisation, windows, mixtures, and the tabletop's cached demonstrations."""
 
+import pickle
 from itertools import islice
 
 import numpy as np
 import pytest
+from test_formats import Evil
 
 import data
 
@@ -201,6 +203,39 @@ def test_demonstrations_are_made_once(tmp_path, monkeypatch):
         assert episode.images["wrist"].shape == (T, 16, 16, 3)
         assert T == len(episode.state) == len(episode.phase) == len(episode.reasoning)
         assert episode.phase == sorted(episode.phase) and episode.instruction
+
+
+def cut(path, mark):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path, mark):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 255
+    path.write_bytes(content)
+
+
+def plant(path, mark):
+    path.write_bytes(pickle.dumps(Evil(mark)))
+
+
+def plant_array(path, mark):
+    np.savez(open(path, "wb"), text=np.array([Evil(mark)], dtype=object))
+
+
+@pytest.mark.parametrize("damage", [cut, flip, plant, plant_array])
+def test_damaged_demonstrations_are_made_anew(damage, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    how = {"episodes": 2, "seed": 3, "size": 16, "wrist_size": 16}
+    made = data.demonstrations("tabletop:bridge", **how)
+    (path,) = (tmp_path / "cache").iterdir()
+    damage(path, tmp_path / "mark")
+    capsys.readouterr()
+    again = data.demonstrations("tabletop:bridge", **how)
+    assert f"{path} is damaged: made anew\n" in capsys.readouterr().out
+    assert all(same(vars(m), vars(a)) for m, a in zip(made, again, strict=True))
+    assert not (tmp_path / "mark").exists()
+    assert len(data.load_demonstrations(path)) == 2
 
 
 def test_a_question_follows_from_its_number():

@@ -5,6 +5,8 @@ import io
 import json
 import os
 import pickle
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +15,7 @@ from PIL import Image
 
 import data
 from common import Dist, UserError
-from parts import formats
+from parts import asked, formats
 
 TASKS = ["push the red block", "open the drawer"]
 LENGTHS = [5, 7, 4, 6]
@@ -53,11 +55,11 @@ def close(one, other):
 # --- writers --------------------------------------------------------------------------------------
 
 
-def write_video(path, images, fps=10):
+def write_video(path, images, fps=10, codec="mpeg4", **options):
     av = pytest.importorskip("av")
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as file:
-        stream = file.add_stream("mpeg4", fps)
+        stream = file.add_stream(codec, fps, options=options)
         stream.width = stream.height = SIZE
         stream.pix_fmt, stream.gop_size, stream.bit_rate = "yuv420p", 3, 4_000_000
         for image in images:
@@ -219,9 +221,17 @@ LEROBOT = {
 }
 
 
-@pytest.mark.parametrize("kind", LEROBOT)
-def test_every_kind_of_lerobot(kind, tmp_path):
-    episodes = data.open_episodes(LEROBOT[kind](tmp_path / "set"))
+@pytest.mark.parametrize("frame_index", [True, False], ids=["", "no frame_index"])
+@pytest.mark.parametrize("fixed", [True, False], ids=["fixed-size", "list"])
+@pytest.mark.parametrize("video", [True, False], ids=["video", "images"])
+@pytest.mark.parametrize("version", ["v2.0", "v2.1", "v3.0"])
+def test_every_kind_of_lerobot(version, video, fixed, frame_index, tmp_path):
+    how = {"fixed": fixed, "frame_index": frame_index}
+    if version == "v3.0":
+        root = write_v3(tmp_path / "set", video, **how)
+    else:
+        root = write_v2(tmp_path / "set", video, version, **how)
+    episodes = data.open_episodes(root)
     assert len(episodes) == len(LENGTHS) == len(list(episodes))
     assert episodes.lengths == LENGTHS
     for e in (2, 0, 3, 1):
@@ -238,6 +248,40 @@ def test_every_kind_of_lerobot(kind, tmp_path):
             assert frames[1:3].shape == (2, SIZE, SIZE, 3)
     with pytest.raises(IndexError):
         episodes[4]
+
+
+OPEN = "open-gop=1:keyint=12:min-keyint=12:scenecut=0:bframes=3:b-adapt=0"
+
+
+@pytest.mark.parametrize("codec, options", [
+    ("mpeg4", {}), ("libx264", {}), ("libx264", {"x264-params": OPEN}),
+    ("libx265", {"x265-params": OPEN + ":log-level=none"}),
+])  # fmt: skip
+def test_a_whole_video_is_read_in_any_order(codec, options, tmp_path):
+    av = pytest.importorskip("av")
+    try:
+        av.Codec(codec, "w")
+    except ValueError:  # what `av` raises for a codec that it was built without
+        pytest.skip(f"this av was built without {codec}")
+    images = [picture(t % 4, t % 6) for t in range(40)]
+    write_video(tmp_path / "a.mp4", images, codec=codec, **options)
+    video = formats.Video(tmp_path / "a.mp4")
+    for t in np.random.default_rng(0).permutation(40):
+        assert close(video.at(t / 10, 0.05), images[t]), t
+
+
+@pytest.mark.parametrize("name", ["v21_image", "v30_video"])
+def test_what_lerobots_own_writer_left(name):
+    root = Path(data.__file__).resolve().parent / "../shared/samples" / name
+    if not root.exists():
+        pytest.skip(f"{root} is not here: two small datasets that lerobot itself wrote")
+    (part,) = data.load(str(root))
+    assert len(part.episodes) == 10 and sum(part.episodes.lengths) == 345
+    for episode in part.episodes:
+        assert list(episode.images) == ["front", "wrist"] and episode.instruction
+        assert episode.state.shape[1] == 8 and episode.action.shape[1] == 7
+        assert all(frames[len(frames) // 2].shape == (96, 96, 3)
+                   for frames in episode.images.values())  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["v2.1-images", "v3.0-video"])
@@ -274,6 +318,43 @@ def test_the_parts_of_gr1(tmp_path, monkeypatch):
     episode = data.open_episodes("mine")[1]
     assert list(episode.images) == ["wrist"] and episode.state.shape == (7, 4)
     assert np.array_equal(episode.action, numbers(1, 7, 6)[:, [4, 5, 0, 1]])
+
+
+def test_the_cameras_of_modality_json(tmp_path, monkeypatch):
+    root = write_v2(tmp_path / "data/seen", False)
+    video = {"ego_view": {"original_key": KEYS[0]}, "hand/left": {"original_key": "none such"}}
+    (root / "meta/modality.json").write_text(json.dumps({"video": video}))
+    for camera, index in (("ego_view", 0), ("front", 0), ("wrist", 1)):  # by its own name as well
+        monkeypatch.setitem(data.SOURCES, "mine", data.Source("me/seen", (camera,)))
+        (frames,) = data.open_episodes("mine")[1].images.values()
+        assert np.array_equal(frames[2], picture(1, 2, index))
+    monkeypatch.delitem(data.SOURCES, "mine")
+    assert list(data.open_episodes(root)[0].images) == ["ego_view", "wrist"]
+    for bad in ({"a/b": {"original_key": KEYS[0]}}, {"ego_view": 3}):
+        (root / "meta/modality.json").write_text(json.dumps({"video": bad}))
+        with pytest.raises(UserError, match="a name with a /|modality.json, video"):
+            data.open_episodes(root)
+
+
+def change_columns(path, drop=(), **more):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = pq.read_table(path).drop_columns(list(drop))
+    for name, cells in more.items():
+        table = table.append_column(name, pa.array(cells))
+    pq.write_table(table, path)
+
+
+@pytest.mark.parametrize("kind", ["v2.1-images", "v3.0-images"])
+def test_columns_that_are_not_needed(kind, tmp_path):
+    root = LEROBOT[kind](tmp_path / "set")
+    want = [(e.action, e.instruction) for e in data.open_episodes(root)]
+    for path in root.glob("data/*/*.parquet"):
+        rows = pytest.importorskip("pyarrow.parquet").read_metadata(path).num_rows
+        uneven = [[1.0] * (t % 3) for t in range(rows)]
+        change_columns(path, ["episode_index", "timestamp"], subgoals=uneven)
+    formats.parquet_numbers.cache_clear()
+    for episode, (action, words) in zip(data.load(str(root))[0].episodes, want, strict=True):
+        assert np.array_equal(episode.action, action) and episode.instruction == words
 
 
 def test_gripper_signs_become_one(tmp_path, monkeypatch):
@@ -380,6 +461,18 @@ def test_questions(kind, count, tmp_path):
     assert data.load(str(part.path))[0].stats is None
 
 
+def test_a_picture_of_a_later_row(tmp_path):
+    path = write_questions(tmp_path / "q", "tsv")
+    head, first, second = path.read_text().split("\n")
+    path.write_text("\n".join([head, second, first]))  # row 1 names row 0, which comes after it
+    part = data.open_episodes(path)
+    for i in range(2):
+        assert np.array_equal(part.get(i)["images"][0], picture(1, 2))
+    path.write_text("\n".join([head, second.replace("\t0\t", "\t1\t"), first]))
+    with pytest.raises(UserError, match="item 1"):  # itself
+        data.open_episodes(path)
+
+
 # --- names and weights ----------------------------------------------------------------------------
 
 
@@ -405,9 +498,17 @@ def test_the_table_holds_what_the_papers_trained_on():
     ("bridge=nan", "--data bridge=nan: takes a number"), ("bridge=inf", "a weight is above 0"),
 ])  # fmt: skip
 def test_what_is_not_on_disk_says_how_to_get_it(spec, words):
-    with pytest.raises(UserError, match="(?s)" + __import__("re").escape(words)) as error:
+    with pytest.raises(UserError, match="(?s)" + re.escape(words)) as error:
         data.load(spec)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("verb", ["inspect", "cache"])
+@pytest.mark.parametrize("group", data.GROUPS)
+def test_a_group_is_looked_at_one_by_one(verb, group, status):
+    code, _, error = status(data.main, verb, group)
+    assert code == 2 and error.startswith(f"error: {group} is several datasets, name one of them: ")
+    assert all(name in error for name in data.GROUPS[group]) and "mean" not in error
 
 
 def test_weights_and_names(tmp_path):
@@ -465,15 +566,24 @@ def bad_actions(root):
     rewrite(root, A=action)
 
 
-def bad_picture(root):
-    """The last picture of episode 2 is cut short."""
+def bad_picture(root, t=-1):
+    """A picture of episode 2 is cut short, the last one if not told."""
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     path = root / "data/chunk-001/episode_000002.parquet"
     table = pq.read_table(path)
     cells = table[KEYS[1]].to_pylist()
-    cells[-1]["bytes"] = cells[-1]["bytes"][:40]
+    cells[t]["bytes"] = cells[t]["bytes"][:40]
     at = table.column_names.index(KEYS[1])
     pq.write_table(table.set_column(at, KEYS[1], pa.array(cells, table.schema.types[at])), path)
+
+
+def bad_packet(path, t):
+    """The middle of frame t's packet in a video is overwritten."""
+    with pytest.importorskip("av").open(str(path)) as file:
+        places = [(p.pos, p.size) for p in file.demux(video=0) if p.size]
+    (at, size), content = places[t], bytearray(path.read_bytes())
+    content[at + size // 2 : at + 2 * size // 3] = bytes(2 * size // 3 - size // 2)
+    path.write_bytes(content)
 
 
 def empty(root):
@@ -484,7 +594,10 @@ def empty(root):
 
 PARQUET = "data/chunk-001/episode_000002.parquet"
 MP4 = f"videos/chunk-001/{KEYS[1]}/episode_000002.mp4"
+LONG_MP4 = f"videos/chunk-000/{KEYS[1]}/episode_000001.mp4"
 V3_MP4 = f"videos/{KEYS[0]}/chunk-000/file-001.mp4"
+
+
 def two_tasks(root):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     table = pq.read_table(root / PARQUET)
@@ -504,6 +617,7 @@ FAULTS = {  # dataset, what is done to it, words of the message, what is left
     "picture": ("v2.1-images", bad_picture, f"episode 2, field {KEYS[1]}, frame 3", 3),
     "missing mp4": ("v2.0-video", lambda r: (r / MP4).unlink(), "wrist/episode_000002.mp4", 3),
     "truncated mp4": ("v2.0-video", lambda r: truncate(r / MP4), "wrist/episode_000002.mp4", 3),
+    "damaged mp4": ("v2.0-video", lambda r: bad_packet(r / MP4, 3), "frame 3: damaged at 0.30", 3),
     "corrupt mp4": ("v2.0-video", lambda r: (r / MP4).write_bytes(b"\0" * 999), "000002.mp4", 3),
     "mp4 of two": ("v3.0-video", lambda r: (r / V3_MP4).unlink(), "front/chunk-000/file-001", 2),
 }
@@ -540,6 +654,109 @@ def test_faults_of_lerobot(fault, tmp_path, capsys):
     with pytest.raises(UserError, match=f"{len(LENGTHS) - left} faults"):
         data.inspect(str(root), tmp_path / "sheet.png")
     assert message.split(" [")[0] in capsys.readouterr().out
+
+
+def no_gripper(root, t=102):
+    path = root / f"training/episode_{t:07d}.npz"
+    with np.load(path) as file:
+        arrays = {name: file[name] for name in file.files if name != "rgb_gripper"}
+    np.savez(path, **arrays)
+
+
+def no_picture(root):
+    (root / "b.png").write_bytes(b"garbage")
+    (root / "q.jsonl").write_text((root / "q.jsonl").read_text().replace("a.png", "b.png", 1))
+
+
+MIDDLE = {  # where neither the first nor the last picture of an episode is wrong
+    "picture": (LEROBOT["v2.1-images"], lambda r: bad_picture(r, 2), "frame 2: ", 3),
+    "video": (LEROBOT["v2.0-video"], lambda r: bad_packet(r / LONG_MP4, 4), "frame 4: damaged", 3),
+    "video of two": (LEROBOT["v3.0-video"], lambda r: bad_packet(r / V3_MP4, 5),
+                     "file-001.mp4, episode 1.*frame 5: damaged", 3),
+    "calvin": (write_calvin, no_gripper, "rgb_gripper, frame 2: no field", 1),
+    "questions": (lambda root: write_questions(root, "jsonl").parent, no_picture,
+                  "item 1, field image: this is no picture", 4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", MIDDLE)
+def test_faults_in_the_middle_are_found_by_trying_every_picture(fault, tmp_path, monkeypatch):
+    write, damage, words, left = MIDDLE[fault]
+    root = write(tmp_path / "set")
+    damage(root)
+    spec = str(root / "q.jsonl" if fault == "questions" else root)
+    data.load(spec)  # the ends alone were tried
+    (part,) = data.load(spec, skip_bad=True)
+    assert len(part.episodes) == left and len(part.episodes.faults) == 1
+    assert re.search(words, part.episodes.faults[0])
+    monkeypatch.setattr(data, "write_store", None)  # what was found is remembered
+    monkeypatch.setattr(asked, "decode", None)
+    assert data.load(spec, skip_bad=True)[0].episodes.faults == part.episodes.faults
+    with pytest.raises(UserError, match=words):
+        data.load(spec)
+    monkeypatch.undo()
+    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    with pytest.raises(UserError, match="1 faults"):  # not forgotten by a look at the ends
+        data.inspect(spec, tmp_path / "sheet.png")
+    with pytest.raises(UserError, match=words):
+        data.load(spec)
+
+
+def test_that_nothing_whole_is_left_is_remembered(tmp_path, status):
+    root = write_calvin(tmp_path / "set")
+    no_gripper(root, 102)
+    no_gripper(root, 106)
+    code, out, error = status(data.main, "inspect", str(root), "--deep")
+    assert code == 2 and out.count("fault: ") == 2 and error == f"error: {root}: 2 faults\n"
+    for skip_bad in (False, True):
+        with pytest.raises(UserError, match="rgb_gripper, frame 2.*2 faults"):
+            data.load(str(root), skip_bad)
+    for words in ([], ["--skip-bad"]):
+        assert status(data.main, "cache", str(root), "--out", "kept", *words)[0] == 2
+    assert not (tmp_path / "kept").exists()
+
+
+def test_what_was_remembered_of_pictures_is_looked_up_again_where_it_is_damaged(tmp_path):
+    path = write_questions(tmp_path / "q", "jsonl")
+    no_picture(path.parent)
+    for _ in range(2):
+        assert len(data.open_episodes(path, skip_bad=True)) == 4
+        truncate(*(tmp_path / "cache").glob("q.jsonl-*.json"))
+    (path.parent / "b.png").write_bytes(png(picture(0, 0)))
+    assert len(data.load(str(path))[0].episodes) == 6  # mended: another picture, looked at anew
+
+
+@pytest.mark.parametrize("damage", [
+    bad_actions, lambda root: rewrite(root, dims=(8, 6)), lambda root: rewrite(root, T=3)])
+def test_what_was_recorded_wrongly_is_not_to_be_fetched_again(damage, tmp_path):
+    damage(LEROBOT["v2.1-images"](tmp_path / "set"))
+    with pytest.raises(UserError, match="; --skip-bad leaves the episode out") as error:
+        data.load(str(tmp_path / "set"))
+    assert "fetch" not in str(error.value)
+
+
+def test_inspect_prints_every_fault(tmp_path, status):
+    root, sheet = LEROBOT["v2.1-images"](tmp_path / "set"), tmp_path / "sheet.png"
+    bad_picture(root, 1)  # of what is shown, though not tried
+    words = ["inspect", str(root), "--sheet", str(sheet)]
+    code, out, error = status(data.main, *words)
+    assert code == 2 and error == f"error: {root}: 1 faults\n" and sheet.exists()
+    assert out.count("fault: ") == 1 and "frame 1: " in out and "contact sheet" in out
+    for path in root.glob("data/*/*.parquet"):
+        path.unlink()
+    code, out, error = status(data.main, *words)
+    assert code == 2 and error == f"error: {root}: 4 faults\n"
+    assert out.count("fault: ") == 4 and "data.py inspect" not in out
+
+
+def test_a_link_to_nowhere(tmp_path):
+    root = LEROBOT["v2.1-images"](tmp_path / "set")
+    (root / "README.md").symlink_to(tmp_path / "nowhere")
+    assert len(data.load(str(root))[0].episodes) == 4  # it is nobody's business
+    (root / PARQUET).unlink()
+    (root / PARQUET).symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="000002.parquet.*no such file"):
+        data.load(str(root))
 
 
 @pytest.mark.parametrize("name, text", [
@@ -732,6 +949,33 @@ def test_no_pickle_runs_at_any_entry(name, tmp_path):
     assert not mark.exists()
 
 
+def planted(path, mark):
+    path.write_bytes(pickle.dumps(Evil(mark)))
+
+
+@pytest.mark.parametrize("name", ["index.json", "action", "front", "reasoning.jsonl"])
+@pytest.mark.parametrize("way", ["own", "array"])
+def test_no_pickle_runs_in_a_store(name, way, tmp_path):
+    root, mark = write_v2(tmp_path / "set", False), tmp_path / "mark"
+    data.main(["cache", str(root), "--out", "kept"])
+    plant = planted if way == "own" else evil_array
+    plant(tmp_path / "evil.npy", mark)
+    (tmp_path / "evil.npy").rename(tmp_path / "kept" / name)
+    for skip_bad in (False, True):
+        with pytest.raises(UserError, match=f"kept/{name}"):
+            data.load("kept", skip_bad)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("name", ["index.json", "state", "action"])
+def test_no_pickle_runs_among_remembered_numbers(name, tmp_path):
+    first = data.load(str(write_v2(tmp_path / "set", False)))[0]
+    (kept,) = (tmp_path / "cache").iterdir()
+    planted(kept / name, tmp_path / "mark")
+    assert data.load(str(tmp_path / "set"))[0].stats == first.stats  # read again from the recording
+    assert not (tmp_path / "mark").exists()
+
+
 # --- stores, inspect, the command line ------------------------------------------------------------
 
 
@@ -773,6 +1017,42 @@ def test_numbers_kept_by_a_machine_that_went_down_are_read_again(tmp_path):
     (kept,) = (tmp_path / "cache").iterdir()
     truncate(kept / "action")
     assert data.load(str(tmp_path / "set"))[0].stats == first.stats
+
+
+def test_two_runs_that_read_the_same_dataset_at_once(tmp_path, monkeypatch):
+    spec = str(write_v2(tmp_path / "set", False))
+    replace = os.replace
+
+    def late(source, target):  # the other run is there in between
+        if Path(source).name == "store":
+            Path(target).mkdir()
+            (Path(target) / "index.json").write_text("the other's")
+        replace(source, target)
+
+    monkeypatch.setattr(formats.os, "replace", late)
+    with formats.drafted(tmp_path / "there"):
+        pass
+    assert (tmp_path / "there/index.json").read_text() == "the other's"
+    monkeypatch.setattr(formats.os, "replace", replace)
+    with formats.drafted(tmp_path / "there") as draft:  # what was there gives way
+        data.load(spec)
+        (draft / "index.json").write_text("mine")
+    assert (tmp_path / "there/index.json").read_text() == "mine"
+    assert not list(tmp_path.glob("*.part-*"))
+
+
+def test_drafts_of_killed_runs_are_removed_after_a_day(tmp_path):
+    names = ["set-1.part-abcd_123", "set-2.part-abcd_124", "my.part-1"]
+    for name in names:
+        (tmp_path / name / "store").mkdir(parents=True)
+        (tmp_path / name / "store/action").write_bytes(b"123")
+    old = os.stat(tmp_path).st_mtime - 2 * 86400
+    for name in (names[0], names[2]):
+        for path in (tmp_path / name / "store/action", tmp_path / name / "store"):
+            os.utime(path, (old, old))
+    with formats.drafted(tmp_path / "there"):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {*names[1:], "there"}
 
 
 def test_statistics_are_read_once(tmp_path, monkeypatch):
