@@ -49,8 +49,10 @@ from parts.backbones import (
 )
 from parts.checkpoints import (
     Checkpoint,
+    fill,
     load_checkpoint,
     load_optimizers,
+    read_json,
     resume_auto,
     rng_state,
     save_checkpoint,
@@ -89,6 +91,7 @@ from parts.scale import (
     clip,
     device_memory,
     feed,
+    foresee,
     gather,
     gathered,
     halt_at_nan,

@@ -925,14 +925,7 @@ def build(cfg, state_dim, action_dim, checkpoint=None):
         if checkpoint.meta["config"]["stage"] == "expert" != cfg.stage:
             gate = [n for n in model.state_dict() if n.startswith("gate.")]
             fresh = (".down.1", ".up.1", *gate)
-        try:
-            missing, surplus = model.load_state_dict(checkpoint.tensors, strict=False)
-        except RuntimeError as error:
-            missing, surplus = [], [str(error).splitlines()[1].strip()]
-        missing = [n for n in missing if n not in model.untouched and not n.endswith(fresh)]
-        if missing or surplus:
-            name = (missing + surplus)[0]
-            raise common.UserError(f"{checkpoint.path} does not fit {cfg.backbone}: {name}")
+        common.fill(model, checkpoint, cfg.backbone, fresh)
     return model, processor
 
 
@@ -949,11 +942,15 @@ def load_policy(folder, device, robot=""):
     return policy
 
 
-def load_teachers(cfg, device):
-    """-> {"expert": E, "generalist": G}, those that --teachers asks for, as frozen policies."""
+def teaching(cfg):
+    """The stages whose models teach, as --teachers says."""
     domains = {"expert": "action", "generalist": "reason"}
-    asked = (name for name, domain in domains.items() if cfg.teachers in ("both", domain))
-    return {name: load_policy(getattr(cfg, name), device) for name in asked}
+    return [name for name, domain in domains.items() if cfg.teachers in ("both", domain)]
+
+
+def load_teachers(cfg, device):
+    """-> {"expert": E, "generalist": G}, those that teach, as frozen policies."""
+    return {name: load_policy(getattr(cfg, name), device) for name in teaching(cfg)}
 
 
 def prepare(cfg, dist, run, resumed, teachers):
@@ -1087,6 +1084,8 @@ def run_stage(cfg, dist):
         (folder / "metrics.jsonl").unlink(missing_ok=True)
     run = common.Run(cfg, "dualvla", __file__, dist, cfg.steps, resumed)
     run.say(f"stage {cfg.stage}: {run.folder}; {dist.processes} process(es) on {dist.device}")
+    needed = [replace(cfg, stage=name) for name in (cfg.stage, *teaching(cfg))]
+    common.foresee(cfg, dist, *(lambda c=c: build(c, 8, 7)[0] for c in needed))
     frozen = load_teachers(cfg, dist.device)
     policy, batches, meta = prepare(cfg, dist, run, resumed, frozen)
     sets = data.question_sets(common.ABILITIES, cfg.questions, cfg.size, cfg.wrist_size)
@@ -1115,7 +1114,8 @@ def facts(cfg, steps, processes):
 def evaluate_only(cfg, dist):
     """--eval-only: the closed loop, questions and scores again, or one --benchmark."""
     policy = load_policy(cfg.eval_only, dist.device, cfg.robot)
-    cfg = common.resume_config(cfg, dataclasses.asdict(policy.cfg), FREE + ("world", "seed"))
+    free = FREE + ("world", "seed", "ablation")
+    cfg = common.resume_config(cfg, dataclasses.asdict(policy.cfg), free)
     if "out" not in cfg.explicit:
         cfg.out = str(Path(cfg.eval_only) / time.strftime("eval-%Y%m%d-%H%M%S"))
     check(cfg)
@@ -1124,7 +1124,7 @@ def evaluate_only(cfg, dist):
         return benchmarks.run(cfg.benchmark, policy.write, cfg) if dist.main else None
     run = common.Run(cfg, "dualvla", __file__, dist, cfg.steps)
     sets = data.question_sets(common.ABILITIES, cfg.questions, cfg.size, cfg.wrist_size)
-    result = facts(cfg, *policy.trained)
+    result = facts(cfg, *policy.trained) | {"train_seconds": 0.0}
     run.result(result | evaluate(policy, cfg, dist, run.folder, run.say, sets))
     run.close()
 

@@ -69,7 +69,7 @@ from transformers.masking_utils import sdpa_mask
 import common
 import data
 from parts.starvla import OFT
-from worlds import ablations, loop, pictures
+from worlds import ablations, benchmarks, loop, pictures
 
 # --- Config: the defaults are the laptop's run ----------------------------------------------------
 
@@ -90,6 +90,7 @@ class Config:
     preset: str = ""  # a named configuration, see below; of a --backbone but tiny: larger
     describe: bool = False  # prints the parameters of each part, without weights, and leaves
     export: str = ""  # run folder whose right brain becomes a Hugging Face checkpoint in --out
+    benchmark: str = ""  # a question file (VLMEvalKit's TSV) that each brain answers, --eval-only
     episodes: int = 200  # evaluation episodes in each domain (paper: 480 on SimplerEnv)
     # the brains
     brain: str = "twin"  # twin | vanilla | nofreeze: Sec. 4, one brain, both trained (Table 5)
@@ -157,7 +158,7 @@ PAPER = dict(
     backbone="Qwen3-VL-4B", steps=40_000, batch=16, optimizer="adamw", lr=1e-5, lr_head=1e-4,
     min_lr=0.05, warmup=5000, state=False, horizon=16, width=768, depth=16, heads=12, future=32,
     dropout=0.2, size=224, wrist_size=112, augment=0, execute=1, ensemble=True, episodes=480,
-    workers=4,
+    workers=4, frozen="bf16", shard="full",  # else no GPU of 80 GB has room for it
 )  # fmt: skip
 LIBERO = dict(steps=100_000, min_lr=0.1, horizon=8, normalise="minmax", execute=8)
 LIBERO |= dict(ensemble=False, episodes=500)
@@ -375,6 +376,9 @@ class TwinBrain(nn.Module):
             depth = 2 * layers if cfg.head == "pi" else cfg.depth  # ASSUMPTION A8
             self.expert = DiT(cfg, D, action_dim, depth)
 
+    def brains(self):
+        return {"right": self.right} | ({"left": self.left} if self.left is not None else {})
+
     def blocks(self):
         """What is recomputed, compiled or sharded by itself; the left of nofreeze keeps a cache
         with gradients, which recomputing would fill twice."""
@@ -468,20 +472,30 @@ class TwinBrain(nn.Module):
         return integrate(lambda x, t: self.expert(x, t, keys), a_0, self.cfg.euler)
 
     def speak(self, batch, limit, end=-1):
-        """Greedy decoding after the right prompt (QwenFAST), until all rows have said `end` ->
-        (B, limit or less) ids."""
+        """What the right brain says after its prompt, as QwenFAST does."""
         out, cache = self.think(batch)
-        h, right, ids = out.last_hidden_state, batch["right"], []
-        real, position = right["real"], right["position_ids"][..., -1:]
-        real_L = batch["left"]["real"] if self.left is not None else real[:, :0]
+        real_L = batch["left"]["real"] if self.left is not None else batch["left"]["real"][:, :0]
+        return self.decode(self.right, out, cache, batch["right"], real_L, limit, end)
+
+    def write(self, vlm, asked, limit, end):
+        """What one brain by itself says to questions."""
+        prompt, cache = asked["prompt"], DynamicCache()
+        mask = common.causal_mask(prompt["real"])
+        out = self.look(vlm, embed(vlm, prompt), prompt, mask, cache, asked)
+        return self.decode(vlm, out, cache, prompt, prompt["real"][:, :0], limit, end)
+
+    def decode(self, vlm, out, cache, prompt, real_L, limit, end):
+        """Greedy decoding until all rows have said `end` -> (B, limit or less) ids."""
+        h, ids = out.last_hidden_state, []
+        real, position = prompt["real"], prompt["position_ids"][..., -1:]
         while True:
-            ids.append(self.right.lm_head(h[:, -1:]).argmax(-1))  # (B, 1)
+            ids.append(vlm.lm_head(h[:, -1:]).argmax(-1))  # (B, 1)
             said = torch.cat(ids, dim=1)
             if len(ids) == limit or (said == end).any(1).all():
                 return said
             real, position = F.pad(real, (0, 1), value=True), position + 1
-            h = self.right.model(
-                inputs_embeds=self.right.get_input_embeddings()(ids[-1]),
+            h = vlm.model(
+                inputs_embeds=vlm.get_input_embeddings()(ids[-1]),
                 attention_mask=joint_mask(real_L, real, self.cfg.visibility)[:, :, -1:],
                 position_ids=position,
                 **{common.CACHE: cache},
@@ -675,6 +689,15 @@ class Policy:
         return data.unnormalise(a, self.stats["action"])
 
     @torch.no_grad()
+    def write(self, vlm, samples, limit):
+        """Samples with "images" and "question" -> answers of a brain, of `limit` words at most."""
+        words, samples = self.processor.tokenizer, [s | {"answer": ""} for s in samples]
+        asked = common.to_device(common.ask(samples, self.processor, SYSTEM_L), self.device)
+        with common.autocast(self.device, self.cfg.dtype):
+            ids = self.model.write(vlm, asked, limit, words.eos_token_id)
+        return [words.decode(row).partition(words.eos_token)[0].strip() for row in ids]
+
+    @torch.no_grad()
     def view(self, observation, instruction):
         """Figure 5: the first camera, bright where the last right token looks in the left brain."""
         if self.model.left is None:
@@ -700,11 +723,10 @@ def abilities(model, cfg, processor, device, sets):
     """Share of questions each brain answers by itself -> {"right": {"pope": ...}, "left": ...}:
     Figure 2. sets: {name: samples}."""
     model.eval()
-    brains = {"right": model.right} | ({"left": model.left} if model.left is not None else {})
     how = sets, processor, SYSTEM_L, device, cfg.dtype
     return {
         side: common.abilities(lambda asked, vlm=vlm: model.answer(vlm, asked)[1], *how)
-        for side, vlm in brains.items()
+        for side, vlm in model.brains().items()
     }
 
 
@@ -802,7 +824,7 @@ def train(cfg, dist, run, model, batches, meta, resumed, measure, teacher=None):
 FREE = (  # what a resumed or evaluated run may change
     "steps", "episodes", "domains", "execute", "ensemble", "parallel", "gifs", "render",
     "questions", "log_every", "save_every", "workers", "threads", "device", "euler", "eval_only",
-    "out", "robot", "compile", "grad_checkpoint", "shard", "replicate_left",
+    "out", "benchmark", "robot", "compile", "grad_checkpoint", "shard", "replicate_left",
 )  # fmt: skip
 
 
@@ -814,11 +836,7 @@ def build(cfg, state_dim, action_dim, checkpoint=None):
     common.seed_all(cfg.seed)
     model = TwinBrain(cfg, vlm, processor, state_dim, action_dim)
     if checkpoint:
-        missing, surplus = model.load_state_dict(checkpoint.tensors, strict=False)
-        missing = [n for n in missing if n not in model.untouched]
-        if missing or surplus:
-            name = (missing + surplus)[0]
-            raise common.UserError(f"{checkpoint.path} does not fit {cfg.backbone}: {name}")
+        common.fill(model, checkpoint, cfg.backbone)
     return model, processor
 
 
@@ -839,6 +857,9 @@ def load_policy(folder, device, robot=""):
 
 def prepare(cfg, dist, run, resumed):
     """Demonstrations, statistics, model -> Policy, batches, meta, the teacher if there is one."""
+    if dist.processes == 1:
+        cfg = dataclasses.replace(cfg, shard="none")  # with LoRA both brains keep one copy then
+    common.foresee(cfg, dist, *[lambda: build(cfg, 8, 7)[0]] * (2 if cfg.distill else 1))
     acts, asks = data.recordings(cfg, dist, resumed)
     robots = {part.name: part.stats for part in acts}
     teacher = load_teacher(cfg, dist.device, robots) if cfg.distill else None
@@ -888,6 +909,7 @@ def check(cfg):
     common.refuse({
         "--resume goes on with a run, --eval-only takes it as it is: one of them":
             cfg.resume and cfg.eval_only,
+        f"--benchmark {cfg.benchmark} needs --eval-only RUN": cfg.benchmark and not cfg.eval_only,
         "--attention kernel: no --visibility index, no --brain nofreeze":
             cfg.attention == "kernel" and (cfg.visibility == "index" or cfg.brain == "nofreeze"),
         "--ablation t9-student needs --distill RUN, a twin's run folder":
@@ -940,6 +962,10 @@ def session(cfg, dist):
             cfg.out = str(Path(cfg.eval_only) / time.strftime("eval-%Y%m%d-%H%M%S"))
         policy.cfg = policy.model.cfg = cfg
     check(cfg)
+    if cfg.benchmark:
+        for side, vlm in policy.model.brains().items() if dist.main else ():
+            benchmarks.run(cfg.benchmark, partial(policy.write, vlm), cfg, who=side)
+        return
     run = common.Run(cfg, "twinbrain", __file__, dist, cfg.steps, resumed)
     run.say(f"run folder {run.folder}; {dist.processes} process(es) on {dist.device}")
     sets = data.question_sets(common.ABILITIES, cfg.questions, cfg.size, cfg.wrist_size)

@@ -50,7 +50,6 @@ observed and 3 future ones; Table 7's captions (b) and (c) are exchanged.
 """
 
 import dataclasses
-import json
 import math
 import shutil
 import time
@@ -807,6 +806,7 @@ def fit(model, tensors, path):
 
 
 RELEASED = (".pth", ".pt")  # how a --teacher ends that is Seer's own file
+MAKES_ONE = "`python vita_vla.py --stage teacher --out RUN` makes one"
 TINY = common.ASSETS / "seer"  # the laptop's teacher, trained; its result.json has the command
 SHAPES = ("width", "future", "history", "size", "wrist_size", "eyes", "released", "normalise")
 TEACHES = (*SHAPES, "backbone", "world", "data", "depth", "heads", "resampler", "queries",
@@ -832,7 +832,7 @@ def load_teacher(cfg, device):
         model.robots = {}  # its units are not in the file
     else:
         place = TINY if cfg.teacher == "tiny" else cfg.teacher
-        checkpoint = common.load_checkpoint(place, "vita_vla")
+        checkpoint = common.load_checkpoint(place, "vita_vla", hint="; " + MAKES_ONE)
         theirs = common.resume_config(Config(), checkpoint.meta["config"])
         if theirs.stage != "teacher":
             raise common.UserError(f"--teacher {cfg.teacher} is a run of --stage {theirs.stage}")
@@ -917,7 +917,8 @@ def check(cfg):
     data.named(cfg.data)
     common.find_backbone(cfg.backbone)
     common.positive(cfg, "batch", "accumulate", "demos", "episodes", "parallel", "log_every",
-                    "history", "future", "width", "heads", "patch", "foresight")  # fmt: skip
+                    "save_every", "history", "future", "width", "heads", "patch",
+                    "foresight")  # fmt: skip
     begun = cfg.resume or cfg.eval_only or cfg.describe
     first = STAGES[cfg.recipe][1] if cfg.stage == "chain" else cfg.stage
     common.refuse({
@@ -927,8 +928,7 @@ def check(cfg):
             cfg.resume and cfg.eval_only,
         "--stage teacher begins one from nothing: no --teacher beside it":
             cfg.stage == "teacher" and cfg.teacher,
-        "--stage align needs --teacher RUN: make one with `python vita_vla.py --stage teacher "
-        "--out RUN`":
+        f"--stage align needs --teacher RUN: {MAKES_ONE}":
             cfg.stage == "align" and not (cfg.teacher or cfg.describe),
         "--recipe only-finetune has no --stage align: take finetune":
             cfg.stage == "align" and cfg.recipe == "only-finetune",
@@ -995,11 +995,9 @@ def chain(cfg, dist):
     if alone or cfg.stage != "chain" or cfg.eval_only:
         yield cfg
         return
-    new = time.strftime("runs/vita_vla-%Y%m%d-%H%M%S")
-    folder = Path(dist.share(cfg.resume or cfg.out or new))
+    folder = Path(dist.share(cfg.resume or cfg.out or time.strftime("runs/vita_vla-%Y%m%d-%H%M%S")))
     if cfg.resume:
-        saved = json.loads((folder / "chain.json").read_text())
-        cfg = common.resume_config(cfg, saved, FREE)
+        cfg = common.resume_config(cfg, common.read_json(folder / "chain.json", "recipe"), FREE)
     elif dist.share((folder / "chain.json").exists()):
         raise common.UserError(f"{folder} holds a chain: --resume {folder}, or another --out")
     elif dist.main:
@@ -1046,10 +1044,12 @@ def session(cfg, dist):
     run = common.Run(cfg, "vita_vla", __file__, dist, cfg.steps, resumed)
     run.say(f"{cfg.stage}: run folder {run.folder}; {dist.processes} process(es) on {dist.device}")
     if not policy:
-        begins = cfg.stage == "finetune" and cfg.teacher and not cfg.student
-        teacher = load_teacher(cfg, dist.device) if cfg.stage == "align" or begins else None
+        taught = bool(cfg.teacher and not cfg.student)  # by Seer, or in stage 2 given its decoder
+        needed = [replace(cfg, stage=s, student="") for s in (cfg.stage, *["teacher"] * taught)]
+        common.foresee(cfg, dist, *(lambda c=c: build(c)[0] for c in needed))
+        teacher = load_teacher(cfg, dist.device) if taught else None
         policy, batches, meta = prepare(cfg, dist, run, resumed, teacher)
-        teacher = None if begins else teacher  # its decoder is all that is needed
+        teacher = teacher if cfg.stage == "align" else None  # else its decoder was all
         seconds = train(cfg, dist, run, policy.model, batches, meta, resumed, teacher)
     steps, processes = policy.trained if cfg.eval_only else (cfg.steps, dist.processes)
     results = loop.evaluate(policy, cfg, dist, run.folder, run.say)

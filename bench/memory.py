@@ -4,7 +4,8 @@
   python bench/memory.py Qwen3-VL-4B              # one
 
 The sums of the memory table that precedes a run's first step, for models without weights, at the
-papers' settings (--preset; of `tiny` the laptop's). Activations come on top.
+papers' settings (--preset; of `tiny` the laptop's), with one process, in float32 unless a column
+says otherwise. Activations come on top.
 """
 
 import argparse
@@ -35,7 +36,7 @@ KINDS = {  # column -> script, flags
 def needs(script, flags, backbone):
     """-> bytes of one process that trains this model."""
     preset = [] if backbone == "tiny" else ["--preset", next(iter(script.PRESETS))]
-    words = [*preset, "--backbone", backbone, *flags.split()]
+    words = [*preset, "--frozen", "fp32", "--shard", "none", "--backbone", backbone, *flags.split()]
     cfg = common.parse(script.Config, script.PRESETS, script.ABLATIONS, words)
     with torch.device("meta"):
         model = script.build(cfg, *(() if script is vita_vla else (8, 7)))[0]

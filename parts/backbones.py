@@ -41,6 +41,7 @@ BACKBONES = {
     "VITA-1.5": "VITA-MLLM/VITA-1.5",
     "Eagle2-2B": "nvidia/Eagle2-2B",
 }
+OURS = {"trust_remote_code": False}  # a folder's own Python never runs: the library's alone does
 CACHE = "past_key_values"  # so called until transformers 5.23
 if "cache" in inspect.signature(transformers.Qwen2Model.forward).parameters:
     CACHE = "cache"
@@ -70,8 +71,25 @@ def settings_of(name) -> dict:
         return sizes[name]["config"]
     path = BACKBONES.get(name, name)
     if file := cached_file(path, "config.json"):
-        return json.loads(Path(file).read_text())
-    raise OSError(f"{path} has no config.json")
+        settings = json.loads(Path(file).read_text())
+        if isinstance(settings, dict):
+            return settings
+    raise OSError(f"{path} has no config.json, or none that describes a model")
+
+
+@contextmanager
+def loading(name, path):
+    """What cannot be loaded from this folder or hub id is one line that says why."""
+    flag = f"--backbone {name}"
+    try:
+        yield
+    except SafetensorError as error:
+        files = " or ".join(sorted(str(file) for file in Path(path).glob("*.safetensors"))) or path
+        raise UserError(f"{flag}: {files} is damaged or cut short, fetch it again") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # a foreign file
+        reason, known = str(error).partition("\n")[0], Path(path).is_dir()
+        hint = "" if known else f"; `hf download {path} --local-dir DIR`, then --backbone DIR"
+        raise UserError(f"{flag}: cannot load {path} ({reason}){hint}") from error
 
 
 def find_backbone(name) -> str:
@@ -94,32 +112,24 @@ def load_backbone(name, dtype=torch.float32):
     if path == BACKBONES["VITA-1.5"]:
         raise UserError(f"{flag}: only vita_vla.py takes it, as it is read without its head")
     disable_progress_bar()
-    try:
+    with loading(name, path):
         settings = settings_of(name)
-        family = settings.get("model_type", "model without model_type")
+        family = str(settings.get("model_type", "model without model_type"))
         eagle = family.startswith("eagle")
         if not eagle and family not in ("qwen3_vl", "qwen2_5_vl"):
             raise UserError(f"{flag} is a {family}: take a Qwen3-VL, a Qwen2.5-VL or an Eagle2")
         if blank():
             config = eagle_config(settings) if eagle else AutoConfig.for_model(**settings)
             tiny = BACKBONES["tiny"]
-            vlm = AutoModelForImageTextToText.from_config(config)
+            vlm = AutoModelForImageTextToText.from_config(config, **OURS)
             vlm.config.words = settings.get("words")
-            return vlm.eval(), Processor(tiny, AutoConfig.from_pretrained(tiny))
+            return vlm.eval(), Processor(tiny, AutoConfig.from_pretrained(tiny, **OURS))
         if eagle:
             return load_eagle(path, eagle_config(settings), dtype)
         vlm = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=dtype, use_safetensors=True
+            path, dtype=dtype, use_safetensors=True, **OURS
         )
-        processor = Processor(path, vlm.config)
-    except SafetensorError as error:
-        files = " or ".join(sorted(str(file) for file in Path(path).glob("*.safetensors"))) or path
-        raise UserError(f"{flag}: {files} is damaged or cut short, fetch it again") from error
-    except (OSError, ValueError) as error:
-        reason, known = str(error).partition("\n")[0], Path(path).is_dir()
-        hint = "" if known else f"; `hf download {path} --local-dir DIR`, then --backbone DIR"
-        raise UserError(f"{flag}: cannot load {path} ({reason}){hint}") from error
-    return quick_vision(vlm).eval(), processor
+        return quick_vision(vlm).eval(), Processor(path, vlm.config)
 
 
 @lru_cache(maxsize=8192)
@@ -142,10 +152,10 @@ class Processor:
     image = "<|image_pad|>"  # the word that a picture's tokens stand for
 
     def __init__(self, path, config):
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        self.tokenizer = AutoTokenizer.from_pretrained(path, **OURS)
         self.image_token_id = config.image_token_id
         self.pad_token_id = self.tokenizer.pad_token_id
-        settings, _ = ImageProcessingMixin.get_image_processor_dict(path)
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(path, **OURS)
         self.patch, self.merge = settings["patch_size"], settings["merge_size"]
         self.temporal = settings["temporal_patch_size"]
         self.mean, self.std = settings["image_mean"], settings["image_std"]
@@ -333,7 +343,7 @@ class VitaProcessor(Processor):
 
     def __init__(self, path, patch, size=200):
         with quiet():  # the library wonders at a config.json that it does not know
-            self.tokenizer = AutoTokenizer.from_pretrained(path)
+            self.tokenizer = AutoTokenizer.from_pretrained(path, **OURS)
         self.image_token_id = self.tokenizer.convert_tokens_to_ids(self.image)
         self.pad_token_id = self.tokenizer.convert_tokens_to_ids("<|endoftext|>")
         self.patch, self.merge, self.size = patch, 2, size
@@ -403,7 +413,9 @@ def load_vita(path, size=200):
         try:
             with safe_open(file, "pt") as opened:
                 for name in filter(vita_name, opened.keys()):
-                    tensors[vita_name(name)] = opened.get_tensor(name).float()
+                    shape = opened.get_slice(name).get_shape()
+                    tensor = torch.empty(shape) if blank() else opened.get_tensor(name).float()
+                    tensors[vita_name(name)] = tensor
         except SafetensorError:
             raise UserError(f"{file} is damaged or cut short, fetch it again") from None
     for name in [n for n in tensors if ".attention.qkv." in n]:  # three matrices in one
@@ -451,9 +463,10 @@ def load_vlm(name, size=200):
         tiny = BACKBONES["tiny"]
         return Vita15(qwen2_config(settings), vision), VitaProcessor(tiny, vision.patch_size[0])
     path = released(name) if path == BACKBONES["VITA-1.5"] else path
-    config = Path(path) / "config.json"
-    if config.exists() and "vita" in json.loads(config.read_text()).get("model_type", "").lower():
-        return load_vita(path, size)
+    if (Path(path) / "config.json").exists():
+        with loading(name, path):
+            if "vita" in str(settings_of(path).get("model_type")).lower():
+                return load_vita(path, size)
     vlm, processor = load_backbone(name)
     return QwenVL(vlm), processor
 
@@ -493,6 +506,7 @@ def load_eagle(path, config, dtype):
         vlm, report = transformers.InternVLForConditionalGeneration.from_pretrained(
             path, config=config, dtype=dtype, output_loading_info=True, use_safetensors=True,
             ignore_mismatched_sizes=True, key_mapping={f"^{k}": v for k, v in EAGLE.items()},
+            **OURS,
         )  # fmt: skip
     surplus = [n for n in report["unexpected_keys"] if ".head." not in n]  # SigLIP's pooling
     shapes = [entry[0] for entry in report["mismatched_keys"]]

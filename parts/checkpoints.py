@@ -53,6 +53,13 @@ def set_rng_state(state: dict) -> None:
         torch.cuda.set_rng_state(state["cuda"][0])
 
 
+def reseed(state: dict, seed: int) -> None:
+    """torch's generators of a state, by which a model drops out, begin anew."""
+    state["torch"] = torch.Generator().manual_seed(seed).get_state()
+    if torch.cuda.is_available():
+        state["cuda"] = [torch.Generator("cuda").manual_seed(seed).get_state()]
+
+
 def sync(path: Path) -> None:
     """Waits until a file or folder is on the disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -66,6 +73,17 @@ def write_json(path: Path, content) -> None:
     draft.write_text(json.dumps(content, indent=1, default=lambda array: array.tolist()) + "\n")
     sync(draft)
     draft.replace(path)
+
+
+def read_json(path: Path, *keys: str) -> dict:
+    """A file that a run wrote down, as a dict with these keys; any other file is a UserError."""
+    try:
+        content = json.loads(path.read_text())
+        if isinstance(content, dict) and all(key in content for key in keys):
+            return content
+    except ValueError:
+        pass
+    raise UserError(f"{path} is damaged or cut short")
 
 
 def write_state(path: Path, state: dict) -> None:
@@ -218,23 +236,25 @@ def torchao():
     return torchao.optim
 
 
-def load_checkpoint(path, method: str, dist: Dist | None = None) -> Checkpoint:
+def load_checkpoint(path, method: str, dist: Dist | None = None, hint: str = "") -> Checkpoint:
     """The newest complete checkpoint in a run folder (or one step folder).
 
-    With `dist` also what resuming needs; without, weights and meta only.
+    With `dist` also what resuming needs; without, weights and meta only. hint: what to say where
+    there is none.
     """
     places = ("meta.json", "step_*/meta.json", "checkpoints/step_*/meta.json")
     found = sorted(meta.parent for place in places for meta in Path(path).glob(place))
     if not found:
         reason = "" if Path(path).exists() else ": no such folder"
-        raise UserError(f"no checkpoint in {path}{reason}")
+        raise UserError(f"no checkpoint in {path}{reason}{hint}")
     path = found[-1].resolve()
     file, train_state, local_state = path / "meta.json", {}, {}
     try:
         meta = json.loads(file.read_text())
         if meta["method"] != method:
             raise UserError(f"{path} is a checkpoint of {meta['method']}, not of {method}")
-        if dist and meta["config"].get("optimizer") == "adamw8bit":
+        step, processes = meta["step"], meta["processes"]
+        if meta["config"].get("optimizer") == "adamw8bit" and dist:
             torchao()
         file = path / "model.safetensors"
         tensors = load_file(file)
@@ -251,24 +271,42 @@ def load_checkpoint(path, method: str, dist: Dist | None = None) -> Checkpoint:
         if dist:
             file = path / "train.pt"
             train_state = torch.load(file, map_location="cpu", weights_only=True)
-            file = path / f"rank{dist.rank % meta['processes']}.pt"
+            file = path / f"rank{dist.rank % processes}.pt"
             local_state = torch.load(file, map_location="cpu", weights_only=True)
+            if dist.rank >= processes and "rng" in local_state:  # two must not drop out alike
+                reseed(local_state["rng"], meta["config"].get("seed", 0) + step + dist.rank)
     except FileNotFoundError:
         raise UserError(f"the checkpoint lacks {file}") from None
     except (
-        SafetensorError, ValueError, KeyError, EOFError, RuntimeError, pickle.PickleError
+        SafetensorError, ValueError, KeyError, TypeError, AttributeError, EOFError, RuntimeError,
+        pickle.PickleError,
     ) as error:  # fmt: skip
         if "can't allocate memory" in str(error):
             raise UserError(f"{file} does not fit in this machine's memory") from None
         hint = f"; remove {path} to use the one before" if len(found) > 1 else ""
         raise UserError(f"{file} is damaged or cut short{hint}") from None
-    return Checkpoint(path, meta["step"], tensors, meta, train_state, local_state)
+    return Checkpoint(path, step, tensors, meta, train_state, local_state)
+
+
+def fill(model, checkpoint: Checkpoint, backbone: str, fresh: tuple[str, ...] = ()) -> None:
+    """Its weights into the model; only what is the backbone's own, or ends like `fresh`, may be
+    absent. What does not fit is named."""
+    try:
+        missing, surplus = model.load_state_dict(checkpoint.tensors, strict=False)
+    except RuntimeError as error:  # of other shapes: the second line has the first of them
+        missing, surplus = [], [str(error).splitlines()[1].strip()]
+    missing = [n for n in missing if n not in model.untouched and not n.endswith(fresh)]
+    if missing or surplus:
+        raise UserError(f"{checkpoint.path} does not fit {backbone}: {(missing + surplus)[0]}")
 
 
 def resume_auto(cfg, dist, *marks):
     """--resume auto, and every restart by torchrun: goes on with the run in --out, if there is one
     (a checkpoint, or a file of a chain, `marks`), else starts it; so one command does for both."""
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    may = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if may > 0 and not (cfg.out or cfg.resume or cfg.eval_only):
+        raise UserError(f"--max-restarts {may} would start anew each time: add --out DIR")
     if cfg.resume != "auto" and not (restarted and cfg.out and not cfg.resume):
         return cfg
     if not cfg.out:

@@ -26,6 +26,12 @@ class UserError(Exception):
 FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
+SPARING = {  # settings of a script, and how they save memory
+    "accumulate": "half of --batch with twice --accumulate", "grad_checkpoint": "--grad-checkpoint",
+    "frozen": "--frozen bf16", "lora": "--lora 32", "shard": "--shard full on several GPUs",
+}  # fmt: skip
+
+
 def run_main(main) -> None:
     """Runs `main()`; what the user can mend ends in one line instead of a traceback."""
     try:
@@ -33,8 +39,9 @@ def run_main(main) -> None:
     except UserError as error:  # of a loader's worker it comes with the worker's traceback
         message = str(error).strip().rpartition("parts.process.UserError: ")[2]
     except torch.OutOfMemoryError:
-        message = "the GPU is out of memory: half of --batch with twice --accumulate, or "
-        message += "--grad-checkpoint, --frozen bf16, --lora 32, --shard full on several GPUs"
+        Config = getattr(main, "__globals__", {}).get("Config")  # of the script
+        flags = ", ".join(words for name, words in SPARING.items() if hasattr(Config, name))
+        message = "the GPU is out of memory" + (f"; what helps: {flags}" if flags else "")
     except BrokenPipeError:  # whoever read the output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(0)

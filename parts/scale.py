@@ -7,8 +7,10 @@ rounds it to bfloat16 in the products. `--frozen bf16` stores the rest so.
 import inspect
 import math
 import os
+import re
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -31,8 +33,10 @@ SAVERS = {  # flags that save memory, and whether a Config leaves them unused
     "--grad-checkpoint": lambda cfg, dist: not cfg.grad_checkpoint,
     "--frozen bf16": lambda cfg, dist: cfg.frozen == "fp32",
     "--lora 32": lambda cfg, dist: not getattr(cfg, "lora", 1),
-    "--optimizer adamw8bit": lambda cfg, dist: cfg.optimizer != "adamw8bit" and cfg.shard == "none",
-    "--shard full on more GPUs": lambda cfg, dist: cfg.shard == "none",
+    "--optimizer adamw8bit": lambda cfg, dist: (
+        cfg.optimizer != "adamw8bit" and shares(cfg, dist) == 1
+    ),
+    "--shard full on more GPUs": lambda cfg, dist: shares(cfg, dist) == 1,
 }
 
 
@@ -83,26 +87,55 @@ def place(model, cfg, dist, say, replicate=None, beside=()):
     if dist.rank:  # all began alike; from here on each drops out what it draws itself
         torch.manual_seed(cfg.seed + dist.rank)
     store_frozen(model, cfg, dist.device)
-    split = dist.processes if cfg.shard == "full" else 1
+    split = shares(cfg, dist)
     whole = replicate.parameters() if replicate is not None else ()
     copied = {p for p in whole if not p.requires_grad}
-    rows, there = memory_rows(model, cfg, split, copied), device_memory(dist.device)
-    for name, other in dict(beside).items():
-        rows[f"teacher {name}"] = [sum(p.nbytes for p in other.parameters()), 0, 0]
-    need, kind = sum(map(sum, rows.values())), "GPU" if dist.device.type == "cuda" else "machine"
+    rows = memory_rows(model, cfg, split, copied, beside)
     say(f"{'memory of a process:':24} {'weights':>10} {'gradients':>10} {'optimizer':>10}")
     for name, parts in rows.items():
         say(f"  {name:22} " + " ".join(f"{size(n):>10}" for n in parts))
-    if need > there:
-        flags = ", ".join(flag for flag, unused in SAVERS.items() if unused(cfg, dist))
-        raise UserError(f"{size(need)} for weights, gradients and optimizer do not fit in this "
-                        f"{kind}'s {size(there)}; what helps: {flags or 'more GPUs'}")  # fmt: skip
-    say(f"  sum {size(need)}; {size(there - need)} of this {kind} are left for activations")
+    say(f"  sum {left_of_device(rows, cfg, dist)} are left for activations")
     for block in model.blocks():
         enclose(block, cfg, getattr(model, "gates", None))
     if split > 1:
         shard(model, cfg, dist, copied)
     return model.to(dist.device)
+
+
+def foresee(cfg, dist, build, *others):
+    """Before anything is loaded: a UserError where what build() makes, to train, cannot fit beside
+    what `others` make, that stands still: on the device, or all of it, in float32, in the memory
+    of this machine, where every process loads it first. The embedded backbone is not asked."""
+    if cfg.backbone == "tiny":
+        return
+    with torch.device("meta"):
+        model, *beside = (make() for make in (build, *others))
+    loaded = 4 * sum(p.numel() for m in (model, *beside) for p in m.parameters())
+    for m in (model, *(other.requires_grad_(False) for other in beside)):
+        store_frozen(m, cfg, dist.device)
+    rows = memory_rows(model, cfg, shares(cfg, dist), beside=dict(enumerate(beside)))
+    left_of_device(rows, cfg, dist)
+    free = min(dist.gather(machine_memory(now=True)))  # asked before any process loads
+    if loaded > free:
+        raise UserError(f"{size(loaded)} of weights, which each process loads first, do not fit in "
+                        f"this machine's free {size(free)}; what helps: a smaller --backbone, "
+                        "fewer processes on a machine")  # fmt: skip
+
+
+def shares(cfg, dist):
+    """Into how many shares the model goes."""
+    return dist.processes if cfg.shard == "full" else 1
+
+
+def left_of_device(rows, cfg, dist):
+    """Rows of memory_rows() -> their sum and what it leaves of the device, in words."""
+    need, there = sum(map(sum, rows.values())), device_memory(dist.device)
+    kind = "GPU" if dist.device.type == "cuda" else "machine"
+    if need > there:
+        flags = ", ".join(flag for flag, unused in SAVERS.items() if unused(cfg, dist))
+        raise UserError(f"{size(need)} for weights, gradients and optimizer do not fit in this "
+                        f"{kind}'s {size(there)}; what helps: {flags or 'more GPUs'}")  # fmt: skip
+    return f"{size(need)}; {size(there - need)} of this {kind}"
 
 
 def store_frozen(model, cfg, device):
@@ -113,8 +146,9 @@ def store_frozen(model, cfg, device):
                 p.data = p.data.bfloat16()
 
 
-def memory_rows(model, cfg, split=1, copied=()):
-    """-> {part of the model: bytes of (weights, gradients, optimizer) in one of `split` shares}."""
+def memory_rows(model, cfg, split=1, copied=(), beside=()):
+    """-> {part of the model: bytes of (weights, gradients, optimizer) in one of `split` shares}; of
+    the models `beside` it their weights."""
     rows = {}
     for name, p in model.named_parameters():
         row = rows.setdefault(name.partition(".")[0], [0, 0, 0])
@@ -124,6 +158,8 @@ def memory_rows(model, cfg, split=1, copied=()):
         state = 2 if cfg.optimizer == "adamw8bit" else 4 if muon else 8
         for i, each in enumerate((p.element_size(), 4 * p.requires_grad, state * p.requires_grad)):
             row[i] += n * each
+    for name, other in dict(beside).items():
+        rows[f"teacher {name}"] = [sum(p.nbytes for p in other.parameters()), 0, 0]
     return rows
 
 
@@ -131,8 +167,22 @@ def device_memory(device):
     """Bytes that this process may fill: of its GPU, or its share of the machine's memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return physical / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return machine_memory()
+
+
+MEMORY, LIMITS = Path("/proc/meminfo"), [  # of Linux; and of a container, in cgroups' two versions
+    Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory/memory.limit_in_bytes")
+]
+
+
+def machine_memory(now=False):
+    """A process's share of this machine's memory, or of what is free of it now, in bytes."""
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if now and MEMORY.exists():
+        there = 1024 * int(re.search(r"MemAvailable: *(\d+)", MEMORY.read_text())[1])
+    limits = [file.read_text().strip() for file in LIMITS if file.exists()]
+    there = min([there, *(int(limit) for limit in limits if limit.isdigit())])
+    return there / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def enclose(block, cfg, gates=None):
@@ -168,7 +218,8 @@ def shard(model, cfg, dist, copied):
     gathers a block's weights (in bfloat16 if products are) while it runs; the rest is one group."""
     if cfg.optimizer != "adamw":
         raise UserError(
-            f"--shard full: --optimizer {cfg.optimizer} needs whole matrices; take adamw"
+            f"--shard full: --optimizer {cfg.optimizer} needs whole matrices; take adamw, or "
+            "--shard none"
         )
     mesh = init_device_mesh(dist.device.type, (dist.processes,))
     policy = MixedPrecisionPolicy()

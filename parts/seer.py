@@ -25,7 +25,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from parts.backbones import blank
+from parts.backbones import OURS, blank
 from parts.kernels import attend, causal_mask
 from parts.process import UserError
 
@@ -177,7 +177,8 @@ class SeerEyes(nn.Module):
             vision = transformers.ViTMAEModel(transformers.ViTMAEConfig())
             text = transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig())
         self.vision = vision  # `paper_eyes` reads the weights that Seer was trained behind
-        self.text = text or transformers.CLIPTextModelWithProjection.from_pretrained(self.CLIP)
+        clip = transformers.CLIPTextModelWithProjection
+        self.text = text or clip.from_pretrained(self.CLIP, **OURS)
         self.vision.config.mask_ratio = 0.0
 
     def forward(self, batch, cameras):
@@ -231,7 +232,7 @@ def clip_pixels(images, released="calvin", size=224):
 
 @lru_cache(maxsize=1)
 def clip_tokenizer():
-    return transformers.AutoTokenizer.from_pretrained(SeerEyes.CLIP)
+    return transformers.AutoTokenizer.from_pretrained(SeerEyes.CLIP, **OURS)
 
 
 def foresight_target(images, cfg):

@@ -137,6 +137,25 @@ EAGLE = {  # the keys of the released config.json, scaled down
 }  # fmt: skip
 
 
+def plant(folder):
+    """The folder brings Python of its own, as released ones do; here it leaves a mark if run."""
+    (folder / "planted.py").write_text(f"open({str(folder / 'ran')!r}, 'w').close()\n")
+    models = dict.fromkeys(("AutoConfig", "AutoModel", "AutoModelForImageTextToText"), "planted.X")
+    words = {"AutoTokenizer": ["planted.X", "planted.X"]}
+    for name, mapped in (("config.json", models), ("tokenizer_config.json", words)):
+        settings = json.loads((folder / name).read_text()) | {"auto_map": mapped}
+        (folder / name).write_text(json.dumps(settings))
+
+
+def never_runs_its_own(folder, load, monkeypatch):
+    """Even where a user would say yes to the library's question."""
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda words="": asked.append(words) or "y")
+    load(str(folder))
+    assert "planted" in (folder / "config.json").read_text()
+    assert not asked and not (folder / "ran").exists()
+
+
 class Eagle:
     """Eagle2 scaled down: the library's parts, and a folder with the released names."""
 
@@ -166,6 +185,7 @@ class Eagle:
         out |= {"language_model." + n: t for n, t in self.text.state_dict().items()}
         out |= {"mlp1." + n: t for n, t in self.mlp.state_dict().items()}
         self.write({n: t.bfloat16() for n, t in out.items()})
+        plant(folder)
 
     def write(self, tensors):
         names, index = sorted(tensors), {}
@@ -213,6 +233,10 @@ def test_eagle_is_composed_as_released(eagle):
             x[0, places] = eagle.see(own).flatten(0, 1)
             want = eagle.text(inputs_embeds=x).logits[0]
             assert torch.allclose(ours[row, -len(ids) :], want, atol=1e-4)
+
+
+def test_an_eagles_own_code_never_runs(eagle, monkeypatch):
+    never_runs_its_own(eagle.folder, common.load_backbone, monkeypatch)
 
 
 def test_eagle_is_asked_as_instructvla_asks(eagle):

@@ -8,6 +8,7 @@ import signal
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FunctionType
 
 import numpy as np
 import pytest
@@ -99,6 +100,28 @@ def test_errors_end_in_one_line_and_status_2(capsys):
     assert end.value.code == 2 and shown == "error: unknown flag --sead (did you mean --seed?)\n"
 
 
+@dataclass
+class Small:
+    accumulate: int = 1  # batches of a step
+    frozen: str = "fp32"  # fp32 | bf16
+
+
+def test_a_full_gpu_names_the_flags_that_its_script_has(capsys):
+    def message(**names):
+        def main():
+            raise torch.OutOfMemoryError("CUDA")
+
+        script = FunctionType(main.__code__, {"torch": torch, **names})
+        with pytest.raises(SystemExit):
+            common.run_main(script)
+        return capsys.readouterr().err
+
+    said = message(Config=Small)
+    assert said == ("error: the GPU is out of memory; what helps: half of --batch with twice "
+                    "--accumulate, --frozen bf16\n")  # fmt: skip
+    assert message() == "error: the GPU is out of memory\n"
+
+
 def test_resume_keeps_the_saved_settings():
     saved = json.loads(json.dumps(asdict(parse("--lr", "0.5", "--suites", "b,c"))))
     cfg = common.resume_config(parse("--resume", "x", "--steps", "20"), saved, free=("steps",))
@@ -153,6 +176,44 @@ def test_a_damaged_checkpoint_names_the_file(tmp_path, name):
         file.unlink()
         with pytest.raises(common.UserError, match=f"the checkpoint lacks .*{name}"):
             common.load_checkpoint(tmp_path, "m", dist=ALONE)
+
+
+def test_what_a_killed_run_left_half_written_is_never_read(tmp_path):
+    path = save(tmp_path, 1)
+    for name in ("tmp_00000009", "gone_step_00000008"):
+        (path.with_name(name) / "shards").mkdir(parents=True)
+        (path.with_name(name) / "meta.json").write_text("{")
+    for file in (path / "meta.json.tmp", tmp_path / "config.json.tmp", tmp_path / "metrics.tmp"):
+        file.write_text("{")
+    got = common.load_checkpoint(tmp_path, "m", dist=ALONE)
+    assert got.step == 1
+    common.Run(parse("--seed", "3"), "m", __file__, ALONE, 10, got).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+    save(tmp_path, 9)
+    assert common.load_checkpoint(tmp_path, "m").step == 9
+
+
+@pytest.mark.parametrize("text", [
+    "[]", "3", '"m"', "{}", '{"method": "m"}', '{"method": "m", "step": 1, "processes": 1}',
+    '{"method": "m", "step": 1, "processes": 1, "config": [], "tied": {}}',
+])  # fmt: skip
+def test_facts_of_another_kind_are_called_damaged(tmp_path, text):
+    (save(tmp_path, 1) / "meta.json").write_text(text)
+    for dist in (None, ALONE):
+        with pytest.raises(common.UserError, match="meta.json is damaged or cut short"):
+            common.load_checkpoint(tmp_path, "m", dist=dist)
+
+
+def test_more_processes_than_wrote_a_checkpoint_draw_each_its_own(tmp_path):
+    folder = tmp_path / "checkpoints"
+    meta = {"method": "m", "config": {"seed": 7}}
+    common.save_checkpoint(folder, 1, {}, {}, {"rng": common.rng_state()}, meta, ALONE)
+    drawn = []
+    for rank in (0, 1, 2, 2):
+        got = common.load_checkpoint(tmp_path, "m", dist=common.Dist(rank, 3, ALONE.device))
+        common.set_rng_state(got.local_state["rng"])
+        drawn.append(torch.rand(1).item())
+    assert drawn[2] == drawn[3] and len({*drawn}) == 3
 
 
 def test_a_checkpoint_that_does_not_fit_is_not_called_damaged(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import errno
 import inspect
+import itertools
 import json
 import multiprocessing
 import os
@@ -20,6 +21,7 @@ import test_dualvla
 import test_twinbrain
 import test_vita_vla
 import torch
+from safetensors.torch import save_file
 from torch._dynamo.utils import counters
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
@@ -28,6 +30,7 @@ import dualvla
 import twinbrain
 import vita_vla
 from parts import checkpoints, scale
+from worlds import serve
 
 SCRIPTS = {"twinbrain": twinbrain, "vita_vla": vita_vla, "dualvla": dualvla}
 TINY = [
@@ -57,8 +60,12 @@ def work(name, words, env, spoil):
         args[1].barrier()
         os._exit(0)
 
-    script.train = only_train
-    if name == "vita_vla":  # its stage finetune begins from nothing here, which users cannot want
+    if "CHAIN" in env:  # all stages, of whose films and scores nothing is asked here
+        script.loop.evaluate = lambda *args: {}
+        script.pictures.draw_run = lambda *args: None
+    else:
+        script.train = only_train
+    if name == "vita_vla" and "CHAIN" not in env:  # its finetune begins from nothing, just here
         script.check = lambda cfg: cfg
     if spoil:
         spoil(script)
@@ -257,7 +264,7 @@ def test_shards_keep_no_whole_gradients_between_batches(episodes, group):
 
 def save_shards(folder, step):
     mesh = torch.distributed.init_device_mesh("cpu", (1,))
-    whole = {"a": torch.arange(6.0).view(3, 2), "b": torch.ones(1, dtype=torch.bfloat16)}
+    whole = {"a": step * torch.arange(6.0).view(3, 2), "b": torch.ones(1, dtype=torch.bfloat16)}
     tensors = {n: torch.distributed.tensor.distribute_tensor(t, mesh) for n, t in whole.items()}
     tensors |= {"tied": tensors["a"], "plain": torch.zeros(2)}
     p = torch.nn.Parameter(tensors["a"].clone())
@@ -283,6 +290,10 @@ def test_shares_of_a_checkpoint_are_read_whole_or_refused(group, tmp_path):
     assert not got.tensors and not got.train_state["optimizers"]  # no second copy while it trains
     (share,) = got.path.glob("shards/*")
     assert not [file for file in got.path.rglob("*") if file.name == ".metadata"]
+    with open(got.path / "shards" / ".metadata", "wb") as index:  # a pickle, as the usual index is
+        torch.save(Evil(tmp_path / "mark"), index)
+    assert torch.equal(common.load_checkpoint(tmp_path, "m", ALONE).tensors["a"], whole["a"])
+    assert not (tmp_path / "mark").exists()
     content = share.read_bytes()
     share.write_bytes(content[:-3])
     with pytest.raises(common.UserError, match=f"{share.name} is damaged or cut short"):
@@ -312,6 +323,17 @@ def test_a_full_disk_is_called_so_however_large_the_state():
     for count in (1, 1_000_000):
         with pytest.raises(OSError, match="No space left on device"):
             checkpoints.write_state("/dev/full", {"x": torch.zeros(count), "y": torch.ones(count)})
+
+
+def test_weights_of_other_shapes_are_one_line(episodes, tmp_path):
+    case = test_twinbrain.Case(episodes)
+    tensors = {n: t for n, t in case.model.state_dict().items() if n not in case.model.untouched}
+    name = next(n for n in tensors if n.startswith("expert."))
+    for wrong in ({name: torch.zeros(3, 1)}, {"new.weight": torch.zeros(1)}):
+        made = common.Checkpoint(tmp_path, 1, tensors | wrong, {}, {}, {})
+        with pytest.raises(common.UserError, match=f"{tmp_path} does not fit tiny: ") as error:
+            twinbrain.build(case.cfg, 8, 7, made)
+        assert next(iter(wrong)) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_muon_is_refused_under_shards():
@@ -466,7 +488,7 @@ def test_four_billion_weights_with_lora_leave_half_of_24_gb_to_activations():
     sizes = dict(hidden_size=2560, num_hidden_layers=36, num_attention_heads=32, head_dim=128,
                  num_key_value_heads=8, intermediate_size=9728, vocab_size=151936)  # fmt: skip
     eyes = dict(depth=24, hidden_size=1024, intermediate_size=4096, out_hidden_size=2560)
-    flags = dict(lora=32, frozen="bf16", dtype="bf16")
+    flags = dict(lora=32, frozen="bf16", dtype="bf16", shard="none")  # as prepare() has it alone
     cfg = replace(twinbrain.Config(), **twinbrain.PAPER | flags)
     _, processor = common.load_backbone("tiny")
     with torch.device("meta"):
@@ -476,6 +498,69 @@ def test_four_billion_weights_with_lora_leave_half_of_24_gb_to_activations():
     common.store_frozen(model, cfg, ALONE.device)
     parts = common.memory_rows(model, cfg)
     assert 8e9 < parts["left"][0] < 9.5e9 and sum(map(sum, parts.values())) < 13e9
+
+
+EIGHT = common.Dist(0, 8, torch.device("cpu"))
+
+
+def foreseen(cfg, dist, *models):
+    """Whether such a run may begin, or what it says instead."""
+    try:
+        return common.foresee(cfg, dist, *models)
+    except common.UserError as error:
+        return str(error)
+
+
+def test_the_papers_command_fits_eight_gpus_of_80_gb_but_not_one(monkeypatch):
+    """`--preset paper` by itself, on GPUs that multiply bfloat16."""
+    cfg = replace(twinbrain.Config(), **twinbrain.PAPER, dtype="bf16")
+    make = lambda: twinbrain.build(cfg, 8, 7)[0]  # noqa: E731
+    monkeypatch.setattr(scale, "device_memory", lambda device: 80e9)
+    monkeypatch.setattr(scale, "machine_memory", lambda now=False: 100e9)
+    eight = replace(EIGHT)
+    eight.gather = lambda item: [item]
+    assert foreseen(cfg, eight, make) is None
+    assert "do not fit in this machine's 80.00 GB" in foreseen(cfg, ALONE, make)
+    assert "--shard full on more GPUs" in foreseen(cfg, ALONE, make)
+    monkeypatch.setattr(scale, "machine_memory", lambda now=False: 40e9 if now else 100e9)
+    assert foreseen(cfg, eight, make) is None
+    monkeypatch.setattr(scale, "machine_memory", lambda now=False: 30e9 if now else 100e9)
+    said = foreseen(cfg, eight, make)
+    assert said.startswith("36.1") and "weights, which each process loads first" in said
+    assert "do not fit in this machine's free 30.00 GB; what helps: a smaller" in said
+    assert foreseen(cfg, eight, make, make).startswith("72.")  # beside a teacher
+    assert common.foresee(replace(cfg, backbone="tiny"), ALONE, None) is None
+
+
+@pytest.mark.parametrize("name, words", [
+    ("twinbrain", []), ("twinbrain", ["--brain", "vanilla"]), ("vita_vla", ["--stage", "teacher"]),
+    ("vita_vla", []), ("dualvla", []),
+])  # fmt: skip
+def test_a_backbone_too_large_is_refused_before_anything_is_read(
+    name, words, monkeypatch, status, tmp_path
+):
+    for script in SCRIPTS.values():
+        monkeypatch.setattr(script.data, "recordings", None)
+    monkeypatch.setattr(scale, "machine_memory", lambda now=False: 16e9)
+    words = [*words, "--backbone", "Qwen3-VL-8B", "--device", "cpu", "--out", str(tmp_path / "run")]
+    code, _, err = status(SCRIPTS[name].main, *words)
+    assert code == 2 and err.count("\n") == 1 and "do not fit in this machine's 16.00 GB" in err
+    assert "--frozen bf16" in err and "--shard full on more GPUs" in err
+
+
+def test_a_container_and_its_processes_share_a_machines_memory(monkeypatch, tmp_path):
+    whole, free = scale.machine_memory(), scale.machine_memory(now=True)
+    assert 0 < free <= whole
+    (tmp_path / "meminfo").write_text("MemTotal:  9 kB\nMemAvailable:    2000000 kB\n")
+    monkeypatch.setattr(scale, "MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(scale, "LIMITS", [tmp_path / "memory.max"])
+    assert scale.machine_memory(now=True) == 2000000 * 1024
+    (tmp_path / "memory.max").write_text("max\n")
+    assert scale.machine_memory(now=True) == 2000000 * 1024
+    (tmp_path / "memory.max").write_text("1000000\n")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert scale.machine_memory(now=True) == scale.machine_memory() == 250000
+    assert scale.device_memory(ALONE.device) == 250000
 
 
 def test_frozen_weights_are_halved_where_products_are_bfloat16(episodes):
@@ -614,6 +699,17 @@ def test_resume_auto_starts_goes_on_and_starts_anew(tmp_path):
         common.resume_auto(replace(cfg, resume="auto", out=""), ALONE)
 
 
+def test_restarts_that_would_start_anew_are_refused(monkeypatch):
+    cfg = replace(twinbrain.Config())
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")  # torchrun's default
+    assert common.resume_auto(cfg, ALONE) is cfg
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    with pytest.raises(common.UserError, match="--max-restarts 3 .* add --out DIR"):
+        common.resume_auto(cfg, ALONE)
+    for flags in ({"out": "x"}, {"resume": "x"}, {"eval_only": "x"}):
+        assert common.resume_auto(replace(cfg, **flags), ALONE).resume == flags.get("resume", "")
+
+
 def nan_at_two(script):
     total_loss, calls = script.total_loss, []
 
@@ -713,33 +809,63 @@ class Evil:
         return open, (str(self.mark), "w")
 
 
-EVIL = {  # file that is planted, the command that reads it
-    "train.pt": ["twinbrain", "--resume", "{run}"],
-    "rank0.pt": ["vita_vla", "--resume", "{run}"],
-    "model.safetensors": ["twinbrain", "--eval-only", "{run}"],
-    "meta.json": ["vita_vla", "--eval-only", "{run}"],
-    "pytorch_model.bin": ["twinbrain", "--backbone", "{folder}"],
-    "seer.pth": ["vita_vla", "--stage", "align", "--teacher", "{file}"],
-    "seer.pt": ["vita_vla", "--stage", "align", "--teacher", "{file}"],
-    "scores.pt": ["dualvla", "--show", "pruning", "--event-scores", "{file}"],
+EVIL = {  # file that is planted, by the command that reads it
+    "twinbrain --resume {run}": "train.pt",
+    "vita_vla --resume {run}": "rank0.pt",
+    "twinbrain --eval-only {run}": "model.safetensors",
+    "vita_vla --eval-only {run}": "meta.json",
+    "vita_vla --resume {run} ": "chain.json",
+    "dualvla --resume {run}": "config.json",
+    "twinbrain --eval-only {run} ": "shards/share.safetensors",
+    "twinbrain --brain vanilla --distill {run}": "model.safetensors",
+    "dualvla --expert {run}": "model.safetensors",
+    "dualvla --generalist {run}": "model.safetensors",
+    "vita_vla --stage finetune --student {run}": "model.safetensors",
+    "vita_vla --stage align --teacher {run}": "model.safetensors",
+    "twinbrain --export {run}": "model.safetensors",
+    "vita_vla --export {run}": "model.safetensors",
+    "dualvla --export {run}": "model.safetensors",
+    "serve --checkpoint {run}": "model.safetensors",
+    "serve --checkpoint {run} ": "config.json",
+    "twinbrain --backbone {folder}": "pytorch_model.bin",
+    "twinbrain --backbone {folder} ": "tokenizer.json",
+    "dualvla --backbone {folder}": "tokenizer_config.json",
+    "vita_vla --backbone {folder}": "preprocessor_config.json",
+    "vita_vla --backbone {folder} ": "config.json",
+    "vita_vla --stage align --normalise raw --teacher {file}": "seer.pth",
+    "vita_vla --stage align --normalise raw --teacher {file} ": "seer.pt",
+    "dualvla --show pruning --event-scores {file}": "scores.pt",
 }
 
 
-@pytest.mark.parametrize("name", EVIL)
-def test_no_pickle_of_a_users_is_executed(name, tmp_path, status):
-    folder, mark = tmp_path / "planted", tmp_path / "mark"
-    method, *words = EVIL[name]
+@pytest.mark.parametrize("command", EVIL)
+def test_no_pickle_of_a_users_is_executed(command, tmp_path, status):
+    folder, mark, name = tmp_path / "planted", tmp_path / "mark", EVIL[command]
+    method, *words = command.split()
     checkpoint = save(folder, 1)
-    meta = json.loads((checkpoint / "meta.json").read_text()) | {"method": method}
+    settings = {"stage": "expert"} if "--expert" in words else {}
+    facts = {"method": "twinbrain" if method == "serve" else method, "config": settings}
+    facts |= {"shards": ["share.safetensors"]} if name.startswith("shards") else {}
+    meta = json.loads((checkpoint / "meta.json").read_text()) | facts
     (checkpoint / "meta.json").write_text(json.dumps(meta))
-    for file in Path(common.BACKBONES["tiny"]).glob("*.json"):
-        shutil.copy(file, folder)
-    file = (checkpoint if (checkpoint / name).exists() else folder) / name
+    for file in Path(common.BACKBONES["tiny"]).glob("*"):
+        if file.suffix == ".json" or name != "pytorch_model.bin":
+            shutil.copy(file, folder)
+    if method == "serve":
+        (folder / "config.json").write_text(json.dumps(facts))
+    file = (checkpoint if (checkpoint / Path(name).parts[0]).exists() else folder) / name
+    if name.startswith("shards"):
+        file = checkpoint / name
+        file.parent.mkdir()
+        save_file({"model.x": torch.zeros(2)}, file.with_name("share.safetensors"))
     torch.save({"model_state_dict": Evil(mark)}, file)
-    places = {"run": folder, "folder": folder, "file": file}
-    words = [word.format(**places) for word in words]
-    code, _, err = status(SCRIPTS[method].main, *TINY, *words, "--out", str(tmp_path / "run"))
+    words = [word.format(run=folder, folder=folder, file=file) for word in words]
+    if method != "serve":
+        words = [*TINY, *words, "--out", str(tmp_path / "run")]
+    script = serve if method == "serve" else SCRIPTS[method]
+    code, _, err = status(script.main, *words)
     assert code == 2 and not mark.exists(), err
+    assert err.count("\n") == 1 and (file.name in err or "cannot load" in err), err  # it was read
     torch.load(open(file, "rb"), weights_only=False)
     assert mark.exists()  # it does bite where pickles are executed
 
@@ -769,6 +895,62 @@ def test_killed_at_twenty_random_moments_the_weights_are_the_same(tmp_path):
             folder = tmp_path / f"killed{finished}"
     run("twinbrain", folder, *words)
     assert_equal(folder, tmp_path / "whole", step=6)
+
+
+@SLOW
+def test_a_chain_killed_at_ten_random_moments_ends_in_the_same_weights(tmp_path):
+    words = ["--stage", "chain", "--teacher", "train", "--steps", "3", "--dropout", "0.2",
+             "--batch", "2", "--resume", "auto"]  # fmt: skip
+    chain = {"env": {"CHAIN": "1"}}
+    run("vita_vla", tmp_path / "first", *words, **chain)  # starts the server of processes
+    began = time.time()
+    run("vita_vla", tmp_path / "whole", *words, **chain)
+    length, rng = time.time() - began, random.Random(0)
+    kills, at, folders = 0, set(), [tmp_path / "killed0"]
+    while kills < 10:
+        (process,) = start("vita_vla", folders[-1], *words, **chain)
+        process.join(length * rng.uniform(0.2, 0.8))
+        if process.exitcode is None:
+            process.kill()
+            kills += 1
+            at.add(len(list(folders[-1].glob("*/result.json"))))
+        process.join()
+        if process.exitcode == 0:
+            folders.append(tmp_path / f"killed{len(folders)}")
+    run("vita_vla", folders[-1], *words, **chain)
+    assert len(at) > 1, "killed in more than one stage"
+    for folder, name in itertools.product(folders, ("teacher", "align", "finetune")):
+        assert_equal(folder / name, tmp_path / "whole" / name, step=3)
+
+
+@SLOW
+def test_killed_at_any_moment_of_saving_shares_a_checkpoint_is_whole(tmp_path):
+    def shares(folder, step):
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        save_shards(folder, step)
+
+    def in_a_child(folder, step, moment=10**6):
+        return killed_at(moment, lambda: shares(folder, step))
+
+    moment, killed, kept = 0, True, set()
+    while killed:
+        folder = tmp_path / str(moment)
+        assert not in_a_child(folder, 1)
+        killed = in_a_child(folder, 2, moment)
+        got = common.load_checkpoint(folder, "m", dist=ALONE)
+        assert got.step in (1, 2) and (killed or got.step == 2)
+        whole = got.step * torch.arange(6.0).view(3, 2)
+        assert torch.equal(got.tensors["a"], whole)
+        p = torch.nn.Parameter(torch.zeros(3, 2))
+        opt = torch.optim.AdamW([p])
+        kept.add(got.step)
+        common.load_optimizers([opt], got)
+        assert torch.allclose(opt.state[p]["exp_avg"], 0.1 * whole)
+        assert not in_a_child(folder, 9)
+        assert common.load_checkpoint(folder, "m", dist=ALONE).step == 9
+        moment += 1
+    assert moment > 20 and kept == {1, 2}
 
 
 TORCHRUN = """

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
+from test_backbones import never_runs_its_own, plant
 from torch import nn
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
@@ -1088,6 +1089,7 @@ class Vita:
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(TINY / name, folder)
         self.write(self.released())
+        plant(folder)
 
     def released(self):
         out, qkv = {}, {}
@@ -1147,6 +1149,31 @@ def test_vita_is_composed_as_released(vita):
         shuffle = transformers.InternVLModel.pixel_shuffle
         folded = shuffle(None, h.unflatten(1, (14, 14)), scale_factor=0.5)
         assert torch.allclose(vita.projector(folded.flatten(1, 2)), want, atol=1e-5)
+
+
+def test_a_vita_folder_is_sized_without_its_weights(vita):
+    with torch.device("meta"):
+        model, _ = common.load_vlm(str(vita.folder))
+    loaded, _ = common.load_vlm(str(vita.folder))
+    assert all(p.is_meta for p in model.parameters())
+    assert common.param_counts(model)["total"] == common.param_counts(loaded)["total"]
+
+
+def test_vitas_own_code_never_runs(vita, monkeypatch):
+    never_runs_its_own(vita.folder, common.load_vlm, monkeypatch)
+
+
+@pytest.mark.parametrize("name, text, says", [
+    ("tokenizer_config.json", '{"auto_map": {"AutoTokenizer": ["p.X", "p.X"]}}', "cannot load"),
+    ("tokenizer_config.json", "[]", "cannot load"), ("tokenizer.json", "{}", "cannot load"),
+    ("config.json", "[]", "describes a model"), ("config.json", "{", "cannot load"),
+])  # fmt: skip
+def test_a_vita_folder_that_cannot_be_read_is_one_line(name, text, says, vita, tmp_path):
+    folder = shutil.copytree(vita.folder, tmp_path / "vita")
+    (folder / name).write_text(text)
+    with pytest.raises(common.UserError, match=says) as error:
+        common.load_vlm(str(folder))
+    assert "\n" not in str(error.value) and str(folder) in str(error.value)
 
 
 def test_vita_reads_as_released(vita):

@@ -176,6 +176,13 @@ def test_a_chain_stopped_before_its_first_checkpoint_goes_on(copied, quick):
     assert result(copied / "align")["stage"] == "align"
 
 
+@pytest.mark.parametrize("text", ["{", "[]", "{}", "\x80"])
+def test_a_chain_of_damaged_settings_is_one_line(text, tmp_path, status, quick):
+    (tmp_path / "chain.json").write_bytes(text.encode("latin-1"))
+    code, _, err = status(vita_vla.main, "--resume", str(tmp_path))
+    assert code == 2 and err == f"error: {tmp_path / 'chain.json'} is damaged or cut short\n"
+
+
 def test_a_chain_does_not_start_over_another(copied, status, quick):
     before = (copied / "chain.json").read_text()
     code, _, err = status(vita_vla.main, *TINY, "--lr", "1", "--out", str(copied))
@@ -266,7 +273,8 @@ def test_two_processes_take_the_steps_of_one(tmp_path, quick):
 
 @pytest.mark.parametrize("words, names", [
     (["--stage", "align"], "`python vita_vla.py --stage teacher --out RUN`"),
-    (["--stage", "align", "--teacher", "nowhere"], "no checkpoint in nowhere: no such folder"),
+    (["--stage", "align", "--teacher", "nowhere"], "no checkpoint in nowhere: no such folder; "
+     "`python vita_vla.py --stage teacher --out RUN` makes one"),
     (["--stage", "align", "--teacher", "seer.pth"], "--teacher seer.pth"),
     (["--stage", "finetune", "--student", "nowhere"], "no checkpoint in nowhere"),
     (["--recipe", "two-stages"], "--recipe takes two-stage, only-finetune, freeze-vlm; not"),
@@ -288,6 +296,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path, quick):
     (["--stage", "chain", "--freeze-vlm"], "a chain: --recipe freeze-vlm"),
     (["--foresight", "5"], "--foresight 5: a square number"),
     (["--history", "0"], "--history 0: at least 1"),
+    (["--save-every", "0"], "--save-every 0: at least 1"),
     (["--heads", "0"], "--heads 0: at least 1"),
     (["--foresight", "-1"], "--foresight -1: at least 1"),
     (["--data", "x.parquet"], "no dataset or path 'x.parquet'"),

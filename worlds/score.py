@@ -275,7 +275,7 @@ def png(image, scale=1):
 
 def unpng(text):
     """What `png` made, of scale 1 -> (h, w, 3) uint8."""
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))))
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(text)), formats=["PNG"]))
 
 
 def task_words(run, reasons, example=None):

@@ -2,7 +2,6 @@
 the numbers of a state and an action."""
 
 import dataclasses
-import json
 import time
 from pathlib import Path
 
@@ -21,7 +20,7 @@ def begin(cfg, dist, method, order, free, check):
     if cfg.resume:
         if not (out / "config.json").exists():
             raise common.UserError(f"--resume {out}: no run in this folder")
-        saved = json.loads((out / "config.json").read_text())
+        saved = common.read_json(out / "config.json", "config")
         cfg = common.resume_config(cfg, saved["config"], free)
         check(cfg)
     elif (out / "config.json").exists():
@@ -56,7 +55,7 @@ def newest(folder, order):
 def finish(out, folders):
     """{stage: its folder} -> {stage: its result}; the chain's own is its last one's, and all."""
     files = {stage: folder / "result.json" for stage, folder in folders.items()}
-    results = {stage: json.loads(f.read_text()) for stage, f in files.items() if f.exists()}
+    results = {stage: common.read_json(f) for stage, f in files.items() if f.exists()}
     common.write_json(out / "result.json", list(results.values())[-1] | {"stages": results})
     return results
 
