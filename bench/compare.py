@@ -119,7 +119,7 @@ def measures(result):
                 found[f"{form} {domain}".strip()] = rates["success"], rates["episodes"]
             for k, share in enumerate(rates.get("at", ()), 1):
                 found[f"{domain} {k}"] = share, rates["episodes"]
-        found |= {f"{form} {key}": (about[key], None) for key in ("ms", "words") if key in about}
+        found |= {f"{form} {key}": (about[key], None) for key in KEYS if key in about}
     if result.get("success_out") is not None:
         some = [d for d in result["domains"] if d not in ("in", "look")]
         found["out"] = result["success_out"], sum(result["domains"][d]["episodes"] for d in some)
@@ -140,7 +140,8 @@ def measures(result):
 
 # --- numbers --------------------------------------------------------------------------------------
 
-PLAIN = ("length", "ms", "words", "train_seconds", "vla_score")  # not shares
+KEYS = ("ms", "ms_mean", "words")  # of each form of prompt
+PLAIN = (*KEYS, "length", "train_seconds", "vla_score")  # not shares
 
 
 def is_share(name):

@@ -42,6 +42,9 @@ DOMAINS = {
 SHORT = "--preset short"  # ablations over seeds, at half of the length
 FLOAT = "--dtype fp32"  # on a machine without bfloat16
 TEACHER = "--eval-only assets/seer"  # VITA-VLA's, as it is shipped
+AGAIN = ("--eval-only runs/dual/{}-{{seed}} --episodes 20 --gifs 0 --score-episodes 0 "
+         "--questions 1000")  # fmt: skip
+AGAINST = {"base": "G", "no-pruning": "DualVLA unpruned", "ours": "DualVLA"}  # asked again so
 
 
 # --- result files ---------------------------------------------------------------------------------
@@ -218,21 +221,35 @@ def stages_table():
     return rows(head, body) + "\n\n" + source(some)
 
 
+def again_table():
+    """Runs of DualVLA asked once more: more questions, and plans timed by median and mean."""
+    body, used, found = [], [], {n: arm("dualvla", n, AGAIN.format(n)) for n in AGAINST}
+    names = ("answers", "reason words", "reason ms", "reason ms_mean")
+    for name, words in AGAINST.items():
+        mine = found[name]
+        gaps = apart(mine, found["base"], "answers") if name != "base" else ""
+        body.append([words, *(cell(mine, n) for n in names), gaps])
+        used += mine
+    head = ["", "questions %", "words a plan", "ms a plan, median", "mean", "questions, less G's"]
+    return rows(head, body) + "\n\n" + source(used)
+
+
+
 def short_table(brief=False):
-    """Ablations at half of the length; brief: of three seeds, where the paper's tables have a row
-    on SimplerEnv."""
+    """Ablations at half of the length; brief: of three seeds, without further settings, where the
+    paper's tables have a row on SimplerEnv."""
     body, used = [], []
     for name, about in twinbrain.ABLATIONS.items():
         some = [x for x in lines("twinbrain") if x["arm"] == name and x["flags"].startswith(SHORT)]
         home = [x["flags"] for x in some if x["world"] == twinbrain.Config.world]
         for flags in sorted({flags.removesuffix(FLOAT).rstrip() for flags in home}):
             mine = arm("twinbrain", name, flags)
-            if brief and (len(mine) < 3 or not about["_paper"]):
+            more = flags.removeprefix(SHORT).partition(" --distill")[0]
+            if brief and (len(mine) < 3 or not about["_paper"] or more):
                 continue
             pair = side_by_side("twinbrain", (name, flags), ("t1-twin", SHORT))
             twin = name in ("t1-twin", "f2-twin")
             gaps = ["" if twin else apart(*pair, measure) for measure in ("in", "out")]
-            more = flags.removeprefix(SHORT).partition(" --distill")[0]
             row = [f"`{name}{more}`", about["_row"], about["_paper"] or ""]
             body.append([*row, cell(mine, "in"), cell(mine, "out"), *gaps])
             used += mine
@@ -325,7 +342,7 @@ def suites_table():
 MEASURES = {  # what the ablations of a method are read by, and what they are compared with
     "twinbrain": ("t1-twin", ("in", "out")),
     "vita_vla": ("two-stage", ("chain", "length", "in", "look")),
-    "dualvla": ("ours", ("reason in", "plain in", "answers", "vla_score")),
+    "dualvla": ("ours", ("reason in", "plain in", "answers", "vla_score", "reason words")),
 }
 
 
@@ -336,6 +353,7 @@ def arms_table(method, usual=""):
     other = names[1] if method == "twinbrain" else names[0]
     runs = dict.fromkeys((name, usual) for name in SCRIPTS[method].ABLATIONS)
     home = [x for x in lines(method) if x["world"] == SCRIPTS[method].Config.world]
+    home = [x for x in home if "--eval-only" not in x["flags"]]
     full = [x for x in home if x["flags"].startswith(SHORT) == (usual == SHORT)]
     said = ((x["arm"], x["flags"].removesuffix(FLOAT).rstrip()) for x in full)
     runs |= dict.fromkeys(said)
@@ -590,6 +608,7 @@ TABLES = {
     "twinbrain-arms": lambda: arms_table("twinbrain"),
     "vita_vla": chain_table,
     "dualvla": stages_table,
+    "dualvla-again": again_table,
     "vita_vla-arms": lambda: arms_table("vita_vla", SHORT),
     "dualvla-arms": lambda: arms_table("dualvla"),
     "sources": sources_table,

@@ -221,7 +221,7 @@ def test_numbers_of_evening_four():
 def test_claims_name_arms_and_measures_that_exist():
     domains = "in look colour shape pair wording out chain pick_all length train_seconds answers "
     known = domains.split() + [f"{s} {a}" for s in ("left", "right") for a in common.ABILITIES]
-    known += ["vla_score", "reason in", "reason ms", "plain in"]
+    known += ["vla_score", "reason in", "reason ms_mean", "plain in"]
     for claim in CLAIMS["claims"]:
         assert claim["paper"] in tables.BASES and claim["claim"].endswith(".")
         if test := claim.get("test"):
@@ -335,7 +335,7 @@ def test_paths_links_and_flags_exist(name):
     known |= {"seeds", "write"}
     known |= {"no-cache", "no-state", "no-deepstack"}
     known |= {"nproc-per-node", "nnodes", "rdzv-backend", "rdzv-endpoint", "max-restarts"}
-    known |= {"requeue", "signal"}  # Slurm's; those above are torchrun's
+    known |= {"requeue", "signal", "ntasks-per-node", "gpus-per-node"}  # Slurm's; above torchrun's
     for flag in re.findall(r"(?<![\w-])--([a-z][a-z-]+)", re.sub(r"<!--.*?-->", "", TEXT[name])):
         assert flag in known, flag
 
