@@ -11,6 +11,7 @@ def show(method, rows, paper, ours, numbers):
     two columns hold. -> {name: means of the runs without further flags}."""
     plain, lines = {}, common.result_lines(method)
     lines = [r for r in lines if r["world"].startswith("tabletop")]
+    lines = [r for r in lines if "--eval-only" not in r["flags"]]  # those are asked again
     print(f"{'--ablation':18} {'row':45} {paper:>24}   ours, {ours} (seeds) flags")
     for name, about in rows.items():
         found = {}
