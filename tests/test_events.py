@@ -47,10 +47,11 @@ def test_scores_of_some_frames_are_boundaries_of_those(tmp_path):
     film, file = SimpleNamespace(action=np.zeros((60, 7))), tmp_path / "scores.json"
     at = list(range(1, 60, 3))
     scores = [0.9 if t in (16, 43) else 0.1 for t in at]
-    for rows in ({"frame_idx": at, "scores": scores}, np.eye(60)[20].tolist()):
+    for rows in ({"frame_idx": [float(t) for t in at], "scores": scores}, np.eye(60)[20].tolist()):
         file.write_text(json.dumps({"0": rows}))
         want = [16, 43] if isinstance(rows, dict) else [20]
-        assert events.from_file(file, [film]) == [want]
+        found = events.from_file(file, [film])
+        assert found == [want] and all(type(t) is int for t in found[0])
     for bad in ({"frame_idx": [70], "scores": [1]}, {"frame_idx": at, "scores": [1]}, [0.5] * 59):
         file.write_text(json.dumps({"0": bad}))
         with pytest.raises(common.UserError, match="episode 0 has 60 frames"):

@@ -101,7 +101,7 @@ def from_file(path, episodes):
         if not whole or scores.shape != (len(at),):
             words = f"{scores.size} scores of {len(at)} frames"
             raise common.UserError(f"{flag}: episode {i} has {T} frames, this has {words}")
-        found.append([at[t] for t in peaks(scores, THRESHOLD, RADIUS, ENDS)])
+        found.append([int(at[t]) for t in peaks(scores, THRESHOLD, RADIUS, ENDS)])
     return found
 
 

@@ -427,8 +427,8 @@ def examples_of(path):
 
 
 def estimate(runs, cfg, reasons, examples=()):
-    """Tokens and dollars that judging these runs will take, roughly: what is read, and an answer
-    of 150 tokens, each at four times the price."""
+    """Tokens and dollars that judging these runs will take, roughly: what is read, and answers
+    of 150 tokens at four times the price."""
     said = (task_words(r, reasons, similar(r, examples)) for r in runs)
     text = sum(len(rubric(reasons)) + len(words) for words in said) / 4
     tokens = text + sum(len(shown(r)) for r in runs) * 255  # a picture of 256 pixels
