@@ -70,13 +70,14 @@ def main():
         parser.add_argument(f"--{name}", action="store_true", help=f"instead of rollouts: {title}")
     parser.add_argument("--domains", nargs="+", default=["in", "look", "colour"])
     args = parser.parse_args()
-    for name, (method, draw, title) in FIGURES.items():
-        if getattr(args, name):
-            series = draw(compare.read_lines(ROOT / "assets" / "results" / f"{method}.jsonl"))
-            out = ROOT / "assets" / "figures" / f"{name}.png"
-            pictures.plot_curves(out, series, title, "step", "%")
-            print(f"wrote {out.relative_to(ROOT)}: {', '.join(series) or 'nothing to draw yet'}")
-    if any(getattr(args, name) for name in FIGURES):
+    asked = [name for name in FIGURES if getattr(args, name)]
+    for name in asked:
+        method, draw, title = FIGURES[name]
+        series = draw(compare.read_lines(ROOT / "assets" / "results" / f"{method}.jsonl"))
+        out = ROOT / "assets" / "figures" / f"{name}.png"
+        pictures.plot_curves(out, series, title, "step", "%")
+        print(f"wrote {out.relative_to(ROOT)}: {', '.join(series) or 'nothing to draw yet'}")
+    if asked:
         return
     if not args.run:
         parser.error("a run folder, or --forgetting, or --degeneration")

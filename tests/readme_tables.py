@@ -234,7 +234,6 @@ def again_table():
     return rows(head, body) + "\n\n" + source(used)
 
 
-
 def short_table(brief=False):
     """Ablations at half of the length; brief: of three seeds, without further settings, where the
     paper's tables have a row on SimplerEnv."""

@@ -809,38 +809,38 @@ class Evil:
         return open, (str(self.mark), "w")
 
 
-EVIL = {  # file that is planted, by the command that reads it
-    "twinbrain --resume {run}": "train.pt",
-    "vita_vla --resume {run}": "rank0.pt",
-    "twinbrain --eval-only {run}": "model.safetensors",
-    "vita_vla --eval-only {run}": "meta.json",
-    "vita_vla --resume {run} ": "chain.json",
-    "dualvla --resume {run}": "config.json",
-    "twinbrain --eval-only {run} ": "shards/share.safetensors",
-    "twinbrain --brain vanilla --distill {run}": "model.safetensors",
-    "dualvla --expert {run}": "model.safetensors",
-    "dualvla --generalist {run}": "model.safetensors",
-    "vita_vla --stage finetune --student {run}": "model.safetensors",
-    "vita_vla --stage align --teacher {run}": "model.safetensors",
-    "twinbrain --export {run}": "model.safetensors",
-    "vita_vla --export {run}": "model.safetensors",
-    "dualvla --export {run}": "model.safetensors",
-    "serve --checkpoint {run}": "model.safetensors",
-    "serve --checkpoint {run} ": "config.json",
-    "twinbrain --backbone {folder}": "pytorch_model.bin",
-    "twinbrain --backbone {folder} ": "tokenizer.json",
-    "dualvla --backbone {folder}": "tokenizer_config.json",
-    "vita_vla --backbone {folder}": "preprocessor_config.json",
-    "vita_vla --backbone {folder} ": "config.json",
-    "vita_vla --stage align --normalise raw --teacher {file}": "seer.pth",
-    "vita_vla --stage align --normalise raw --teacher {file} ": "seer.pt",
-    "dualvla --show pruning --event-scores {file}": "scores.pt",
-}
+EVIL = [  # the command that reads a file, the file that is planted
+    ("twinbrain --resume {run}", "train.pt"),
+    ("vita_vla --resume {run}", "rank0.pt"),
+    ("twinbrain --eval-only {run}", "model.safetensors"),
+    ("vita_vla --eval-only {run}", "meta.json"),
+    ("vita_vla --resume {run}", "chain.json"),
+    ("dualvla --resume {run}", "config.json"),
+    ("twinbrain --eval-only {run}", "shards/share.safetensors"),
+    ("twinbrain --brain vanilla --distill {run}", "model.safetensors"),
+    ("dualvla --expert {run}", "model.safetensors"),
+    ("dualvla --generalist {run}", "model.safetensors"),
+    ("vita_vla --stage finetune --student {run}", "model.safetensors"),
+    ("vita_vla --stage align --teacher {run}", "model.safetensors"),
+    ("twinbrain --export {run}", "model.safetensors"),
+    ("vita_vla --export {run}", "model.safetensors"),
+    ("dualvla --export {run}", "model.safetensors"),
+    ("serve --checkpoint {run}", "model.safetensors"),
+    ("serve --checkpoint {run}", "config.json"),
+    ("twinbrain --backbone {folder}", "pytorch_model.bin"),
+    ("twinbrain --backbone {folder}", "tokenizer.json"),
+    ("dualvla --backbone {folder}", "tokenizer_config.json"),
+    ("vita_vla --backbone {folder}", "preprocessor_config.json"),
+    ("vita_vla --backbone {folder}", "config.json"),
+    ("vita_vla --stage align --normalise raw --teacher {file}", "seer.pth"),
+    ("vita_vla --stage align --normalise raw --teacher {file}", "seer.pt"),
+    ("dualvla --show pruning --event-scores {file}", "scores.pt"),
+]
 
 
-@pytest.mark.parametrize("command", EVIL)
-def test_no_pickle_of_a_users_is_executed(command, tmp_path, status):
-    folder, mark, name = tmp_path / "planted", tmp_path / "mark", EVIL[command]
+@pytest.mark.parametrize("command, name", EVIL)
+def test_no_pickle_of_a_users_is_executed(command, name, tmp_path, status):
+    folder, mark = tmp_path / "planted", tmp_path / "mark"
     method, *words = command.split()
     checkpoint = save(folder, 1)
     settings = {"stage": "expert"} if "--expert" in words else {}

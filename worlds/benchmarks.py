@@ -208,7 +208,7 @@ def mark_of(text):
 def ask_judge(rows, cfg, file, say):
     """Gives each row a language model's mark, or None -> what went wrong. `file` keeps the marks as
     they come: what has one there is not asked about again."""
-    done, todo, faults, silent = {r["key"]: r["mark"] for r in score.read_jsonl(file)}, {}, [], 0
+    done, todo = score.marked(file), {}
     for row in rows:
         right = re.sub(r"\s*(<AND>|<OR>)\s*", r" \1 ", " <OR> ".join(row["answers"]))
         words = JUDGE + " | ".join([row["question"], right, row["said"], ""])
@@ -219,21 +219,18 @@ def ask_judge(rows, cfg, file, say):
     dollars = (tokens + 4 * 3 * len(todo)) / 1e6 * cfg.judge_price  # 3 tokens said, four times that
     say(f"  {len(todo)} answers to {cfg.judge}: about {tokens:,} tokens, ${dollars:.2f}")
     how = cfg.judge, cfg.judge_model, os.environ.get("OPENAI_API_KEY", "")
-    with open(file, "a") as out:
-        for key, (index, words) in todo.items():
-            try:
-                done[key] = score.chat(*how, [{"type": "text", "text": words}], read=mark_of)
-            except TimeoutError as error:
-                faults, silent = faults + [f"question {index}, {error}"], silent + 1
-                if silent == 3:  # in a row: whoever judges is gone
-                    break
-                continue
-            line = json.dumps({"key": key, "index": index, "mark": done[key]})
-            out.write("\n" + line)  # behind one that a crash cut short
-            out.flush()
-            silent = 0
+
+    def ask(question):
+        index, words = question
+        try:
+            mark = score.chat(*how, [{"type": "text", "text": words}], read=mark_of)
+        except TimeoutError as error:
+            raise TimeoutError(f"question {index}, {error}") from None
+        return {"index": index, "mark": mark}
+
+    faults, done = score.ask_all(todo, ask, file), score.marked(file)
     for row in rows:
-        row["mark"] = done.get(row["key"])
+        row["mark"] = done.get(row["key"], {}).get("mark")
     return faults
 
 

@@ -21,6 +21,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -85,7 +86,7 @@ def acted(policy, cfg, folder):
     names = "world", "seed", "steps", "score_episodes", "execute", "ensemble", "talk", "speak"
     facts = {name: getattr(cfg, name) for name in names}
     if cfg.judge != "offline" and file.exists():
-        kept = json.loads(file.read_text())
+        kept = common.read_json(file, "of", "runs")
         if kept["of"] == facts:
             return [r | {"frames": [unpng(f) for f in r["frames"]]} for r in kept["runs"]]
     starts = loop.starts_of(cfg.world, "in", cfg.score_episodes, cfg.seed)
@@ -435,38 +436,51 @@ def estimate(runs, cfg, reasons, examples=()):
     return int(tokens), (tokens + 4 * 150 * len(runs)) / 1e6 * cfg.judge_price
 
 
+def marked(file):
+    """What a JSONL file of marks holds -> {key: row}."""
+    return {row["key"]: row for row in read_jsonl(file) if "key" in row}
+
+
+def ask_all(todo, ask, file):
+    """{key: question} to ask; ask(question) -> a row, which `file` keeps as soon as it is given.
+    After three faults in a row whoever judges is taken to be gone -> what went wrong."""
+    faults, in_a_row = [], 0
+    with open(file, "a") as out:
+        if out.tell() and not Path(file).read_bytes().endswith(b"\n"):
+            out.write("\n")  # a crash cut the last line short
+        for key, question in todo.items():
+            try:
+                row = ask(question)
+            except TimeoutError as error:
+                faults.append(str(error))
+                in_a_row += 1
+                if in_a_row == 3:
+                    break
+                continue
+            in_a_row = 0
+            out.write(json.dumps({"key": key, **row}) + "\n")
+            out.flush()
+    return faults
+
+
 def judge_all(runs, cfg, file, reasons, say=print, pause=1.0, timeout=60.0, device="cpu"):
     """Marks of every run, in order; those that `file` already holds are not asked for again."""
     keys = [key_of(run, cfg, reasons) for run in runs]
-    done = {r["key"]: r for r in read_jsonl(file) if "key" in r}
-    todo = [(k, r) for k, r in zip(keys, runs) if k not in done]
-    judge, examples = judge_offline, examples_of(cfg.judge_examples)
+    kept, examples = marked(file), examples_of(cfg.judge_examples)
+    todo = {k: run for k, run in zip(keys, runs) if k not in kept}
+    judge = partial(judge_offline, reasons=reasons)
     if cfg.judge.startswith("local:"):
         judge = judge_by_vlm(cfg.judge.partition(":")[2], reasons, examples, device)
     elif cfg.judge != "offline":
         judge = judge_by_address(cfg, reasons, examples, pause, timeout)
-        tokens, dollars = estimate([r for _, r in todo], cfg, reasons, examples)
+        tokens, dollars = estimate(todo.values(), cfg, reasons, examples)
         say(f"  {len(todo)} trajectories to {cfg.judge}: about {tokens:,} tokens, ${dollars:.2f}")
-    faults, in_a_row = [], 0
-    with open(file, "a") as out:
-        if out.tell() and not Path(file).read_bytes().endswith(b"\n"):
-            out.write("\n")
-        for key, run in todo:
-            if key in done:
-                continue
-            try:
-                marks = judge(run, reasons) if judge is judge_offline else judge(run)
-            except TimeoutError as error:
-                faults.append(str(error))
-                in_a_row += 1
-                if in_a_row == 3:  # whoever judges is gone
-                    break
-                continue
-            in_a_row = 0
-            row = {"key": key, "task": run["task"], "success": run["success"], **marks}
-            done[key] = row | {"thumb": thumb(run)}
-            out.write(json.dumps(done[key]) + "\n")
-            out.flush()
+
+    def row(run):
+        facts = {"task": run["task"], "success": run["success"]}
+        return facts | judge(run) | {"thumb": thumb(run)}
+
+    faults, done = ask_all(todo, row, file), marked(file)
     missing = sum(key not in done for key in keys)
     if missing:
         again = f"--{'out' if cfg.eval_only else 'resume'} {Path(file).parent}"
