@@ -36,7 +36,8 @@ FACT = re.compile(r"(<!-- fact: (\S+) -->)(.*?)(<!-- end -->)", re.DOTALL)
 VALUE = re.compile(r"(<!-- value: (\S+) (\S+) ([^>]+?) -->)(.*?)(<!-- end -->)", re.DOTALL)
 DOMAINS = {
     "in": "in the demonstrations' domain", "colour": "unseen colour", "shape": "unseen shape",
-    "pair": "unseen pair", "wording": "unseen wording", "out": "mean of these four, out of domain",
+    "pair": "unseen pair", "wording": "unseen wording",
+    "out": "out of domain: colour, shape, pair, wording",
     "look": "unseen look",
 }  # fmt: skip
 SHORT = "--preset short"  # ablations over seeds, at half of the length
@@ -150,12 +151,12 @@ def listed(words):
 # --- the tables -----------------------------------------------------------------------------------
 
 
-def twin_table():
+def twin_table(names=tuple(DOMAINS)):
     """Table 1 at this scale: with and without the left brain, by domain."""
     twin, vanilla = arm("twinbrain", "t1-twin"), arm("twinbrain", "t1-vanilla")
     body = [
-        [words, cell(twin, name), cell(vanilla, name), apart(twin, vanilla, name)]
-        for name, words in DOMAINS.items()
+        [DOMAINS[name], cell(twin, name), cell(vanilla, name), apart(twin, vanilla, name)]
+        for name in names
     ]
     paper = [twinbrain.ABLATIONS[name]["_paper"] for name in ("t1-twin", "t1-vanilla")]
     body.append(["paper, SimplerEnv average", *(f"{p} (paper)" for p in paper), ""])
@@ -182,6 +183,27 @@ def forgetting_table():
     head = ["% right, by seed, of the tabletop's questions", "existence, as in POPE",
             "four letters, as in SEED-Bench", "as in ScienceQA", "pairs, as in MME"]  # fmt: skip
     return rows(head, body) + "\n\n" + source(used)
+
+
+def seeds(some, measure):
+    """Seed by seed: "84.0, 73.0, 62.0"."""
+    found = by_seed(some, measure)
+    none = float("nan")
+    return ", ".join(compare.text(measure, found[s][0], none, none) for s in sorted(found))
+
+
+def chain_brief():
+    """VITA-VLA for the README: first tasks and chains, seed by seed, beside the paper's."""
+    body = []
+    for words, name, flags in (
+        ("teacher (Seer)", "two-stage", TEACHER), ("two-stage", "two-stage", ""),
+        *((f"{name}, half of the length", name, SHORT) for name in vita_vla.STAGES),
+    ):  # fmt: skip
+        some, paper = arm("vita_vla", name, flags), vita_vla.ABLATIONS[name]["_paper"]
+        paper = "88.4, 3.76" if flags == TEACHER else paper  # Table 1, Seer-Large
+        row = [words, *(seeds(some, n) or "not run" for n in ("chain", "length"))]
+        body.append([*row, f"{paper} (paper)" if paper else ""])
+    return rows(["", "first task %", "tasks in a row", "the paper's, on CALVIN"], body)
 
 
 def chain_table():
@@ -219,6 +241,21 @@ def stages_table():
     head = ["", "success %", "success, reasoning first %", "questions %", "VLA Score",
             "words a plan", "ms a plan"]  # fmt: skip
     return rows(head, body) + "\n\n" + source(some)
+
+
+def stages_brief():
+    """DualVLA for the README: its chain, and the rows that tell what does what."""
+    arms = "base", "base-ft", "no-action-teacher", "no-reason-teacher", "no-pruning", "ours"
+    names = ("reason in", "answers", "vla_score", "reason words")
+    expert = [x["stages"]["expert"] for x in arm("dualvla", "ours")]
+    body = [["E, specialist", seeds(expert, "plain in"), cell(expert, "answers"), "", "", ""]]
+    for name in arms:
+        about, some = dualvla.ABLATIONS[name], arm("dualvla", name)
+        words = [seeds(some, n) if i == 0 else cell(some, n) for i, n in enumerate(names)]
+        body.append([f"{about['_row']} (`{name}`)", *words, f"{about['_paper']} (paper)"])
+    head = ["", "success %, by seed", "questions %", "VLA Score", "words a plan",
+            "the paper's average"]  # fmt: skip
+    return rows(head, body)
 
 
 def again_table():
@@ -510,6 +547,20 @@ def machine_cell(x):
     return "; ".join(filter(None, (x["machine"], x.get("note"))))
 
 
+def guide_table(evening):
+    """bench/guide.py: how long an evening's commands took, one after another."""
+    some = [x for x in newest("guide", "evening", "line") if x["evening"] == evening]
+    body = []
+    for x in some:
+        script, *flags = x["line"].split()[1:]
+        loss = "{:.3g} to {:.3g}".format(*x["action"]) if x.get("action") else ""
+        body.append([f"`{script} ... {flags[-1]}`" if flags else f"`{script}`",
+                     f"{x['seconds']:.0f}", loss])  # fmt: skip
+    where = listed(machine_cell(x) for x in some) or "no machine yet"
+    head = ["command", "seconds", "loss of actions, first and last line"]
+    return rows(head, body) + f"\n\n`python bench/guide.py`, nothing kept from before; {where}."
+
+
 def latency_table():
     """A plan's milliseconds and its parts' shares."""
     body = []
@@ -596,6 +647,7 @@ def tally_table():
 
 TABLES = {
     "twinbrain": twin_table,
+    "twinbrain-brief": lambda: twin_table(("in", "out", "look")),
     "forgetting": forgetting_table,
     "twinbrain-short": short_table,
     "twinbrain-seeds": lambda: short_table(brief=True),
@@ -606,13 +658,16 @@ TABLES = {
     "twinbrain-suites": suites_table,
     "twinbrain-arms": lambda: arms_table("twinbrain"),
     "vita_vla": chain_table,
+    "vita_vla-brief": chain_brief,
     "dualvla": stages_table,
+    "dualvla-brief": stages_brief,
     "dualvla-again": again_table,
     "vita_vla-arms": lambda: arms_table("vita_vla", SHORT),
     "dualvla-arms": lambda: arms_table("dualvla"),
     "sources": sources_table,
     "tally": tally_table,
     "backbones": backbone_table,
+    **{f"guide-{n}": lambda n=n: guide_table(n) for n in ("1", "2", "3", "4", "tour")},
     "latency": latency_table,
     "rollouts": rollouts_table,
     "steps": steps_table,

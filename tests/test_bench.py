@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
 
 import figure  # noqa: E402
+import guide  # noqa: E402
 import latency  # noqa: E402
 import loader  # noqa: E402
 import methods  # noqa: E402
@@ -306,3 +307,18 @@ def test_the_figure_of_degeneration_has_actions_and_answers():
     series = figure.degeneration(lines)
     assert series == {"tasks done": [(0, 90), (10, 40)], "questions answered": [(0, 25), (10, 75)]}
     assert figure.degeneration([]) == {"tasks done": [], "questions answered": []}
+
+
+def test_the_guide_is_timed_as_it_stands(tmp_path):
+    known = guide.evenings()
+    assert [*known] == ["1", "2", "3", "4", "tour"] and all(known.values())
+    assert [len(known[n]) for n in "123"] == [3, 3, 2]
+    compile(guide.cells(), "tour", "exec")
+    (tmp_path / "run").mkdir()
+    log = '{"step": 0}\\n{"action": 2}\\n{"action": 1}'
+    program = f"open('run/metrics.jsonl', 'w').write('{log}')"
+    line = f"python -c {shlex.quote(program)} --out run"
+    row = guide.measure("1", line, tmp_path, os.environ)
+    assert row["action"] == [2, 1] and row["seconds"] > 0
+    with pytest.raises(subprocess.CalledProcessError):
+        guide.measure("1", "python -c 'raise SystemExit(3)'", tmp_path, os.environ)

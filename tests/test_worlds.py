@@ -3,7 +3,7 @@
 import importlib.util
 import os
 import pty
-import random
+import re
 import select
 import signal
 import subprocess
@@ -30,64 +30,11 @@ ROOT = Path(__file__).resolve().parent.parent
 ALONE = common.Dist(0, 1, torch.device("cpu"))
 
 
-class Floor:
-    """A toy: a hand over a floor goes to the block that is named. Action: dx, dy, hand."""
-
-    slow, fps = False, 10.0
-
-    @staticmethod
-    def offers(suite):
-        if suite not in ("", "dim"):
-            raise LookupError(suite, ["dim"])
-        return ("red", "blue"), ("in", "wording")
-
-    def __init__(self, suite="", size=64, wrist_size=32):
-        self.size, self.wrist_size, self.light = size, wrist_size, 90 if suite == "dim" else 230
-
-    def reset(self, seed, task=None, domain="in"):
-        rng = random.Random(f"{seed}-{task}-{domain}")
-        self.task = task or rng.choice(("red", "blue"))
-        self.blocks = {c: np.array([rng.random(), rng.random()]) for c in ("red", "blue")}
-        verb = "touch" if domain == "wording" else rng.choice(("go to", "move to"))
-        self.instruction, self.max_steps, self.success = f"{verb} the {self.task} block", 30, False
-        self.hand, self.open = np.array([0.5, 0.5]), 1.0
-        return self.observe()
-
-    def draw(self, size, middle, width):
-        image = np.full((size, size, 3), self.light, np.uint8)
-        marks = self.blocks | {"hand": self.hand}
-        for ink, place in zip(((220, 0, 0), (0, 0, 220), (0, 0, 0)), marks.values()):
-            y, x = (size * ((place - middle) / width + 0.5) - size / 20).astype(int)
-            image[max(y, 0) : max(y + size // 8, 0), max(x, 0) : max(x + size // 8, 0)] = ink
-        return image
-
-    def observe(self):
-        images = {"top": self.draw(self.size, 0.5, 1.2)}
-        images["wrist"] = self.draw(self.wrist_size, self.hand, 0.5)
-        return {"images": images, "state": np.array([*self.hand, self.open], np.float32)}
-
-    def step(self, action):
-        self.hand = np.clip(self.hand + 0.1 * np.clip(action[:2], -1, 1), 0, 1)
-        self.open = float(action[2] > 0)
-        self.success |= bool(np.abs(self.hand - self.blocks[self.task]).max() < 0.05)
-
-    def expert(self, seed=0, noise=0.0):
-        return Walker(self)
-
-
-class Walker:
-    """The floor's expert."""
-
-    phase = 0
-
-    def __init__(self, world):
-        self.world = world
-
-    def act(self):
-        way = self.world.blocks[self.world.task] - self.world.hand
-        self.phase = int(np.abs(way[0]) < 0.05)  # first one way, then the other
-        self.reasoning = f"the {self.world.task} block is away so i move to it because i must"
-        return np.array([*np.clip(10 * way, -1, 1), 1.0], np.float32)
+PAGE = (ROOT / "docs" / "use.md").read_text()
+WORLD = re.search(r"```python\n(import random.*?)```", PAGE, re.DOTALL)[1]  # the page's own example
+made = {"__name__": __name__}
+exec(compile(WORLD, "docs/use.md", "exec"), made)
+Floor = made["Floor"]
 
 
 class SlowFloor(Floor):
