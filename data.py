@@ -362,8 +362,13 @@ Part = namedtuple("Part", "name episodes stats weight normalise")
 
 def named(spec):
     """`bridge,fractal=2,my/folder` -> {what it names: weight}; what is nowhere is an error."""
-    wanted = {}
+    words, wanted = [], {}
     for word in filter(None, spec.split(",")):
+        if words and loop.known(f"{words[-1]},{word.partition('=')[0]}"):
+            words[-1] += f",{word}"  # a world's suite may be a list itself
+        else:
+            words.append(word)
+    for word in words:
         name, _, weight = word.partition("=")
         weight = convert(f"--data {word}:", weight or "1", float, ())
         if not 0 < weight < np.inf:

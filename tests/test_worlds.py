@@ -106,6 +106,14 @@ def test_an_unknown_world_names_the_nearest(floors, world, words):
     assert words in str(error.value).replace("-v3-v3", "-v3") and "\n" not in str(error.value)
 
 
+def test_a_suite_of_several_tasks_is_one_name_in_a_mixture(floors):
+    """`--world metaworld:push-v3,reach-v3` demonstrates itself, also among other --data."""
+    wanted = {"metaworld:push-v3,reach-v3": 2.0, "floor": 1.0, "tabletop:goal": 1.0}
+    spec = "metaworld:push-v3,reach-v3=2,floor,tabletop:goal"
+    assert data.named(spec) == wanted
+    assert data.named("metaworld:push-v3,reach-v3") == {"metaworld:push-v3,reach-v3": 1.0}
+
+
 @pytest.mark.parametrize("world", ["floor", "slow"])
 def test_a_policy_that_looks_reaches_every_goal(floors, world, tmp_path):
     """In this process or in others; the film shows cameras, trace, words and the end."""

@@ -46,6 +46,14 @@ def find(world):
     return World, suite
 
 
+def known(world):
+    """Whether `find()` finds it."""
+    try:
+        return bool(find(world))
+    except common.UserError:
+        return False
+
+
 def domains_of(world, asked):
     """The asked evaluation domains, or all of the world's; an unknown one is an error."""
     if world == "none":
