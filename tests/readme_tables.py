@@ -137,8 +137,9 @@ def source(*groups):
     facts.append(listed(f"{spent(x, 'samples'):,}" for x in some) + " samples each")
     if any(x["episodes"] for x in some):
         facts.append(listed(str(x["episodes"]) for x in some) + " episodes a domain and seed")
-    seconds = [spent(x, "train_seconds") for x in some]
-    facts.append(f"{min(seconds):.0f} to {max(seconds):.0f} s of training a run")
+    seconds = [s for x in some if (s := spent(x, "train_seconds"))]  # none of --eval-only
+    if seconds:
+        facts.append(f"{min(seconds):.0f} to {max(seconds):.0f} s of training a run")
     facts.append(listed(x["machine"] for x in some))
     facts.append("torch " + listed(x["torch"] for x in some))
     return "; ".join(facts) + ". Intervals: 95%, over seeds; of one seed, over its episodes."

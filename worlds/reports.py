@@ -7,9 +7,10 @@ from worlds import ablations, events, pictures
 
 
 def pareto(rows, numbers, folder):
-    """--show pareto: what `--ablation list` prints; the means of its runs and of their specialists
-    (E) as points of a picture, a line through those that no other beats in both."""
+    """--show pareto: what `--ablation list` prints; the rows of the paper's table and their
+    specialist (E) as points of a picture, a line through those that no other beats in both."""
     means = ablations.show("dualvla", rows, "paper %", "% success, answers", numbers)
+    means = {name: mean for name, mean in means.items() if rows[name]["_paper"]}
     chains = [r["stages"]["expert"] for r in common.result_lines("dualvla")
               if r["arm"] == "ours" and not r["flags"]]  # fmt: skip
     if chains:
