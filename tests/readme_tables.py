@@ -40,7 +40,7 @@ DOMAINS = {
     "out": "out of domain: colour, shape, pair, wording",
     "look": "unseen look",
 }  # fmt: skip
-SHORT = "--preset short"  # ablations over seeds, at half of the length
+SHORT = "--preset short"  # ablations over seeds, of fewer steps
 FLOAT = "--dtype fp32"  # on a machine without bfloat16
 TEACHER = "--eval-only assets/seer"  # VITA-VLA's, as it is shipped
 AGAIN = ("--eval-only runs/dual/{}-{{seed}} --episodes 20 --gifs 0 --score-episodes 0 "
@@ -172,7 +172,7 @@ def forgetting_table():
         ("the untouched backbone = the left brain afterwards", "t1-twin", "left", ""),
         ("right brain of the twin", "t1-twin", "right", ""),
         ("vanilla VLA", "t1-vanilla", "right", ""),
-        ("vanilla VLA, half the length", "t1-vanilla", "right", SHORT),
+        ("vanilla VLA, 1,000 steps", "t1-vanilla", "right", SHORT),
         ("the same, questions mixed in", "f2-cotrain", "right", SHORT),
     ):
         some = sorted(arm("twinbrain", name, flags), key=lambda x: x["seed"])
@@ -273,7 +273,7 @@ def again_table():
 
 
 def short_table(brief=False):
-    """Ablations at half of the length; brief: of three seeds, without further settings, where the
+    """Ablations after 1,000 steps; brief: of three seeds, without further settings, where the
     paper's tables have a row on SimplerEnv."""
     body, used = [], []
     for name, about in twinbrain.ABLATIONS.items():
@@ -317,7 +317,7 @@ def metaworld_table():
 
 
 def precision_table():
-    """Table 1's two arms at half of the length, seed by seed, in each precision of products."""
+    """Table 1's two arms after 1,000 steps, seed by seed, in each precision of products."""
     kinds = {"bfloat16": SHORT, "float32 inside Muon": f"{SHORT} --muon fp32",
              "float32": f"{SHORT} {FLOAT}"}  # fmt: skip
     body, used = [], []
@@ -360,7 +360,7 @@ def boundaries_table():
 
 
 def suites_table():
-    """The world's suites at half of the length: success in each domain that was evaluated."""
+    """The world's suites after 1,000 steps: success in each domain that was evaluated."""
     domains = [d for d in DOMAINS if d not in ("out", "look")] + ["pick_all"]
     runs, used = {}, []
     for x in lines("twinbrain"):
