@@ -82,7 +82,7 @@ class Config:
     skip_bad: bool = False  # leave out recordings that cannot be read, and list them
     robot: str = ""  # whose recordings to act like; empty: the first of --data
     out: str = ""  # run folder; empty: runs/<method>-<world>-<seed>-<time>
-    steps: int = 2000  # optimizer steps (paper: 40000)
+    steps: int = 1700  # optimizer steps (paper: 40000)
     seed: int = 0  # everything random follows from it
     resume: str = ""  # run folder to go on from, exactly; auto: --out's, or start it
     eval_only: str = ""  # run folder to evaluate, without training
