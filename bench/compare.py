@@ -22,6 +22,7 @@ cannot be told.
 import argparse
 import json
 import math
+import shlex
 import statistics
 import sys
 from bisect import bisect_left
@@ -392,6 +393,15 @@ def read_reference(name):
     return read_lines(file)
 
 
+def portable(command, settings):
+    """A run's command and settings without the places of the machine it ran on."""
+    words = [Path(x).name if x.endswith(".py") else x for x in shlex.split(command)]
+    if "--out" in words:
+        at = words.index("--out")
+        del words[at : at + 2]
+    return shlex.join(words), settings | {"out": f"runs/{Path(settings['out']).name}"}
+
+
 def make_reference(runs, name):
     """Finished runs of one setting and several seeds -> assets/reference/NAME.jsonl and .png."""
     from bench.study import machine
@@ -409,8 +419,9 @@ def make_reference(runs, name):
     rows = []
     for made in runs:
         facts = {k: made.facts.get(k) for k in ("command", "torch", "transformers", "threads")}
-        facts |= {"machine": machine(), "seed": made.settings["seed"], "result": made.result}
-        rows.append(facts | {"settings": made.settings, "curves": made.curves})
+        facts["command"], settings = portable(facts["command"], made.settings)
+        facts |= {"machine": machine(), "seed": settings["seed"], "result": made.result}
+        rows.append(facts | {"settings": settings, "curves": made.curves})
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for term in runs[0].curves:
         draw_band(file.with_name(f"{name}-{term.replace(' ', '-')}.png"), rows, term)

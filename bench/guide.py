@@ -4,8 +4,8 @@
 
 What stands under "Run" of an evening, in order, in one new folder and with an empty cache, so that
 demonstrations are made as on a first evening; `tour` is the notebook's cells as one program. The
-loss is that of actions in a run's log, at its first and last line. Both cores belong to it: let
-nothing else run.
+loss is that of actions (VITA-VLA: of the arm) in a run's log, at its first and last line. Both
+cores belong to it: let nothing else run.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def losses(folder):
     """-> the first and the last loss of actions that a run, or its last stage, has logged."""
     logs = sorted(folder.rglob("metrics.jsonl"), key=lambda x: x.stat().st_mtime)
     lines = [json.loads(x) for x in logs[-1].read_text().splitlines()] if logs else []
-    some = [x["action"] for x in lines if "action" in x]
+    some = [x[term] for x in lines for term in ("action", "arm") if term in x]
     return [some[0], some[-1]] if some else None
 
 
@@ -63,24 +63,28 @@ def measure(evening, line, folder, env):
     return row
 
 
+def prepare(folder):
+    """All that the commands need, in an empty folder -> their environment."""
+    for source in ROOT.iterdir():
+        if source.name not in ("runs", ".git"):
+            (folder / source.name).symlink_to(source)
+    (folder / "IPython").mkdir()
+    (folder / "IPython" / "__init__.py").write_text("")
+    (folder / "IPython" / "display.py").write_text(DISPLAY)
+    (folder / "tour.py").write_text(cells())
+    return os.environ | {"ONEFILE_VLA_CACHE": str(folder / "cache")}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     known = evenings()
     parser.add_argument("--evening", choices=known, help="one alone; else all, and the notebook")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        for source in ROOT.iterdir():
-            if source.name not in ("runs", ".git"):
-                (folder / source.name).symlink_to(source)
-        (folder / "IPython").mkdir()
-        (folder / "IPython" / "__init__.py").write_text("")
-        (folder / "IPython" / "display.py").write_text(DISPLAY)
-        (folder / "tour.py").write_text(cells())
-        env = os.environ | {"ONEFILE_VLA_CACHE": str(folder / "cache")}
+        env = prepare(Path(scratch))
         for evening in [args.evening] if args.evening else known:
             for line in known[evening]:
-                row = measure(evening, line, folder, env)
+                row = measure(evening, line, Path(scratch), env)
                 loss = "loss {:.3g} to {:.3g}".format(*row["action"]) if row.get("action") else ""
                 print(f"evening {evening}  {row['seconds']:6.1f} s  {loss:22}  {line}", flush=True)
                 append("guide", row)

@@ -322,3 +322,11 @@ def test_the_guide_is_timed_as_it_stands(tmp_path):
     assert row["action"] == [2, 1] and row["seconds"] > 0
     with pytest.raises(subprocess.CalledProcessError):
         guide.measure("1", "python -c 'raise SystemExit(3)'", tmp_path, os.environ)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("evening", guide.evenings())
+def test_an_evening_runs_as_it_stands(evening, tmp_path):
+    """At its own size, as a group would: with the shipped teacher, for instance."""
+    env = guide.prepare(tmp_path)
+    assert all(guide.measure(evening, x, tmp_path, env) for x in guide.evenings()[evening])

@@ -635,7 +635,7 @@ def curve(seed, effect=0.03, noise=0.08, steps=1500, late=None, rate=200.0):
 def made_run(folder, seed=0, line=None, success=0.5, **settings):
     folder.mkdir(parents=True)
     config = {"config": {"seed": seed, "lr": 0.001, "out": str(folder)} | settings}
-    config |= {"command": "python x.py", "method": "made-up"}
+    config |= {"command": f"python {folder}/x.py --out {folder} --seed {seed}", "method": "made-up"}
     (folder / "config.json").write_text(json.dumps(config))
     rows = [{"step": s, "time": 1.0, "action": v, "lr": 1e-3, "norm": 1.0}
             for s, v in line or curve(seed)]  # fmt: skip
@@ -686,7 +686,8 @@ def test_a_reference_is_made_and_asked(tmp_path, monkeypatch, capsys):
         compare.main(["--check-curve", runs[0]])
     compare.main([*runs, "--make-reference", "made-up"])
     row = json.loads((tmp_path / "assets/reference/made-up.jsonl").read_text().splitlines()[0])
-    assert row["machine"] and row["command"] and row["seed"] == 0
+    assert row["machine"] and row["seed"] == 0 and row["command"] == "python x.py --seed 0"
+    assert str(tmp_path) not in json.dumps(row)
     assert (tmp_path / "assets/reference/made-up-action.png").exists()
     broken = [(step, loss * (3 if step >= 600 else 1)) for step, loss in curve(9)]
     for run, code in ((made_run(tmp_path / "good", 5), 0),
