@@ -554,7 +554,7 @@ def guide_table(evening):
     body = []
     for x in some:
         script, *flags = x["line"].split()[1:]
-        loss = "{:.3g} to {:.3g}".format(*x["action"]) if x.get("action") else ""
+        loss = " to ".join(dict.fromkeys(f"{loss:.3g}" for loss in x.get("action") or ()))
         body.append([f"`{script} ... {flags[-1]}`" if flags else f"`{script}`",
                      f"{x['seconds']:.0f}", loss])  # fmt: skip
     where = listed(machine_cell(x) for x in some) or "no machine yet"
