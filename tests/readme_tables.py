@@ -554,6 +554,7 @@ def guide_table(evening):
     body = []
     for x in some:
         script, *flags = x["line"].split()[1:]
+        script = {"tour.py": "docs/tour.ipynb"}.get(script, script)
         loss = " to ".join(dict.fromkeys(f"{loss:.3g}" for loss in x.get("action") or ()))
         body.append([f"`{script} ... {flags[-1]}`" if flags else f"`{script}`",
                      f"{x['seconds']:.0f}", loss])  # fmt: skip
