@@ -85,6 +85,12 @@ def by_seed(some, measure):
     return {seed: pair for seed, pair in found.items() if pair}
 
 
+def seeds(some, measure):
+    """Seed by seed: "84.0, 73.0, 62.0"."""
+    pairs, none = by_seed(some, measure), float("nan")
+    return ", ".join(compare.text(measure, pairs[s][0], none, none) for s in sorted(pairs))
+
+
 def cell(some, measure):
     """ "88.3 (81.1 to 95.6)", or "not run"; seed by seed where no share can have the interval."""
     pairs = by_seed(some, measure)
@@ -92,8 +98,7 @@ def cell(some, measure):
         return "not run"
     value, low, high = compare.mean_of([*pairs.values()])
     if compare.is_share(measure) and (low < 0 or high > 1):
-        shares = ", ".join(f"{100 * pairs[seed][0]:.1f}" for seed in sorted(pairs))
-        return f"by seed {shares}"
+        return f"by seed {seeds(some, measure)}"
     return compare.text(measure, value, low, high)
 
 
@@ -184,13 +189,6 @@ def forgetting_table():
     head = ["% right, by seed, of the tabletop's questions", "existence, as in POPE",
             "four letters, as in SEED-Bench", "as in ScienceQA", "pairs, as in MME"]  # fmt: skip
     return rows(head, body) + "\n\n" + source(used)
-
-
-def seeds(some, measure):
-    """Seed by seed: "84.0, 73.0, 62.0"."""
-    found = by_seed(some, measure)
-    none = float("nan")
-    return ", ".join(compare.text(measure, found[s][0], none, none) for s in sorted(found))
 
 
 def chain_brief():
