@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import common
+import data
 from parts import formats
 from worlds import calvin, client, libero, loop, robocasa, simpler
 
@@ -427,6 +428,121 @@ def test_a_chain_ends_at_its_first_failure(clone, tmp_path):
         np.mean([n >= k for n in want]) for k in range(1, 6)
     ]
     assert out["tasks"]["open"]["success"] == 0 and policy.resets == sum(n + (n < 5) for n in want)
+
+
+class Parts:
+    """What the expert asks of pybullet: where a part of the table is; and a hand that moves."""
+
+    names = tuple(dict.fromkeys(name for name, _ in calvin.PUSHES.values()))
+    places = {name: np.array([0.1 * j, 0.0, 0.5]) for j, name in enumerate(names)}
+
+    def getNumJoints(self, uid, physicsClientId):
+        return len(self.names)
+
+    def getJointInfo(self, uid, joint, physicsClientId):
+        return joint, self.names[joint].encode()
+
+    def getLinkState(self, uid, joint, *more, physicsClientId):
+        return (tuple(self.places[self.names[joint]]),)
+
+
+class Hand(PlayTable):
+    """A hand of CALVIN's step, 2 cm, without what it would bump into."""
+
+    def __init__(self):
+        super().__init__()
+        self.p, self.cid, self.hand = Parts(), 0, np.array([0.03, -0.23, 0.57])
+        self.scene = SimpleNamespace(fixed_objects=[SimpleNamespace(uid=5)])
+
+    def obs(self):
+        return super().obs() | {"robot_obs": np.concatenate([self.hand, np.zeros(12)])}
+
+    def reset(self, robot_obs, scene_obs):
+        self.hand = np.array([0.03, -0.23, 0.57])
+        return super().reset(robot_obs, scene_obs)
+
+    def step(self, action):
+        self.hand = self.hand + 0.02 * np.clip(action[:3], -1, 1)
+        return super().step(action)
+
+    def get_info(self):
+        return {"hand": self.hand}
+
+
+class Passed:
+    """A sub-task is done where the hand is at the end of its way; one part is out of reach."""
+
+    def get_task_info_for_set(self, start, end, tasks):
+        name, way = calvin.PUSHES[next(iter(tasks))]
+        near = np.abs(end["hand"] - Parts.places[name] - way[-1]).max() < 0.02
+        return set(tasks) if near and name != "base__drawer" else set()
+
+
+@pytest.fixture
+def table(clone, monkeypatch):
+    """The clone with the eight sub-tasks that take no grasp, and a hand without a table."""
+    where = {"led": (0, 1), "lightbulb": (0, 1), "drawer": ("closed", "open"),
+             "slider": ("right", "left")}  # fmt: skip
+    ends = dict(turn_on_led=("led", 1), turn_off_led=("led", 0), open_drawer=("drawer", "open"),
+                close_drawer=("drawer", "closed"), move_slider_left=("slider", "left"),
+                move_slider_right=("slider", "right"), turn_on_lightbulb=("lightbulb", 1),
+                turn_off_lightbulb=("lightbulb", 0))  # fmt: skip
+    tasks = {name: [{"condition": {thing: next(v for v in where[thing] if v != to)},
+                     "effect": {thing: to}}] for name, (thing, to) in ends.items()}  # fmt: skip
+    kinds = dict.fromkeys(tasks, 1)  # as the lights of the clone share a kind
+    (clone / calvin.SEQUENCES).write_text(f"tasks = {tasks}\ntask_categories = {kinds}\n")
+    made = Hand(), Passed(), {task: [f"please {task}"] for task in tasks}
+    monkeypatch.setattr(calvin, "build", lambda root, dataset, egl: made)
+    return clone
+
+
+def test_the_expert_goes_past_each_part_and_begins_where_it_is_by_then(table):
+    world = calvin.Calvin(table, rows="pushes")
+    for task in calvin.PUSHES:
+        world.reset(0, task)
+        expert, y = calvin.Pusher(world, np.random.RandomState(0)), []
+        while not world.success and world.steps < 150:
+            action = expert.act()
+            assert action.shape == (7,) and np.abs(action[:3]).max() <= 1 and action[6] == 0
+            y.append(world.env.hand[1])
+            world.step(action)
+        # backs off before it goes anywhere, and only the drawer is out of this oracle's reach
+        assert min(y) < -0.25 and world.success == ("drawer" not in task)
+    before, moved = dict(Parts.places), np.array([0.0, 0.05, 0.0])
+    world.reset(0, "turn_on_led")
+    expert = calvin.Pusher(world, np.random.RandomState(0))
+    try:
+        Parts.places["base__button"] = before["base__button"] + moved
+        while len(expert.way) == 3:
+            world.step(expert.act())
+        assert np.allclose(expert.way[-1], before["base__button"] + moved + (0, 0, -0.03))
+    finally:
+        Parts.places.update(before)
+
+
+def test_recorded_rows_are_calvins_layout_and_end_where_they_fail(table, tmp_path, capsys):
+    words = ["--calvin", str(table), "--record", str(tmp_path / "demos"), "--episodes", "12"]
+    calvin.main(words)
+    assert "demonstrations in" in capsys.readouterr().out
+    world = calvin.Calvin(table, rows="pushes")
+    plans = [plan for _, plan in world.chains[:-13:-1]]
+    drawer = [[i for i, t in enumerate(plan) if "drawer" in t] for plan in plans]
+    want = [t for plan, at in zip(plans, drawer) for t in plan[: (at or [5])[0]]]
+    episodes = data.open_episodes(tmp_path / "demos")
+    assert [e.instruction for e in episodes] == [f"please {task}" for task in want] and want
+    first = episodes[0]
+    assert first.images["rgb_static"][0].shape == (200, 200, 3)
+    assert first.state.shape[1] == 15 and first.action.shape[1] == 7
+    assert np.abs(first.action[:, :3]).max() <= 1  # the expert's, without the noise of carrying out
+    assert (first.action[:, 6] == 0).all()  # -1 is closed in CALVIN's files, 0 in ours
+    with pytest.raises(client.UserError, match="name another folder"):
+        calvin.main(words)
+
+
+def test_rows_of_pushes_repeat_kinds_and_are_not_the_published(table):
+    rows = calvin.chains(table, 60, calvin.PUSHES)
+    assert len(rows) == 60 and {t for _, plan in rows for t in plan} == set(calvin.PUSHES)
+    assert all(len(set(plan)) == 5 for _, plan in rows)
 
 
 def test_calvins_paper_numbers_add_up():

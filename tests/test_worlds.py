@@ -31,10 +31,25 @@ ALONE = common.Dist(0, 1, torch.device("cpu"))
 
 
 PAGE = (ROOT / "docs" / "use.md").read_text()
-WORLD = re.search(r"```python\n(import random.*?)```", PAGE, re.DOTALL)[1]  # the page's own example
+WORLD = re.search(r"```python\n(import numpy.*?)```", PAGE, re.DOTALL)[1]  # the page's own example
 made = {"__name__": __name__}
 exec(compile(WORLD, "docs/use.md", "exec"), made)
-Floor = made["Floor"]
+
+
+class Floor(made["Floor"]):
+    """The page's, with a suite and a second domain."""
+
+    @staticmethod
+    def offers(suite):
+        if suite not in ("", "dim"):
+            raise LookupError(suite, ["dim"])
+        return ("red", "blue"), ("in", "wording")
+
+    def reset(self, seed, task=None, domain="in"):
+        seen = super().reset(seed, task, domain)
+        if domain == "wording":
+            self.instruction = self.instruction.replace("go to", "touch")
+        return seen
 
 
 class SlowFloor(Floor):

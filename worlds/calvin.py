@@ -2,6 +2,7 @@
 
   python worlds/calvin.py --calvin DIR --server 127.0.0.1:8000             # the paper's 1000 chains
   python worlds/calvin.py --calvin DIR --server 127.0.0.1:8000 --episodes 10
+  python worlds/calvin.py --calvin DIR --record demos --episodes 60        # without CALVIN's data
 
 Install, in an environment of its own (numpy below 2), with Python 3.10 or 3.11; --calvin (or
 CALVIN_ROOT) is the clone:
@@ -20,6 +21,11 @@ pixels, as they are; state: the 15 numbers of robot_obs. Actions: relative, xyz 
 predictions is executed, the second, is the served policy's affair (--act-index 1 in training).
 Fewer --episodes are the first of the thousand. --dataset takes the cameras and the scene from a
 downloaded dataset instead of the clone's configuration; --egl renders as the authors did, on a GPU.
+
+Its recordings are a download of 166 GB (D alone) and more. --record makes small ones of the same
+layout, so that training, server and chains can be tried from the clone alone: an expert does rows
+of the eight sub-tasks that take no grasp (PUSHES; drawer, slider, LED, lightbulb), five in a row
+from CALVIN's own starts. --rows pushes acts in rows of these, other ones than it records.
 """
 
 import ast
@@ -51,6 +57,19 @@ STATES = MODELS / "calvin_agent/evaluation/utils.py"
 ORACLE = MODELS / "conf/callbacks/rollout/tasks/new_playtable_tasks.yaml"
 SENTENCES = MODELS / "conf/annotations/new_playtable_validation.yaml"
 INSTALL = client.install(__doc__)
+PUSHES = {  # sub-task: a part of the table; how a closed hand goes past it, in metres from it
+    "turn_on_led": ("base__button", ((0, 0, 0.1), (0, 0, -0.03))),
+    "turn_off_led": ("base__button", ((0, 0, 0.1), (0, 0, -0.03))),
+    "open_drawer": ("base__drawer", ((0, -0.18, 0.15), (0, -0.15, 0.02), (0, -0.36, 0.02))),
+    "close_drawer": ("base__drawer", ((0, -0.25, 0.15), (0, -0.24, 0.02), (0, 0.06, 0.02))),
+    "move_slider_left": ("base__slide", ((0.4, -0.15, -0.03), (0.4, -0.09, -0.03),
+                                         (0.06, -0.09, -0.03))),
+    "move_slider_right": ("base__slide", ((0.25, -0.15, -0.03), (0.25, -0.09, -0.03),
+                                          (0.55, -0.09, -0.03))),
+    "turn_on_lightbulb": ("base__switch", ((0, -0.07, 0.02), (0, -0.06, -0.03), (0, 0.09, 0.06))),
+    "turn_off_lightbulb": ("base__switch", ((0, -0.06, 0.08), (0, -0.035, 0.04),
+                                            (0, -0.05, -0.08))),
+}  # fmt: skip
 
 
 # --- the thousand chains --------------------------------------------------------------------------
@@ -86,10 +105,11 @@ def possible(state, plan, tasks, kinds):
     return True
 
 
-def chains(root, n=1000):
+def chains(root, n=1000, names=()):
     """The benchmark's chains -> [(start {thing: where}, (sub-task, ...))], drawn as the authors do:
-    for each start its own generator, then one shuffle."""
+    for each start its own generator, then one shuffle. Of some names only: kinds may repeat."""
     tasks, kinds = (literal(root / SEQUENCES, name) for name in ("tasks", "task_categories"))
+    kinds = {name: name for name in names} or kinds
     blocks = ("red_block", "blue_block", "pink_block")
     values = {"led": (0, 1), "lightbulb": (0, 1), "slider": ("right", "left"),
               "drawer": ("closed", "open"),
@@ -98,7 +118,7 @@ def chains(root, n=1000):
     starts = [dict(zip(values, v)) for v in itertools.product(*values.values())
               if v.count("table") in (1, 2) and v.count("slider_right") < 2
               and v.count("slider_left") < 2]  # fmt: skip
-    names, rows = list(tasks), []
+    names, rows = list(names or tasks), []
     for i, share in enumerate(np.array_split(range(n), len(starts))):
         rng, found = np.random.RandomState(i), 0
         while found < len(share):
@@ -195,7 +215,7 @@ class Calvin:
 
     width, max_steps = 7, PROTOCOL["steps"]
 
-    def __init__(self, root="", dataset="", egl=False):
+    def __init__(self, root="", dataset="", egl=False, rows="published"):
         if not root:
             raise client.UserError(f"CALVIN: --calvin DIR names a clone of it; {INSTALL}")
         self.root = Path(root).expanduser()
@@ -203,7 +223,9 @@ class Calvin:
             if not (self.root / file).exists():
                 raise client.UserError(f"CALVIN: no {file} in {self.root}; {INSTALL}")
         self.env, self.oracle, self.sentences = build(self.root, dataset, egl)
-        self.chains, self.place = kept_chains(self.root), placing(self.root)
+        own = rows == "pushes"
+        self.chains = chains(self.root, names=PUSHES) if own else kept_chains(self.root)
+        self.place = placing(self.root)
 
     def reset(self, seed, task=None):
         """The start of chain `seed`, with one sub-task as the goal (the chain's first)."""
@@ -242,6 +264,79 @@ class Calvin:
         return self.observe()
 
 
+# --- demonstrations -------------------------------------------------------------------------------
+
+
+class Pusher:
+    """Does a sub-task of PUSHES: back from the table, up, before the part, then along its way."""
+
+    def __init__(self, world, rng):
+        self.world, (self.name, self.past) = world, PUSHES[world.task]
+        (x, y, z), (over, near, high) = world.raw["robot_obs"][:3], self.place()[0]
+        y = min(y - 0.05, -0.2)
+        clear = [(x, y, z), (x, y, 0.62), (over, min(near, -0.2), max(high, 0.62))]
+        self.way, self.at, self.tries = [*(clear + rng.normal(0, 0.01, (3, 3)))], 0, 0
+
+    def place(self):
+        """The way past the part, from where it is now."""
+        env = self.world.env
+        table, p, about = env.scene.fixed_objects[0].uid, env.p, {"physicsClientId": env.cid}
+        joint = next(j for j in range(p.getNumJoints(table, **about))
+                     if p.getJointInfo(table, j, **about)[1].decode() == self.name)  # fmt: skip
+        return np.add(p.getLinkState(table, joint, True, True, **about)[0], self.past)
+
+    def act(self):
+        """-> (7,), the hand closed"""
+        away = self.way[self.at] - self.world.raw["robot_obs"][:3]
+        self.tries += 1
+        there = np.abs(away).max() < (0.03 if self.at < 3 else 0.012) or self.tries > 30
+        if self.at == 2 and there:
+            self.way += [*self.place()]  # only now, as what the last sub-task moved may roll on
+        if there and self.at + 1 < len(self.way):
+            self.at, self.tries = self.at + 1, 0
+            return self.act()
+        return np.array([*np.clip(away / 0.03, -1, 1), 0, 0, 0, 0])
+
+
+def record(world, out, rows, noise=0.3, say=client.say):
+    """The expert's rows, from the last one, as CALVIN keeps its own -> how many sub-tasks. Carried
+    out with noise, recorded without; a row ends where it fails, all at Ctrl-C."""
+    folder, rng = Path(out) / "training", np.random.RandomState(0)
+    draft = folder.with_name("training.part")
+    if folder.exists() or draft.exists():
+        raise client.UserError(f"--record {out}: there is a recording already; name another folder")
+    (draft / "lang_annotations").mkdir(parents=True)
+    spans, words, tasks, starts, end = [], [], [], [], 0
+    with contextlib.suppress(KeyboardInterrupt):
+        for i in range(rows):
+            world.chain(len(world.chains) - 1 - i)
+            starts.append(end)
+            while True:
+                expert, frames = Pusher(world, rng), []
+                while not world.success and world.steps < 200:
+                    action, raw = expert.act(), world.raw
+                    seen = raw["rgb_obs"] | {k: raw[k] for k in ("robot_obs", "scene_obs")}
+                    frames.append(seen | {"rel_actions": np.array([*action[:6], -1.0])})
+                    world.step(action + [*rng.normal(0, noise, 3), 0, 0, 0, 0])
+                if not world.success:
+                    break
+                for t, fields in enumerate(frames, end):
+                    np.savez_compressed(draft / f"episode_{t:07d}.npz", **fields)
+                spans.append((end, end + len(frames) - 1))
+                words.append(world.instruction)
+                tasks.append(world.task)
+                end += len(frames)
+                if not world.next_goal():
+                    break
+            say(f"row {i + 1} of {rows}: {len(spans)} sub-tasks, {end} frames")
+    notes = {"language": {"ann": words, "task": tasks}, "info": {"indx": spans, "episodes": []}}
+    np.save(draft / "lang_annotations" / "auto_lang_ann.npy", notes)
+    ends = [(a, b - 1) for a, b in zip(starts, [*starts[1:], end]) if a < b]
+    np.save(draft / "ep_start_end_ids.npy", np.array(ends))
+    draft.rename(folder)
+    return len(spans)
+
+
 # --- main -----------------------------------------------------------------------------------------
 
 
@@ -272,13 +367,21 @@ def main(argv=None):
                    help="clone of mees/calvin with calvin_env in it (CALVIN_ROOT)")  # fmt: skip
     p.add_argument("--dataset", default="", metavar="DIR", help="task_ABC_D, for its configuration")
     p.add_argument("--egl", action="store_true", help="render on a GPU")
+    p.add_argument("--rows", default="published", choices=["published", "pushes"],
+                   help="the thousand, or ones of eight sub-tasks that take no grasp")  # fmt: skip
+    p.add_argument("--record", default="", metavar="DIR",
+                   help="demonstrate --episodes rows of pushes, for --data DIR")  # fmt: skip
     args = p.parse_args(argv)
-    protocol = client.settings(args, PROTOCOL, egl=args.egl, dataset=args.dataset)
+    protocol = client.settings(args, PROTOCOL, egl=args.egl, dataset=args.dataset, rows=args.rows)
     if protocol["episodes"] > PROTOCOL["episodes"]:
         raise client.UserError(f"--episodes {args.episodes}: there are 1000 chains")
-    world = Calvin(args.calvin, args.dataset, args.egl)
+    rows_of = "pushes" if args.record else args.rows
+    world = Calvin(args.calvin, args.dataset, args.egl, rows_of)
+    if args.record:
+        done = record(world, args.record, args.episodes or 60)
+        return print(f"{done} demonstrations in {args.record}: train with --data {args.record}")
     protocol["official_chains"] = digest(world.chains) == DIGEST
-    if not protocol["official_chains"]:
+    if not protocol["official_chains"] and rows_of == "published":
         print("warning: these are not the published thousand chains: another clone or numpy")
     policy = client.Server(args.server, args.token, args.gripper)
     versions = {"calvin": world.root, "calvin_env": world.root / "calvin_env",
