@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import common
 import data
@@ -212,6 +213,22 @@ def test_every_start_of_every_task_is_acted_from_once(tmp_path):
     client.evaluate(world, policy, {"execute": 4, "ensemble": 0}, results, many, said.append)
     assert begun == [("goal/a", i) for i in range(30)] + [("long/b", i) for i in range(20)]
     assert len(said) == policy.resets == 50 and said[-1].startswith("long/b 20: success; so far")
+
+
+def test_films_show_the_first_goals(tmp_path):
+    """Every second step and the end, with a border that tells how it ended."""
+    results = client.Results("libero", tmp_path / "r.json", {}, Planner(1), {}, gifs=2)
+    world = Box(goal=3)
+    world.reset = lambda i, task: setattr(world, "steps", 0)
+    many = {"goal/a": 3}
+    client.evaluate(world, Planner(H=4), {"execute": 4, "ensemble": 0}, results, many, str)
+    films = sorted(path.name for path in tmp_path.glob("*.gif"))
+    assert films == ["r-000-goal-a.gif", "r-001-goal-a.gif"]
+    film = Image.open(tmp_path / films[0])
+    assert film.n_frames >= 3
+    film.seek(film.n_frames - 1)
+    red, green, blue = film.convert("RGB").getpixel((1, 1))
+    assert green > 120 > max(red, blue)  # reached
 
 
 def test_out_names_a_file(tmp_path):

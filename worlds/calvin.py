@@ -345,7 +345,8 @@ def evaluate(world, policy, protocol, results, say=client.say):
     for i in range(protocol["episodes"]):
         length = 0
         for task in world.chain(i):
-            won = client.play(world, policy, protocol["execute"], protocol["ensemble"])
+            how = protocol["execute"], protocol["ensemble"]
+            won = client.play(world, policy, *how, results.watch)
             results.add(task, won, world.steps)
             if not won:
                 break
@@ -386,7 +387,7 @@ def main(argv=None):
     policy = client.Server(args.server, args.token, args.gripper)
     versions = {"calvin": world.root, "calvin_env": world.root / "calvin_env",
                 "pybullet": "pybullet"}  # fmt: skip
-    results = client.Results("calvin", args.out, protocol, policy, versions)
+    results = client.Results("calvin", args.out, protocol, policy, versions, args.gifs)
     evaluate(world, policy, protocol, results)
     papers = {whose: {f"{k + 1} in a row": x for k, x in enumerate(numbers[:5])}
               for whose, numbers in PAPERS.items()}  # fmt: skip

@@ -1,7 +1,7 @@
 """What the files of the real simulators share: a policy server's client, the loop, the results.
 
 A simulator lives in an environment of its own, without torch and without this project's other
-parts: this file needs numpy and, to reach a server, websockets and msgpack.
+parts: this file needs numpy and pillow and, to reach a server, websockets and msgpack.
 
   server = client.Server("127.0.0.1:8000")    # worlds/serve.py, or any server of openpi's protocol
   won = client.play(world, server)            # one goal
@@ -25,6 +25,8 @@ from importlib import metadata
 from pathlib import Path
 
 import numpy as np
+
+from worlds import pictures
 
 KEYS = {"static": "observation/image", "wrist": "observation/wrist_image"}  # openpi's, for LIBERO
 STATE, PROMPT = "observation/state", "prompt"
@@ -155,20 +157,23 @@ def blend(chunks):
     return (weights[:, None] * opinions).sum(0) / weights.sum()
 
 
-def play(world, policy, execute=1, ensemble=0):
+def play(world, policy, execute=1, ensemble=0, watch=lambda world: None):
     """Acts from where the world is until its goal or its step limit -> whether it was reached.
 
     `execute` actions of each chunk are carried out (all, if it has fewer). With `ensemble`, a chunk
-    is made at each step instead and the last so many are blended.
+    is made at each step instead and the last so many are blended. `watch` sees the world first and
+    after each step.
     """
     chunks, used = [], 0
     policy.reset()
+    watch(world)
     while not world.success and world.steps < world.max_steps:
         if not chunks or ensemble or used == min(execute, len(chunks[-1])):
             chunk = policy.infer(world.observe(), world.instruction, world.width)
             chunks, used = (chunks + [chunk])[-max(1, ensemble) :], 0
         world.step(blend(chunks) if ensemble else chunks[-1][used])
         used += 1
+        watch(world)
     return bool(world.success)
 
 
@@ -201,6 +206,7 @@ def parser(doc, name, episodes, seeded=False):
     add("--gripper", default="unit", choices=list(OPEN),
         help="how the policy says open: unit (1, closed 0; this project's), plus (1, closed -1) "
         "or minus (-1, closed 1; openpi's for LIBERO)")  # fmt: skip
+    add("--gifs", type=int, default=0, metavar="N", help="films of the first N goals, beside --out")
     if seeded:
         add("--seed", type=int, help="of the simulator (the protocol's)")
     add("--out", default="", metavar="FILE", help=f"results (./{name}-DATE.json)")
@@ -288,11 +294,12 @@ def rate(wins):
 
 
 class Results:
-    """What was measured so far, rewritten to --out after each episode."""
+    """What was measured so far, rewritten to --out after each episode; films of the first goals."""
 
-    def __init__(self, name, out, protocol, server, versions):
+    def __init__(self, name, out, protocol, server, versions, gifs=0):
         self.path = Path(out or time.strftime(f"{name}-%Y%m%d-%H%M%S.json"))
         self.start, self.steps, self.wins, self.lengths = time.time(), 0, {}, []
+        self.gifs, self.frames = gifs, []
         machine = {"python": platform.python_version(), "numpy": np.__version__}
         versions = {n: v for n, v in ({n: version(p) for n, p in versions.items()}).items() if v}
         self.about = {"benchmark": name, "protocol": protocol, "seed": protocol.get("seed"),
@@ -300,9 +307,22 @@ class Results:
         if not self.path.parent.is_dir() or self.path.is_dir():
             raise UserError(f"--out {self.path}: a file's name is needed, in a folder that exists")
 
+    def watch(self, world):
+        """Every second step of a film, while there is one to make: cameras, words, the end."""
+        if self.gifs > 0 and (world.steps % 2 == 0 or world.success):
+            shots, words = world.observe()["images"], [world.instruction, f"step {world.steps}"]
+            end = world.success or (False if world.steps >= world.max_steps else None)
+            self.frames.append(pictures.caption_frame([*shots.values()], words, 1, end))
+
     def add(self, task, won, steps):
+        done = sum(map(len, self.wins.values()))
         self.wins.setdefault(task, []).append(bool(won))
         self.steps += steps
+        if self.frames:
+            name = f"{self.path.stem}-{done:03d}-{task.replace('/', '-')}.gif"
+            film = self.frames + [self.frames[-1]] * 10  # a second to look at the end
+            pictures.save_gif(self.path.with_name(name), film)
+            self.gifs, self.frames = self.gifs - 1, []
 
     def summary(self):
         seconds, wins = time.time() - self.start, [w for some in self.wins.values() for w in some]
@@ -330,7 +350,7 @@ def evaluate(world, policy, protocol, results, many, say=say):
     for task, n in many.items():
         for i in range(n):
             world.reset(i, task)
-            won = play(world, policy, protocol["execute"], protocol["ensemble"])
+            won = play(world, policy, protocol["execute"], protocol["ensemble"], results.watch)
             results.add(task, won, world.steps)
             done = results.write()["tasks"][task]
             say(f"{task} {i + 1}: {'success' if won else 'failure'}; so far {cell(done)}")

@@ -235,7 +235,7 @@ def main(argv=None):
     world.reset(0, tasks[0])  # before a server is asked for
     policy = client.Server(args.server, args.token, args.gripper)
     versions = {n: n for n in ("hf-libero", "libero", "robosuite", "mujoco")}
-    results = client.Results("libero", args.out, protocol, policy, versions)
+    results = client.Results("libero", args.out, protocol, policy, versions, args.gifs)
     many = {task: episodes(protocol, task) for task in tasks}
     client.evaluate(world, policy, protocol, results, many)
     world.env.close()  # at exit its renderer would complain

@@ -128,7 +128,7 @@ def main(argv=None):
     world.reset(0, tasks[0])  # before a server is asked for
     policy = client.Server(args.server, args.token, args.gripper)
     versions = {n: n for n in ("robocasa", "robosuite", "mujoco")}
-    results = client.Results("robocasa", args.out, protocol, policy, versions)
+    results = client.Results("robocasa", args.out, protocol, policy, versions, args.gifs)
     client.evaluate(world, policy, protocol, results, dict.fromkeys(tasks, protocol["episodes"]))
     client.close(results, protocol, rows, PAPERS, full=len(tasks) == len(TASKS))
 

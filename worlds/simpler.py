@@ -276,7 +276,7 @@ def main(argv=None):
     make(*starts(tasks[0])[0][:2]).close()  # before a server is asked for
     policy = client.Server(args.server, args.token, args.gripper)
     versions = {n: n for n in ("simpler_env", "mani_skill2_real2sim", "sapien")}
-    results = client.Results("simpler", args.out, protocol, policy, versions)
+    results = client.Results("simpler", args.out, protocol, policy, versions, args.gifs)
     many = {task: protocol["episodes"] or len(starts(task)) for task in tasks}
     client.evaluate(world, policy, protocol, results, many)
 
