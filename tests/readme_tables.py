@@ -590,7 +590,7 @@ def steps_table():
     for x in newest("step", "method", "stage", "variant", "backbone", "batch"):
         over = [f"{n} of the {k[5:]}'s" for k, n in x.items() if k.startswith("over_")]
         own = [script_cell(x), x["variant"], x["backbone"], x["batch"], f"{x['ms']:.0f}"]
-        body.append([*own, f"{x['samples_s']:.1f}", ", ".join(over), machine_cell(x)])
+        body.append([*own, f"{x['samples_s']:.3g}", ", ".join(over), machine_cell(x)])
     head = ["script, stage", "model", "backbone", "batch", "ms", "samples/s", "time", "machine"]
     return rows(head, body)
 
