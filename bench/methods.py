@@ -35,6 +35,7 @@ def config(method, flags, stage=""):
     if method == "dualvla":
         kept = {name: getattr(cfg, name) for name in cfg.explicit}
         cfg = replace(cfg, **dualvla.STAGES[stage] | {"lr": cfg.lr or 1e-3} | kept)
+    cfg = replace(cfg, shard="none")  # as the scripts do where one process runs alone
     return replace(cfg, stage=stage) if stage else cfg
 
 
