@@ -22,10 +22,10 @@ predictions is executed, the second, is the served policy's affair (--act-index 
 Fewer --episodes are the first of the thousand. --dataset takes the cameras and the scene from a
 downloaded dataset instead of the clone's configuration; --egl renders as the authors did, on a GPU.
 
-Its recordings are a download of 166 GB (D alone) and more. --record makes small ones of the same
-layout, so that training, server and chains can be tried from the clone alone: an expert does rows
-of the eight sub-tasks that take no grasp (PUSHES; drawer, slider, LED, lightbulb), five in a row
-from CALVIN's own starts. --rows pushes acts in rows of these, other ones than it records.
+CALVIN's own recordings are hundreds of gigabytes. --record makes small ones of the same layout, so
+that training, server and chains can be tried from the clone alone: an expert does rows of the eight
+sub-tasks that take no grasp (PUSHES: drawer, slider, LED, lightbulb), five in a row from CALVIN's
+own starts. --rows pushes acts in rows of these, other ones than are recorded.
 """
 
 import ast

@@ -18,6 +18,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -270,6 +271,15 @@ def version(name):
         return ""
 
 
+def processor():
+    """The kind of machine, without its name."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        return f"{names[0]}, {os.cpu_count()} cores" if names else platform.machine()
+    return platform.machine()
+
+
 def say(words):
     print(words, flush=True)
 
@@ -302,7 +312,9 @@ class Results:
         self.gifs, self.frames = gifs, []
         machine = {"python": platform.python_version(), "numpy": np.__version__}
         versions = {n: v for n, v in ({n: version(p) for n, p in versions.items()}).items() if v}
-        self.about = {"benchmark": name, "protocol": protocol, "seed": protocol.get("seed"),
+        command = shlex.join(["python", f"worlds/{name}.py", *sys.argv[1:]])
+        self.about = {"benchmark": name, "command": command, "machine": processor(),
+                      "protocol": protocol, "seed": protocol.get("seed"),
                       "versions": machine | versions, "server": server.metadata}  # fmt: skip
         if not self.path.parent.is_dir() or self.path.is_dir():
             raise UserError(f"--out {self.path}: a file's name is needed, in a folder that exists")
