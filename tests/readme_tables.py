@@ -225,6 +225,25 @@ def chain_table():
     return rows(head, body) + "\n\n" + source(*some)
 
 
+def calvin_table():
+    """Rows of the eight sub-tasks without a grasp, acted in CALVIN's own environment."""
+    some, body = lines("calvin"), []
+    for x in some:
+        shares = [f"{100 * c['success']:.0f}" for c in x["chain"]]
+        low, high = (100 * v for v in x["chain"][0]["ci95"])
+        shares[0] += f" ({low:.0f} to {high:.0f})"
+        minutes = f"{x['train_seconds'] / 60:.0f}"
+        own = [x["protocol"]["execute"], *shares, f"{x['length']:.2f}", x["episodes"], minutes]
+        body.append([f"`{x['train']}`", *own])
+    head = ["sub-tasks in a row, %", "actions of a plan", "1", "2", "3", "4", "5",
+            "average length", "rows", "minutes of training"]  # fmt: skip
+    about = some[0]
+    words = (f"Seed 0; {about['demonstrations']} demonstrations (`{about['recorded']}`); acting: "
+             f"`{about['command']}`; {about['machine']}, pybullet {about['versions']['pybullet']}. "
+             "Interval: 95%, over rows.")  # fmt: skip
+    return rows(head, body) + "\n\n" + words
+
+
 def stages_table():
     """DualVLA's chain: the specialist, the generalist, the student."""
     some, body = arm("dualvla", "ours"), []
@@ -654,6 +673,7 @@ TABLES = {
     "twinbrain-precision": precision_table,
     "rounding": rounding_table,
     "metaworld": metaworld_table,
+    "calvin": calvin_table,
     "boundaries": boundaries_table,
     "twinbrain-suites": suites_table,
     "twinbrain-arms": lambda: arms_table("twinbrain"),

@@ -29,7 +29,7 @@ import twinbrain
 import vita_vla
 from bench import compare, diagram, memory
 from parts import scale
-from worlds import serve
+from worlds import calvin, serve
 
 ROOT, SCRIPTS = tables.ROOT, tables.SCRIPTS
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -300,6 +300,8 @@ def check_command(line):
             compare.arguments(words)
         elif name == "worlds/serve":
             common.parse(serve.Config, {}, {}, words)
+        elif name == "worlds/calvin":
+            calvin.arguments(words)
         elif name == "bench/study":
             flags = words[words.index("--") + 1 :] if "--" in words else []
             words = words[: words.index("--")] if "--" in words else words
@@ -332,7 +334,7 @@ def test_paths_links_and_flags_exist(name):
     scripts = (*SCRIPTS.values(), serve)
     known = {f.replace("_", "-") for s in scripts for f in s.Config.__dataclass_fields__}
     known |= {"against", "check-curve", "degeneration", "keep", "forgetting", "make-reference"}
-    known |= {"seeds", "write"}
+    known |= {"seeds", "write", "calvin", "record", "rows"}
     known |= {"no-cache", "no-state", "no-deepstack"}
     known |= {"nproc-per-node", "nnodes", "rdzv-backend", "rdzv-endpoint", "max-restarts"}
     known |= {"requeue", "signal", "ntasks-per-node", "gpus-per-node"}  # Slurm's; above torchrun's

@@ -362,7 +362,7 @@ def rows(done):
     return {f"{k} in a row": done["chain"][k - 1] for k in range(1, 6)}
 
 
-def main(argv=None):
+def arguments(argv=None):
     p = client.parser(__doc__, "calvin", "chains, the first of the thousand (1000)")
     p.add_argument("--calvin", default=os.environ.get("CALVIN_ROOT", ""), metavar="DIR",
                    help="clone of mees/calvin with calvin_env in it (CALVIN_ROOT)")  # fmt: skip
@@ -372,7 +372,11 @@ def main(argv=None):
                    help="the thousand, or ones of eight sub-tasks that take no grasp")  # fmt: skip
     p.add_argument("--record", default="", metavar="DIR",
                    help="demonstrate --episodes rows of pushes, for --data DIR")  # fmt: skip
-    args = p.parse_args(argv)
+    return p.parse_args(argv)
+
+
+def main(argv=None):
+    args = arguments(argv)
     protocol = client.settings(args, PROTOCOL, egl=args.egl, dataset=args.dataset, rows=args.rows)
     if protocol["episodes"] > PROTOCOL["episodes"]:
         raise client.UserError(f"--episodes {args.episodes}: there are 1000 chains")
