@@ -720,7 +720,17 @@ def own_lines(method):
     return sum("# [method]" in x for x in inspect.getsource(SCRIPTS[method].train).splitlines())
 
 
+def band_width(method, term):
+    """The end of a reference's band, its high over its low."""
+    file = ROOT / "assets" / "reference" / f"{method}.jsonl"
+    runs = [json.loads(line)["curves"][term] for line in file.read_text().splitlines()]
+    (low, _, high) = compare.band(runs, [runs[0][-1][0]])[1][0]
+    return f"{high / low:.2g}"
+
+
 FACTS = {
+    "band-twinbrain": lambda: band_width("twinbrain", "action"),
+    "band-vita_vla": lambda: band_width("vita_vla", "finetune gripper"),
     **{f"joint-layers-k{k}": lambda k=k: joint_layers(k) for k in (0, 1, 2, 3, 4, 8)},
     "extra-action-tokens": lambda: f"{2 * layers()[1]:,}",
     **{f"method-lines-{m}": lambda m=m: str(own_lines(m)) for m in SCRIPTS},
