@@ -52,8 +52,15 @@ class Floor(made["Floor"]):
         return seen
 
 
+night = re.search(r"```python\n(from worlds.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+exec(compile(night, "README.md", "exec"), made)
+
+
 class SlowFloor(Floor):
     slow = True
+
+
+Night = made["Night"]
 
 
 class Guide:
@@ -80,6 +87,7 @@ class Guide:
 def floors(monkeypatch):
     monkeypatch.setitem(loop.WORLDS, "floor", f"{__name__}:Floor")
     monkeypatch.setitem(loop.WORLDS, "slow", f"{__name__}:SlowFloor")
+    monkeypatch.setitem(loop.WORLDS, "night", f"{__name__}:Night")
     monkeypatch.setitem(sys.modules, __name__, sys.modules[__name__])
     yield
     data.place.cache_clear()
@@ -88,7 +96,7 @@ def floors(monkeypatch):
 # --- the contract ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("world", ["floor", "tabletop:goal", "tabletop:abc_d"])
+@pytest.mark.parametrize("world", ["floor", "night:goal", "tabletop:goal", "tabletop:abc_d"])
 def test_a_world_keeps_the_contract(floors, world):
     World, suite = loop.find(world)
     tasks, domains = World.offers(suite)
@@ -106,6 +114,11 @@ def test_a_world_keeps_the_contract(floors, world):
         assert isinstance(expert.reasoning, str) and int(expert.phase) == expert.phase
         steps += 1
     assert here.success and here.observe()["state"].shape == one["state"].shape
+
+
+def test_the_readmes_world_is_another_ones_by_night(floors):
+    day, dark = (loop.find(name)[0]("bridge", 32, 16).reset(5) for name in ("tabletop", "night"))
+    assert all(np.array_equal(dark["images"][c], day["images"][c] // 3) for c in day["images"])
 
 
 @pytest.mark.parametrize("world, words", [
