@@ -562,7 +562,8 @@ def script_cell(x):
 
 
 def machine_cell(x):
-    return "; ".join(filter(None, (x["machine"], x.get("note"))))
+    busy = x.get("busy") and "processor seconds" not in x["note"]
+    return "; ".join(filter(None, (x["machine"], x.get("note"), busy and "processor seconds")))
 
 
 def guide_table(evening):
