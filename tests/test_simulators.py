@@ -251,6 +251,17 @@ def test_results_are_written_as_they_come(tmp_path):
     assert not out["complete"] and out["server"] == {"method": "x"}
 
 
+def test_results_say_their_command_but_no_secret(tmp_path, monkeypatch):
+    for secret in (["--token", "geheim"], ["--token=geheim"]):
+        argv = ["worlds/libero.py", "--episodes", "3", *secret, "--gifs", "1"]
+        monkeypatch.setattr(client.sys, "argv", argv)
+        results = client.Results("libero", tmp_path / "r.json", {}, Planner(1), {})
+        results.write()
+        text = (tmp_path / "r.json").read_text()
+        assert "geheim" not in text and "python worlds/libero.py --episodes 3 --token" in text
+        assert json.loads(text)["command"].endswith(" --gifs 1") and json.loads(text)["machine"]
+
+
 def test_another_protocol_is_no_comparison(tmp_path):
     results = client.Results("libero", tmp_path / "r.json", {}, Planner(1), {})
     for published, full, warned in ((1, 1, False), (0, 1, True), (1, 0, True)):
@@ -554,6 +565,31 @@ def test_recorded_rows_are_calvins_layout_and_end_where_they_fail(table, tmp_pat
     assert (first.action[:, 6] == 0).all()  # -1 is closed in CALVIN's files, 0 in ours
     with pytest.raises(client.UserError, match="name another folder"):
         calvin.main(words)
+
+
+def test_a_recording_that_ends_at_once_leaves_nothing(table, tmp_path, monkeypatch):
+    def stop(world):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(calvin.Pusher, "act", stop)
+    with pytest.raises(client.UserError, match="before the first sub-task was done"):
+        calvin.main(["--calvin", str(table), "--record", str(tmp_path / "demos")])
+    assert not list((tmp_path / "demos").iterdir())
+
+
+def test_a_recording_that_is_stopped_keeps_what_is_done(table, tmp_path, monkeypatch):
+    world, begun, first = calvin.Calvin(table, rows="pushes"), [], calvin.Pusher.act
+
+    def stop(expert):
+        begun.append(expert) if expert not in begun else None
+        if len(begun) > 2:
+            raise KeyboardInterrupt
+        return first(expert)
+
+    monkeypatch.setattr(calvin.Pusher, "act", stop)
+    done = calvin.record(world, tmp_path / "demos", 12, say=str)
+    episodes = data.open_episodes(tmp_path / "demos")
+    assert 1 <= done == len(episodes) <= 2 and all(len(e.action) > 3 for e in episodes)
 
 
 def test_rows_of_pushes_repeat_kinds_and_are_not_the_published(table):

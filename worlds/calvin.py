@@ -34,6 +34,7 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -329,6 +330,9 @@ def record(world, out, rows, noise=0.3, say=client.say):
                 if not world.next_goal():
                     break
             say(f"row {i + 1} of {rows}: {len(spans)} sub-tasks, {end} frames")
+    if not spans:
+        shutil.rmtree(draft)
+        raise client.UserError(f"--record {out}: ended before the first sub-task was done")
     notes = {"language": {"ann": words, "task": tasks}, "info": {"indx": spans, "episodes": []}}
     np.save(draft / "lang_annotations" / "auto_lang_ann.npy", notes)
     ends = [(a, b - 1) for a, b in zip(starts, [*starts[1:], end]) if a < b]

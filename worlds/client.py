@@ -312,7 +312,9 @@ class Results:
         self.gifs, self.frames = gifs, []
         machine = {"python": platform.python_version(), "numpy": np.__version__}
         versions = {n: v for n, v in ({n: version(p) for n, p in versions.items()}).items() if v}
-        command = shlex.join(["python", f"worlds/{name}.py", *sys.argv[1:]])
+        words = ["..." if sys.argv[i - 1] == "--token" else w for i, w in enumerate(sys.argv)][1:]
+        words = ["--token=..." if w.startswith("--token=") else w for w in words]
+        command = shlex.join(["python", f"worlds/{name}.py", *words])
         self.about = {"benchmark": name, "command": command, "machine": processor(),
                       "protocol": protocol, "seed": protocol.get("seed"),
                       "versions": machine | versions, "server": server.metadata}  # fmt: skip
