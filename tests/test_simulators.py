@@ -581,8 +581,9 @@ def test_a_recording_that_is_stopped_keeps_what_is_done(table, tmp_path, monkeyp
     world, begun, first = calvin.Calvin(table, rows="pushes"), [], calvin.Pusher.act
 
     def stop(expert):
-        begun.append(expert) if expert not in begun else None
-        if len(begun) > 2:
+        if expert not in begun:
+            begun.append(expert)
+        if len(begun) == 3:
             raise KeyboardInterrupt
         return first(expert)
 

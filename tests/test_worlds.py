@@ -54,13 +54,11 @@ class Floor(made["Floor"]):
 
 night = re.search(r"```python\n(from worlds.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
 exec(compile(night, "README.md", "exec"), made)
+Night = made["Night"]
 
 
 class SlowFloor(Floor):
     slow = True
-
-
-Night = made["Night"]
 
 
 class Guide:

@@ -299,9 +299,21 @@ class Pusher:
         return np.array([*np.clip(away / 0.03, -1, 1), 0, 0, 0, 0])
 
 
+def shown(world, rng, noise):
+    """The present sub-task as the expert does it -> its frames, as CALVIN keeps them: what is
+    seen, and the action without the noise that it is carried out with."""
+    expert, frames = Pusher(world, rng), []
+    while not world.success and world.steps < 200:
+        action, raw = expert.act(), world.raw
+        seen = raw["rgb_obs"] | {k: raw[k] for k in ("robot_obs", "scene_obs")}
+        frames.append(seen | {"rel_actions": np.array([*action[:6], -1.0])})
+        world.step(action + [*rng.normal(0, noise, 3), 0, 0, 0, 0])
+    return frames
+
+
 def record(world, out, rows, noise=0.3, say=client.say):
-    """The expert's rows, from the last one, as CALVIN keeps its own -> how many sub-tasks. Carried
-    out with noise, recorded without; a row ends where it fails, all at Ctrl-C."""
+    """The expert's rows, from the last one -> how many sub-tasks it did. A row ends where it
+    fails, all of them at Ctrl-C."""
     folder, rng = Path(out) / "training", np.random.RandomState(0)
     draft = folder.with_name("training.part")
     if folder.exists() or draft.exists():
@@ -312,23 +324,17 @@ def record(world, out, rows, noise=0.3, say=client.say):
         for i in range(rows):
             world.chain(len(world.chains) - 1 - i)
             starts.append(end)
-            while True:
-                expert, frames = Pusher(world, rng), []
-                while not world.success and world.steps < 200:
-                    action, raw = expert.act(), world.raw
-                    seen = raw["rgb_obs"] | {k: raw[k] for k in ("robot_obs", "scene_obs")}
-                    frames.append(seen | {"rel_actions": np.array([*action[:6], -1.0])})
-                    world.step(action + [*rng.normal(0, noise, 3), 0, 0, 0, 0])
-                if not world.success:
-                    break
-                for t, fields in enumerate(frames, end):
-                    np.savez_compressed(draft / f"episode_{t:07d}.npz", **fields)
-                spans.append((end, end + len(frames) - 1))
-                words.append(world.instruction)
-                tasks.append(world.task)
-                end += len(frames)
-                if not world.next_goal():
-                    break
+            more = True
+            while more:
+                frames = shown(world, rng, noise)
+                if world.success:
+                    for t, fields in enumerate(frames, end):
+                        np.savez_compressed(draft / f"episode_{t:07d}.npz", **fields)
+                    spans.append((end, end + len(frames) - 1))
+                    words.append(world.instruction)
+                    tasks.append(world.task)
+                    end += len(frames)
+                more = world.success and world.next_goal()
             say(f"row {i + 1} of {rows}: {len(spans)} sub-tasks, {end} frames")
     if not spans:
         shutil.rmtree(draft)
@@ -384,13 +390,12 @@ def main(argv=None):
     protocol = client.settings(args, PROTOCOL, egl=args.egl, dataset=args.dataset, rows=args.rows)
     if protocol["episodes"] > PROTOCOL["episodes"]:
         raise client.UserError(f"--episodes {args.episodes}: there are 1000 chains")
-    rows_of = "pushes" if args.record else args.rows
-    world = Calvin(args.calvin, args.dataset, args.egl, rows_of)
+    world = Calvin(args.calvin, args.dataset, args.egl, "pushes" if args.record else args.rows)
     if args.record:
         done = record(world, args.record, args.episodes or 60)
         return print(f"{done} demonstrations in {args.record}: train with --data {args.record}")
     protocol["official_chains"] = digest(world.chains) == DIGEST
-    if not protocol["official_chains"] and rows_of == "published":
+    if not protocol["official_chains"] and args.rows == "published":
         print("warning: these are not the published thousand chains: another clone or numpy")
     policy = client.Server(args.server, args.token, args.gripper)
     versions = {"calvin": world.root, "calvin_env": world.root / "calvin_env",
