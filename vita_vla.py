@@ -780,10 +780,11 @@ def build(cfg, checkpoint=None, arm=6):
     """-> teacher or student, processor; weights from backbone, teacher, --student or checkpoint.
     arm: numbers of an action before the gripper's."""
     arm = data.dims(checkpoint.meta["robots"])[1] - 1 if checkpoint else arm
-    vlm, processor = common.load_vlm(cfg.backbone, cfg.size)
+    own = cfg.stage == "teacher" and cfg.eyes == "mae"  # such a Seer needs nothing of a VLM
+    vlm, processor = common.load_vlm("tiny" if own else cfg.backbone, cfg.size)
     common.seed_all(cfg.seed)
     if cfg.stage == "teacher":
-        model = Seer(cfg, seer.paper_eyes() if cfg.eyes == "mae" else seer.BackboneEyes(vlm), arm)
+        model = Seer(cfg, seer.paper_eyes() if own else seer.BackboneEyes(vlm), arm)
     else:
         model = VitaVLA(cfg, vlm, processor, arm)
     if checkpoint:
@@ -892,8 +893,7 @@ def prepare(cfg, dist, run, resumed, teacher=None):
     model, processor = build(cfg, resumed, data.dims(robots)[1] - 1)
     windows = [Histories(part.episodes, part.stats, cfg) for part in acts]
     mixtures = [data.Mixture(windows, [part.weight for part in acts], cfg.seed)]
-    counts = common.param_counts(model)
-    words = ", ".join(f"{name} {common.human(n)}" for name, n in counts.items())
+    words = ", ".join(f"{k} {common.human(n)}" for k, n in common.param_counts(model).items())
     run.say(f"{data.counted(acts, windows)}; parameters: {words}")
     if dist.main and not resumed:
         samples = [mixtures[0][i] for i in range(4)]

@@ -21,7 +21,7 @@ import data  # noqa: E402
 import dualvla  # noqa: E402
 import twinbrain  # noqa: E402
 import vita_vla  # noqa: E402
-from parts import backbones, seer  # noqa: E402
+from parts import backbones, process, seer  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SCRIPTS = {"twinbrain": twinbrain, "vita_vla": vita_vla, "dualvla": dualvla}
@@ -43,13 +43,13 @@ def config(method, flags, stage=""):
 
 
 @contextmanager
-def drawn(device):
+def drawn(device, dtype=torch.float32):
     """In here a backbone has its published size, and weights drawn at random on the device."""
-    load, blank = common.load_backbone, common.blank
+    load, load_vlm, blank = common.load_backbone, common.load_vlm, common.blank
 
-    def load_drawn(name, dtype=torch.float32):
+    def load_drawn(name):
         vlm, processor = load(name)
-        vlm, vision = vlm.float(), vlm.config.vision_config
+        vision = vlm.config.vision_config
         if vlm.config.model_type == "internvl":
             processor = eagle_processor(vision)
         else:
@@ -60,15 +60,26 @@ def drawn(device):
                 processor.min_pixels = 65536 if processor.patch == 16 else 3136
                 processor.max_pixels = 16777216
         vlm.config.image_token_id = processor.image_token_id
+        for p in vlm.parameters():
+            p.data = p.data.to(dtype)
         return vlm, processor
 
+    def load_vlm_drawn(name, size=200):
+        torch.set_default_dtype(dtype)
+        try:
+            return load_vlm(name, size)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
     common.load_backbone = backbones.load_backbone = load_drawn
+    common.load_vlm = load_vlm_drawn
     common.blank = backbones.blank = seer.blank = lambda: True
     try:
         with torch.device(device):
             yield
     finally:
         common.load_backbone = backbones.load_backbone = load
+        common.load_vlm = load_vlm
         common.blank = backbones.blank = seer.blank = blank
 
 
@@ -91,8 +102,13 @@ def build(method, cfg, random, device=DEVICE):
     dims = () if method == "vita_vla" else (8, 7)
     if random:  # its files are on the hub
         seer.clip_tokenizer = lambda: clip_words
-    with drawn(device) if random else nullcontext():
+    half = cfg.frozen == "bf16" and process.in_bf16(DEVICE, cfg.dtype)  # never whole in float32
+    dtype = torch.bfloat16 if half else torch.float32
+    with drawn(device, dtype) if random else nullcontext():
         model, processor = SCRIPTS[method].build(cfg, *dims)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data = p.data.float()
     common.store_frozen(model, cfg, DEVICE)
     return model.to(device), processor
 

@@ -213,6 +213,15 @@ def test_drawn_weights_are_never_looked_for():
     assert not any(m.blank() for m in asks)
 
 
+def test_what_stands_still_is_drawn_in_16_bits_and_what_trains_in_32(monkeypatch):
+    monkeypatch.setattr(methods.process, "in_bf16", lambda *_: True)
+    for method, stage, more in (("vita_vla", "align", []), ("twinbrain", "", ["--lora", "4"])):
+        flags = ["--backbone", "tiny", "--frozen", "bf16", *more]
+        model = methods.build(method, methods.config(method, flags, stage), True)[0]
+        dtypes = {(p.requires_grad, p.dtype) for p in model.parameters()}
+        assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
+
+
 def test_warming_up_begins_each_step_without_gradients(monkeypatch):
     stepper = step.Stepper("twinbrain", methods.config("twinbrain", TINY), False)
     held, backward = [], stepper.backward
