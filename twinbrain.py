@@ -33,8 +33,8 @@ Assumptions, where the paper is silent
       public code hides left tokens behind the right token's own index (`--visibility index`).
   A2  Interval k: layer l is joint if l % (k + 1) == 0, plain self-attention otherwise.
   A3  DeepStack stays on in both brains (the public code drops it: no longer the pretrained model).
-  A4  The DiT is the framework's: even blocks look at H_R, odd ones at the action tokens; t is
-      1 - Beta(1.5, 1); R noise draws a sample; at paper scale its learning rate is 1e-4.
+  A4  The DiT is the framework's, but its time is continuous and its decoder no wider than it: even
+      blocks see H_R, odd ones the action tokens; t is 1 - Beta(1.5, 1); R noise draws; lr 1e-4.
   A5  phi(s) is the last token of the right prompt (QwenOFT's slots and QwenFAST's words follow it).
       At paper scale simulation runs without (App. B).
   A6  Actions past an episode's end leave the loss (public code repeats the last one, unmasked),
@@ -48,7 +48,7 @@ parallel and trained with L1 (parts/starvla.py).
 
   python twinbrain.py                                        # laptop: trains, acts, draws
   torchrun twinbrain.py --backbone Qwen3-VL-4B               # one GPU, the embedded world
-  torchrun --nproc-per-node 8 twinbrain.py --preset paper --shard full --accumulate 2    # App. B
+  torchrun --nproc-per-node 8 twinbrain.py --data bridge,fractal --preset paper --accumulate 2
 """
 
 import copy
@@ -157,7 +157,7 @@ class Config:
 PAPER = dict(
     backbone="Qwen3-VL-4B", steps=40_000, batch=16, optimizer="adamw", lr=1e-5, lr_head=1e-4,
     min_lr=0.05, warmup=5000, state=False, horizon=16, width=768, depth=16, heads=12, future=32,
-    dropout=0.2, size=224, wrist_size=112, augment=0, execute=1, ensemble=True, episodes=480,
+    dropout=0.2, size=224, wrist_size=224, augment=0, execute=1, ensemble=True, episodes=480,
     workers=4, frozen="bf16", shard="full",  # else no GPU of 80 GB has room for it
 )  # fmt: skip
 LIBERO = dict(steps=100_000, min_lr=0.1, horizon=8, normalise="minmax", execute=8)

@@ -1,18 +1,19 @@
 """Milliseconds of AsyMoT's attention, forward and backward: our kernel beside what PyTorch offers.
 
-  python bench/attention.py [--left 1024 --right 1024 --batch 8 --repeats 20]
+  python bench/attention.py [--left 1024 --right 1024 --batch 8 --repeats 20 --dtype bfloat16]
 
-Queries of the right brain over frozen left keys and their own, causally (Eq. 6), grouped heads of
-Qwen3-VL-4B (32 over 8, width 128). Two batches: prompts of one length, and ragged ones, padded on
-the left by up to an eighth. Candidates: SDPA with a dense mask, SDPA with `causal_lower_right`
-(one length only), FlexAttention, what the scripts do (keys repeated for their groups, as not all of
-SDPA's kernels know groups; on a CPU written out), and the kernel of `--attention kernel` (a GPU
-only). All take turns in one process; each is held against the dense
-mask first. The scripts use the library unless the kernel is at least 1.3 times as fast as the best
-other.
+Queries of the right brain over frozen left keys and their own, causally (Eq. 6), with the grouped
+heads of Qwen3-VL-4B in bfloat16 (32 over 8, width 128); on a CPU those and the tokens of the tiny
+backbone (4 over 2, width 32), in float32 and bfloat16. Two batches: prompts of one length, and
+ragged ones, padded on the left by up to an eighth. Candidates: SDPA with a dense mask, its groups'
+keys repeated or not, as not all of its kernels know groups; SDPA with `causal_lower_right` (one
+length only); FlexAttention (a GPU only); written out (a CPU only); and the kernel of `--attention
+kernel` (a GPU only). All take turns in one process; each is held against the dense mask first. The
+scripts use the library unless what they have beside it is faster, the kernel at least 1.3 times.
 """
 
 import argparse
+import itertools
 import statistics
 import sys
 import time
@@ -28,6 +29,9 @@ from torch.nn.functional import scaled_dot_product_attention  # noqa: E402
 
 import common  # noqa: E402
 import twinbrain  # noqa: E402
+from parts import kernels  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def candidates(case, device):
@@ -42,9 +46,12 @@ def candidates(case, device):
         bias = causal_lower_right(T_R, T_L + T_R)
         return scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, enable_gqa=True)
 
-    def repeated(q, k, v):
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        return common.attend(q, k, v, mask, scale)
+    def repeated(attend):
+        def repeat(q, k, v):
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+            return attend(q, k, v, mask, scale=scale)
+
+        return repeat
 
     def kernel(q, k, v):
         return common.joint_attention(q, k, v, first_L, first_R, scale)
@@ -55,7 +62,9 @@ def candidates(case, device):
         return left | right | (j - T_L == m)
 
     found = {"SDPA, dense mask": dense}
-    found["SDPA, dense mask, keys repeated" if device == "cuda" else "written out"] = repeated
+    found["SDPA, dense mask, keys repeated"] = repeated(scaled_dot_product_attention)
+    if device == "cpu":
+        found["written out"] = repeated(kernels.written_out)
     if not case["ragged"]:
         found["SDPA, causal_lower_right"] = lower_right
     if device == "cuda":
@@ -128,27 +137,29 @@ def measure(case, args, device):
 
 def arguments(words):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, value in (("left", 1024), ("right", 1024), ("batch", 8), ("heads", 32),
-                        ("kv-heads", 8), ("width", 128), ("repeats", 20)):  # fmt: skip
+    names = "left", "right", "batch", "heads", "kv-heads", "width"
+    usual = (1024, 1024, 8, 32, 8, 128) if DEVICE == "cuda" else (88, 112, 32, 4, 2, 32)
+    for name, value in zip((*names, "repeats"), (*usual, 20)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    both = ["float32", "bfloat16"]
+    asked = both[1:] if DEVICE == "cuda" else both
+    parser.add_argument("--dtype", choices=both, nargs="+", default=asked)
     parser.add_argument("--note", default="", help="said beside the numbers")
     return parser.parse_args(words)
 
 
 def main():
     args = arguments(sys.argv[1:])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    for ragged in (False, True):
-        found = measure(make(ragged, args, device, dtype), args, device)
+    for dtype, ragged in itertools.product(args.dtype, (False, True)):
+        found = measure(make(ragged, args, DEVICE, getattr(torch, dtype)), args, DEVICE)
         best = min((ms, name) for name, ms in found.items() if name != "kernel")
         kind = "ragged prompts" if ragged else "prompts of one length"
         print(f"{kind}: {args.left} + {args.right} tokens, batch {args.batch}, {dtype}")
         for name, ms in found.items():
             print(f"  {name:32} {ms:9.2f} ms   {best[0] / ms:5.2f} of the best other's speed")
             sizes = {"left": args.left, "right": args.right, "batch": args.batch, "ragged": ragged}
-            row = {"candidate": name, "ms": round(ms, 3), "note": args.note, "dtype": str(dtype)}
-            append("attention", row | sizes)
+            row = {"candidate": name, "ms": round(ms, 3), "of_best": round(ms / best[0], 3)}
+            append("attention", row | {"note": args.note, "dtype": dtype} | sizes)
         if "kernel" in found:
             wins = best[0] >= 1.3 * found["kernel"]
             print(f"  keep {'the kernel' if wins else best[1]}")

@@ -5,8 +5,10 @@
 #   bash bench/gpu.sh [--cpu] [--dry-run]
 #
 # --dry-run prints the commands and has each script parse its own, with --cpu those of a CPU.
-# A part that fails or takes too long is named with its last words, and the next one begins; none
-# may run beyond the ten minutes (LIMIT seconds), the last ones come when there is time left.
+# A part that fails or takes too long is named with its last words, and the next one begins (the
+# exit status is 1 then); none may run beyond the ten minutes (LIMIT seconds), the last ones come
+# when there is time left. Peers that are compared where they are there:
+# `pip install liger-kernel torchao`.
 # PYTHON names the interpreter, LEROBOT_PYTHON one that has lerobot, RUNS run folders whose control
 # step is timed besides that of untrained models, NOTE is said beside the numbers.
 set -uo pipefail
@@ -28,7 +30,7 @@ elif [ -z "$dry" ]; then
 fi
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
-ended=()
+ended=() broken=0
 note=(--note "${NOTE:-}")
 
 part() { # name, seconds at most, command
@@ -50,8 +52,8 @@ part() { # name, seconds at most, command
     code=${PIPESTATUS[0]}
     case $code in
         0) ended+=("$name: done in $((SECONDS - began)) s") ;;
-        124 | 137) ended+=("$name: stopped after $limit s") ;;
-        *) ended+=("$name: failed ($code), $(grep -v '^ *$' "$log" | tail -n 1 | cut -c -120)") ;;
+        124 | 137) broken=1 ended+=("$name: stopped after $limit s") ;;
+        *) broken=1 ended+=("$name: failed ($code), $(grep -v '^ *$' "$log" | tail -n 1 | cut -c -120)") ;;
     esac
 }
 
@@ -81,8 +83,7 @@ else
         skip "$name" "there is no GPU"
     done
     part "fused losses" 80 "$python" bench/losses.py "${note[@]}"
-    part "joint attention" 60 "$python" bench/attention.py --left 256 --right 256 --batch 1 \
-        --repeats 3 "${note[@]}"
+    part "joint attention" 60 "$python" bench/attention.py "${note[@]}"
     part "a step, tiny" 80 "$python" bench/step.py --steps 3 --batch 16 "${note[@]}"
     part "latency, tiny" 80 "$python" bench/latency.py --repeats 3 --seconds 2 "${note[@]}"
 fi
@@ -111,3 +112,4 @@ common.run_main(check)' <"$log"
 fi
 echo "=== all"
 printf '%s\n' "${ended[@]}" "$SECONDS s; lines in bench/results/"
+exit $broken

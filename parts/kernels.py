@@ -19,11 +19,16 @@ from transformers import AttentionInterface
 def attend(q, k, v, mask=None, scale=None):
     """softmax(q k^T * scale) v for (B, heads, T, d); the mask broadcasts, True where a query looks.
 
-    On a GPU the library's fused kernel. On a CPU, with prompts as short as the tiny backbone's, the
-    written-out form: the fused kernel's backward pass takes five times as long in bfloat16 there.
+    The library's fused kernel, but in bfloat16 on a CPU the written-out form: with prompts as short
+    as the tiny backbone's, the kernel takes three to ten times as long there (bench/attention.py).
     """
-    if q.is_cuda:
+    if q.is_cuda or q.dtype == torch.float32:
         return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return written_out(q, k, v, mask, scale)
+
+
+def written_out(q, k, v, mask=None, scale=None):
+    """`attend` in three products."""
     scores = (q * (scale or q.shape[-1] ** -0.5)) @ k.transpose(-1, -2)
     if mask is not None:
         lowest = torch.finfo(scores.dtype).min
@@ -133,10 +138,12 @@ def lowered(x):
 
 
 def linear_loss(h, head, rows, chunk):
-    """`LinearLoss` with the products in autocast's dtype; chunk 0: 512 rows on a GPU, else 256."""
+    """`LinearLoss` with the products in autocast's dtype; chunk 0: 512 rows on a GPU, on a CPU 256,
+    of many words 128 (a chunk's logits are most of the memory there)."""
     h = lowered(h)
     train = torch.is_grad_enabled() and (h.requires_grad or head.requires_grad)
-    chunk = chunk or (512 if h.is_cuda else 256)  # fewer read and write the head's gradient less
+    # the fewer the chunks, the less often the head's gradient is read and written
+    chunk = chunk or (512 if h.is_cuda else 256 if len(head) < 8192 else 128)
     with torch.autocast(h.device.type, enabled=False):
         return LinearLoss.apply(h, head, rows, chunk, train)
 

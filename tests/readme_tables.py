@@ -630,8 +630,9 @@ def attention_table():
     body = []
     for x in newest("attention", "candidate", "left", "right", "batch", "ragged", "dtype"):
         sizes = f"{x['batch']} x ({x['left']} + {x['right']})" + ", ragged" * x["ragged"]
-        body.append([x["candidate"], sizes, f"{x['ms']:.1f}", machine_cell(x)])
-    return rows(["attention", "left and right tokens", "ms", "machine"], body)
+        ms = f"{x['ms']:.1f} ({x['of_best']:.2f})"
+        body.append([x["candidate"], x["dtype"], sizes, ms, machine_cell(x)])
+    return rows(["attention", "dtype", "tokens", "ms (of the fastest)", "machine"], body)
 
 
 def loader_table():

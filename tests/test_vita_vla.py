@@ -987,9 +987,10 @@ def test_a_released_teacher_reads_states_as_recorded(how):
         assert torch.allclose(vita_vla.encode_state(model, ours, how), want, atol=1e-5)
 
 
-def test_a_released_file_is_a_teacher(tmp_path, monkeypatch):
+def test_a_released_file_is_a_teacher_beside_which_no_second_vlm_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(small_model, "paper_eyes", PictureStub)
     cfg = replace(SEER, stage="align", teacher=saved(tmp_path / "seer.pth", drawn()))
+    cfg.backbone = str(tmp_path)  # none is there
     model = vita_vla.load_teacher(cfg, ALONE.device)
     assert not model.training and not any(p.requires_grad for p in model.parameters())
     assert torch.equal(model.text_projector.weight, drawn()["module.text_projector.weight"])

@@ -14,6 +14,7 @@ give equal pixels; drawing.py paints them.
 
 The hand has seven actions: three moves, three turns and the fingers. Each matters in some task:
 roll presses the tilted button, pitch reaches the drawer's handle, yaw fits the hand to a bar.
+Bars are asked for in the domain `shape` alone: demonstrations turn only to undo a disturbance.
 """
 
 import math
