@@ -27,7 +27,7 @@ Assumptions and decisions, where paper and released code differ or are silent
   A1  Eq. 3 is the squared distance (`--align-loss mse`); the released code takes its root (`norm`).
   A2  L_arm is the mean absolute error, over joints too (`--arm-loss mae`); the released code has
       `smooth`. Neither paper says where gradients are clipped: at 1 (Seer's code: 0.1).
-  A3  The gripper term counts (`--gripper-weight`); in the released code it is lost (`no-gripper`).
+  A3  The gripper term counts, 0.05 on the laptop; in the released code it is lost (`no-gripper`).
   A4  One causal chat of S turns, in words of ours: a step sees all before it, act_2 sees act_1.
   A5  History grows from one step, as at an episode's start in training; nothing is repeated.
   A6  Actions past an episode's end leave the losses; foresight shows its last picture there.
@@ -166,16 +166,17 @@ class Config:
     save_every: int = 500  # steps between checkpoints
 
 
-# 3 and 2 epochs of about 930,000 windows, 256 a step on 8 GPUs, 1 to warm up. In stage 2 Table 5
-# has 128 a step, and warms up in both epochs
+# Of about 930,000 windows (LIBERO 270,000), 256 a step on 8 GPUs, 3 and 2 epochs, 1 to warm up;
+# Seer has 20 (40). In stage 2 Table 5 has 128 a step, and warms up in both epochs
 CALVIN = dict(
-    align_steps=11_000, finetune_steps=7_300, warmup=3_600, accumulate=4, backbone="VITA-1.5",
-    eyes="mae", width=1024, depth=24, heads=16, resampler=3, queries=16, foresight=16, patch=16,
-    dropout=0.1, attention_dropout=0.1, embedding_dropout=0.1, foresight_steps=0, history=10,
-    batch=8, lr=1e-4, lr_head=1e-4, lr_teacher=1e-3, gripper_weight=0.01, optimizer="adamw",
-    size=200, wrist_size=84, act_index=1, episodes=1000, workers=4, augment=0, normalise="raw",
+    teacher_steps=72_600, align_steps=11_000, finetune_steps=7_300, warmup=3_600, accumulate=4,
+    backbone="VITA-1.5", eyes="mae", width=1024, depth=24, heads=16, resampler=3, queries=16,
+    foresight=16, patch=16, dropout=0.1, attention_dropout=0.1, embedding_dropout=0.1,
+    foresight_steps=0, history=10, batch=8, lr=1e-4, lr_head=1e-4, lr_teacher=1e-3, augment=0,
+    gripper_weight=0.01, optimizer="adamw", size=200, wrist_size=84, act_index=1, episodes=1000,
+    workers=4, normalise="raw",
 )  # fmt: skip
-LIBERO = dict(align_steps=3_200, finetune_steps=2_100, warmup=1_000,  # 270,000 windows
+LIBERO = dict(teacher_steps=42_000, align_steps=3_200, finetune_steps=2_100, warmup=1_000,
               width=384, heads=12, queries=6, foresight=9, history=7, act_index=0, ensemble=True,
               gripper_state="raw", released="libero", wrist_size=200, episodes=500)  # fmt: skip
 SHORT = dict(align_steps=250, finetune_steps=500)  # half the length, for ablations over seeds
@@ -445,8 +446,7 @@ class DecoderMapper(nn.Module):
     def __init__(self, D, H):
         super().__init__()
         self.enter = nn.Linear(D, H)
-        how = H, max(H // 32, 1), seer.Block.GPT2
-        self.blocks = nn.ModuleList(seer.Block(*how) for _ in range(2))
+        self.blocks = nn.ModuleList(seer.Block(H, H // 32, seer.Block.GPT2) for _ in range(2))
 
     def forward(self, h):
         lead, h = h.shape[:-2], self.enter(h).flatten(0, -3)  # (B * S, N, H)
@@ -819,10 +819,9 @@ TEACHES = (*SHAPES, "backbone", "world", "data", "depth", "heads", "resampler", 
 def choose_teacher(cfg):
     """--teacher as a place, or empty where the chain trains its own. auto: `tiny`, the one in
     assets/seer, unless a flag makes another teacher or a world that it has not seen."""
-    if cfg.teacher == "auto":
-        changed = any(getattr(cfg, n) != getattr(Config, n) for n in TEACHES)
-        cfg.teacher = "train" if changed or cfg.stage in ("teacher", "finetune") else "tiny"
-    cfg.teacher = "" if cfg.teacher == "train" else cfg.teacher
+    changed = any(getattr(cfg, n) != getattr(Config, n) for n in TEACHES)
+    usual = "" if changed or cfg.stage in ("teacher", "finetune") else "tiny"
+    cfg.teacher = {"auto": usual, "train": ""}.get(cfg.teacher, cfg.teacher)
 
 
 def load_teacher(cfg, device):
@@ -849,19 +848,18 @@ def load_teacher(cfg, device):
 
 def introduce(teacher, student, stats, cfg, resumed, device):
     """A teacher reads states and speaks of actions in its own recordings' bounds: a released one's
-    become the student's, another's must be about the same, up to half of what a number ranges over.
+    become the student's, another's must be about the same, up to a quarter of a number's range.
     Its decoder is the student's from then on."""
     if cfg.teacher.endswith(RELEASED):
         seer.read_recorded(teacher, *data.bounds(stats["state"]), cfg.gripper_state)
     for name, kind in ((n, k) for n in teacher.robots for k in ("state", "action")):
         low, high = data.bounds(stats[kind])
         other = np.array(data.bounds(teacher.robots[name][kind]))  # (2, numbers)
-        if other.shape[1] != len(low) or (abs(other - (low, high)) > (high - low) / 2).any():
+        if other.shape[1] != len(low) or (abs(other - (low, high)) > (high - low) / 4).any():
             words = f"whose bounds of {kind} are not this run's: more --demos, or --stage teacher"
             raise common.UserError(f"--teacher {cfg.teacher} learned from {name}, {words}")
     if not resumed:
-        given = teacher.state_dict()
-        tensors = {n: t for n, t in given.items() if n.startswith(DECODER)}
+        tensors = {n: t for n, t in teacher.state_dict().items() if n.startswith(DECODER)}
         student.load_state_dict(tensors, strict=False)
     common.store_frozen(teacher, cfg, device)
 
@@ -952,13 +950,15 @@ def check(cfg):
         f"--foresight {cfg.foresight}: a square number":
             math.isqrt(cfg.foresight) ** 2 != cfg.foresight,
         f"--heads {cfg.heads} do not divide --width {cfg.width}": cfg.width % cfg.heads,
+        f"--mapper decoder: --width {cfg.width} is no multiple of 32":
+            cfg.mapper == "decoder" and cfg.width % 32,
     })  # fmt: skip
     for name in ("size", "wrist_size") if cfg.eyes == "backbone" else ():
         if getattr(cfg, name) % cfg.patch:
             flag = f"--{name.replace('_', '-')} {getattr(cfg, name)}"
             raise common.UserError(f"{flag}: a multiple of --patch {cfg.patch}")
-    usual = ("chain",) if cfg.world == "tabletop:abc_d" else ()
-    return replace(cfg, domains=cfg.domains or usual)
+    chained = cfg.world == "tabletop:abc_d" and not cfg.domains
+    return replace(cfg, domains=("chain",)) if chained else cfg
 
 
 def export(cfg):
@@ -1044,7 +1044,7 @@ def session(cfg, dist):
     run = common.Run(cfg, "vita_vla", __file__, dist, cfg.steps, resumed)
     run.say(f"{cfg.stage}: run folder {run.folder}; {dist.processes} process(es) on {dist.device}")
     if not policy:
-        taught = bool(cfg.teacher and not cfg.student)  # by Seer, or in stage 2 given its decoder
+        taught = cfg.stage == "align" or bool(cfg.teacher and not (cfg.student or resumed))
         needed = [replace(cfg, stage=s, student="") for s in (cfg.stage, *["teacher"] * taught)]
         common.foresee(cfg, dist, *(lambda c=c: build(c)[0] for c in needed))
         teacher = load_teacher(cfg, dist.device) if taught else None

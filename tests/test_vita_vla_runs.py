@@ -203,6 +203,18 @@ def test_single_stages_are_those_of_the_chain(chained, tmp_path, quick):
     assert config(tmp_path / "z")["freeze_vlm"] and not config(tmp_path / "f")["freeze_vlm"]
 
 
+def test_only_finetune_goes_on_when_its_teacher_is_gone(chained, tmp_path, quick):
+    """The decoder that it began with is in its checkpoints."""
+    teacher, tuned = shutil.copytree(chained / "teacher", tmp_path / "teacher"), tmp_path / "tuned"
+    words = [*TINY, "--stage", "finetune", "--teacher", str(teacher), "--out", str(tuned)]
+    vita_vla.main(words)
+    whole = weights(tuned)
+    for gone in (teacher, *tuned.glob("checkpoints/step_*4")):
+        shutil.rmtree(gone)
+    vita_vla.main(["--resume", str(tuned)])
+    assert same(weights(tuned), whole)
+
+
 def test_only_finetune_has_the_teachers_decoder_and_no_stage_one(chained, tmp_path, quick):
     words = [*TINY, "--steps", "1", "--warmup", "1000000", "--weight-decay", "0"]
     words += ["--teacher", str(chained / "teacher"), "--out", str(tmp_path / "only")]
@@ -333,12 +345,14 @@ def test_a_teacher_that_does_not_fit(flags, names, chained, status, tmp_path, mo
 
 
 def test_a_teacher_of_other_units_is_refused(chained, status, tmp_path):
-    """The state in metres and in centimetres: the same flags, another robot."""
+    """A state that ranges almost twice as far: the same flags, another robot."""
     shutil.copytree(chained / "teacher", tmp_path / "teacher")
     for file in (tmp_path / "teacher").glob("checkpoints/*/meta.json"):
         meta = json.loads(file.read_text())
         for state in (robot["state"] for robot in meta["robots"].values()):
-            state |= {bound: [100 * x for x in state[bound]] for bound in ("q01", "q99")}
+            low, high = (np.array(state[bound]) for bound in ("q01", "q99"))
+            more = 0.4 * (high - low)
+            state |= {"q01": (low - more).tolist(), "q99": (high + more).tolist()}
         file.write_text(json.dumps(meta))
     words = [*TINY, "--stage", "align", "--teacher", str(tmp_path / "teacher")]
     code, _, err = status(vita_vla.main, *words, "--out", str(tmp_path / "a"))
@@ -432,6 +446,10 @@ def test_presets_are_the_papers_tables(preset):
         (1024, 16, 16, 16) if calvin else (384, 12, 6, 9))  # fmt: skip
     assert cfg.history == (10 if calvin else 7) and cfg.future == 3 and cfg.depth == 24
     assert (cfg.lr, cfg.lr_head, cfg.weight_decay, cfg.optimizer) == (1e-4, 1e-4, 1e-4, "adamw")
+    a_step, windows = 8 * cfg.batch * cfg.accumulate, 930_000 if calvin else 270_000  # of 8 GPUs
+    stages = cfg.teacher_steps, cfg.align_steps, cfg.finetune_steps, cfg.warmup
+    epochs = [steps * a_step / windows for steps in stages]
+    assert epochs == pytest.approx([20 if calvin else 40, 3, 2, 1], rel=0.06)
     assert cfg.ensemble == (not calvin) and cfg.gripper_weight == 0.01 and cfg.eyes == "mae"
     assert cfg.act_index == (1 if calvin else 0) and cfg.backbone == "VITA-1.5"
     vita_vla.check(cfg)
