@@ -31,7 +31,7 @@ Assumptions and decisions, where paper and released code differ or are silent
   A4  One causal chat of S turns, in words of ours: a step sees all before it, act_2 sees act_1.
   A5  History grows from one step, as at an episode's start in training; nothing is repeated.
   A6  Actions past an episode's end leave the losses; foresight shows its last picture there.
-  A7  Executed is the prediction for now (`--act-index 0`); the released CALVIN code takes the next.
+  A7  Executed is the prediction for now (`--act-index 0`; a teacher's always); released, the next.
   A8  The teacher stands still in stage 1: no dropout, no gradient (the released code drops out).
   A9  On the laptop Seer's encoders are the tiny backbone's vision tower and, of an instruction, the
       mean of its words' states halfway up the language model (`--eyes backbone`; paper: MAE, CLIP,
@@ -675,7 +675,7 @@ class Policy:
     def choose(self, observation, plan):
         """plan (N, A), the gripper a probability -> the action to execute now (A,)."""
         if not self.cfg.ensemble:
-            return plan[self.cfg.act_index]
+            return plan[0 if self.cfg.stage == "teacher" else self.cfg.act_index]
         memory = observation.setdefault("memory", {})
         memory["plans"] = (memory.get("plans", []) + [plan])[-len(plan) :]
         opinions = [p[age] for age, p in enumerate(reversed(memory["plans"]))][::-1]  # oldest first
@@ -901,9 +901,12 @@ def prepare(cfg, dist, run, resumed, teacher=None):
     join = partial(sense, cfg=cfg, processor=processor)
     batches = data.Batches(mixtures, join, cfg.batch, dist.rank, dist.processes)
     meta = {"method": "vita_vla", "config": dataclasses.asdict(cfg), "robots": robots}
+    stats = data.acting(robots, cfg.robot)[1]
     if teacher:
-        stats = data.acting(robots, cfg.robot)[1]
         introduce(teacher, model, stats, cfg, resumed, dist.device)
+    elif cfg.teacher and cfg.stage == "teacher" and not resumed:  # Seer's own goes on, or acts
+        seer.load_seer(model, cfg.teacher, cfg.released)
+        seer.read_recorded(model, *data.bounds(stats["state"]), cfg.gripper_state)
     beside = {"Seer": teacher} if cfg.stage == "align" else {}
     model = common.place(model, cfg, dist, run.say, beside=beside)
     return Policy(model, cfg, processor, robots, dist.device), batches, meta
@@ -924,8 +927,8 @@ def check(cfg):
             cfg.teacher.endswith(RELEASED) and cfg.normalise != "raw" and not begun,
         "--resume goes on with a run, --eval-only takes it as it is: one of them":
             cfg.resume and cfg.eval_only,
-        "--stage teacher begins one from nothing: no --teacher beside it":
-            cfg.stage == "teacher" and cfg.teacher,
+        "--stage teacher begins one from nothing, or goes on with Seer's own file, --teacher X.pth":
+            cfg.stage == "teacher" and cfg.teacher and not cfg.teacher.endswith(RELEASED),
         f"--stage align needs --teacher RUN: {MAKES_ONE}":
             cfg.stage == "align" and not (cfg.teacher or cfg.describe),
         "--recipe only-finetune has no --stage align: take finetune":
@@ -1044,7 +1047,8 @@ def session(cfg, dist):
     run = common.Run(cfg, "vita_vla", __file__, dist, cfg.steps, resumed)
     run.say(f"{cfg.stage}: run folder {run.folder}; {dist.processes} process(es) on {dist.device}")
     if not policy:
-        taught = cfg.stage == "align" or bool(cfg.teacher and not (cfg.student or resumed))
+        begins = cfg.stage == "finetune" and cfg.teacher and not (cfg.student or resumed)
+        taught = cfg.stage == "align" or bool(begins)
         needed = [replace(cfg, stage=s, student="") for s in (cfg.stage, *["teacher"] * taught)]
         common.foresee(cfg, dist, *(lambda c=c: build(c)[0] for c in needed))
         teacher = load_teacher(cfg, dist.device) if taught else None

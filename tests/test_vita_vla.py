@@ -996,6 +996,31 @@ def test_a_released_file_is_a_teacher_beside_which_no_second_vlm_is_read(tmp_pat
     assert torch.equal(model.text_projector.weight, drawn()["module.text_projector.weight"])
 
 
+def test_a_released_file_goes_on_training_or_becomes_a_run(tmp_path, monkeypatch):
+    """With a learning rate of 0 the run holds the released weights, and acts by the first
+    prediction whatever --act-index is the student's."""
+    words = type("Words", (), {"__call__": lambda self, texts, **_: {
+        "input_ids": torch.ones(len(texts), 77, dtype=torch.long)}})  # fmt: skip
+    monkeypatch.setattr(small_model, "clip_tokenizer", words)
+    monkeypatch.setattr(small_model, "paper_eyes", PictureStub)
+    file, out = saved(tmp_path / "seer.pth", drawn()), tmp_path / "run"
+    flags = "--stage teacher --eyes mae --steps 1 --lr-teacher 0 --demos 4 --episodes 1 --gifs 0"
+    flags += " --normalise raw --width 32 --depth 2 --heads 2 --queries 3 --foresight 4 --patch 16"
+    flags += " --resampler 3 --history 3 --act-index 1 --batch 2 --threads 1 --gripper-state raw"
+    monkeypatch.setattr(vita_vla.loop, "evaluate", lambda *_: {})
+    vita_vla.main([*flags.split(), "--teacher", file, "--out", str(out)])
+    policy, theirs = vita_vla.load_policy(out, ALONE.device), drawn()
+    for name in ("action_pred_token", "arm_action_decoder.0.weight", "text_projector.weight"):
+        assert torch.equal(policy.model.state_dict()[name], theirs["module." + name]), name
+    plan = np.arange(21.0).reshape(3, 7)
+    assert (policy.choose({}, plan) == plan[0]).all() and policy.cfg.act_index == 1
+    low, high = data.bounds(policy.stats["state"])
+    middle = torch.from_numpy((low + high) / 2)[:6]
+    bias = theirs["module.arm_state_encoder.bias"]
+    bias = bias + theirs["module.arm_state_encoder.weight"] @ middle.to(bias)
+    assert torch.allclose(policy.model.arm_state_encoder.bias, bias, atol=1e-5)
+
+
 def test_pictures_for_clip():
     image = np.random.default_rng(0).integers(0, 256, (224, 224, 3), np.uint8)
     mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
