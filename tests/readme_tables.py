@@ -646,6 +646,31 @@ def loader_table():
     return rows(head, body)
 
 
+def world_table():
+    body = [
+        [x["suite"], *(f"{x[part]:,}" for part in ("physics", "static", "both")), machine_cell(x)]
+        for x in newest("world", "suite", "size", "wrist_size")
+    ]
+    head = ["suite", "physics alone", "with the static picture", "with both pictures", "machine"]
+    return rows(head, body)
+
+
+def length_table():
+    """How long the default run of TwinBrainVLA takes to act well: its seeds by their steps."""
+    runs = {}
+    for x in lines("twinbrain"):
+        how = x["flags"] in ("", SHORT, "--steps 2000") and x["machine"] == "AMD EPYC, 2 cores"
+        if how and x["arm"] in ("t1-twin", "t1-vanilla") and x["seed"] < 3:
+            runs.setdefault((x["steps"], x["arm"]), []).append(x)
+    body = []
+    for (steps, name), mine in sorted(runs.items()):
+        seconds = ", ".join(f"{x['train_seconds']:.0f}" for x in mine)
+        size = f"{steps:,}", f"{mine[0]['samples']:,}"
+        body.append([f"`{name}`", *size, seconds, cell(mine, "in"), cell(mine, "out")])
+    head = ["arm", "steps", "samples", "seconds of training, by seed", "in %", "out %"]
+    return rows(head, body)
+
+
 def speed(backbone):
     """The last measurement of each kind of machine."""
     found = {}
@@ -696,6 +721,8 @@ TABLES = {
     "losses": losses_table,
     "attention": attention_table,
     "loader": loader_table,
+    "world": world_table,
+    "length": length_table,
     **{f"preset-{m}": lambda m=m: preset_table(m) for m in BASES.values()},
     **{f"claims-{m}": lambda p=p: claims_table(p) for p, m in BASES.items()},
     **{f"choices-{m}": lambda p=p: choices_table(p) for p, m in BASES.items()},

@@ -20,7 +20,8 @@ PARTS = [f"parts/{p.name}" for p in SOURCES if p.parent.name == "parts"]
 # Lines a file may have, 700 if it is not named. twinbrain.py holds the paper and besides it
 # Appendix C's four baselines, Twin-to-One, the forgetting study and questions from files;
 # vita_vla.py two whole models, Seer, also a released one, and its student, three stages, and a
-# history kept between steps; dualvla.py three models trained in a row, two kinds of actions, pruning.
+# history kept between steps; dualvla.py three models trained in a row, two kinds of actions and
+# pruning.
 CAPS = {"twinbrain.py": 1019, "vita_vla.py": 1100, "dualvla.py": 1165, "README.md": 250}
 
 
