@@ -31,6 +31,7 @@ from common import UserError, convert, nearest, run_main
 from parts.asked import QuestionFile, Questions, question_sets  # noqa: F401, for the scripts
 from parts.formats import (
     GROUPS,
+    MEND,
     SOURCES,
     Calvin,
     LeRobot,
@@ -39,6 +40,7 @@ from parts.formats import (
     Store,
     drafted,
     fingerprint,
+    finite,
     flat,
     locate,
     opened,
@@ -47,10 +49,11 @@ from parts.formats import (
     parquet_pictures,
     read_lines,
     reading,
+    resized,
     scaled,
     shift,
-    shot,
     stopped_by,
+    whole,
 )
 from worlds import drawing, loop, pictures
 
@@ -181,9 +184,9 @@ def load_demonstrations(path):
     with np.load(path, allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
     text = json.loads(arrays["text"].tobytes())
-    ends = np.cumsum(arrays["length"])
-    episodes = []
-    for start, end, words in zip(ends - arrays["length"], ends, text):
+    lengths = whole(arrays, text)
+    ends, episodes = np.cumsum(lengths), []
+    for start, end, words in zip(ends - lengths, ends, text):
         images = {n[6:]: a[start:end] for n, a in arrays.items() if n.startswith("image.")}
         state, action = arrays["state"][start:end], arrays["action"][start:end]
         episodes.append(
@@ -206,9 +209,13 @@ class Episodes:
             self.source = Source(normalise=reader.normalise)
         said = (path if path.is_dir() else path.parent) / "reasoning.jsonl"  # a line an episode
         self.reasoning = {}
-        with reading(f"{said}, fields episode, reasoning"):
+        with reading(f"{said}, fields episode, reasoning", MEND):
             for row in read_lines(said) if said.exists() else ():
-                self.reasoning[int(row["episode"])] = [str(words) for words in row["reasoning"]]
+                number, words = int(row["episode"]), row["reasoning"]
+                texts = isinstance(words, list) and all(isinstance(w, str) for w in words)
+                if number in self.reasoning or not texts:
+                    raise ValueError(f"episode {number}: one line, a list of texts")
+                self.reasoning[number] = words
 
     def __len__(self):
         return len(self.lengths)
@@ -233,19 +240,16 @@ class Episodes:
                 raise ValueError("the episode is empty")
             state, action, words = (self.store or self.reader).numbers(i)
         with reading(self.names[i], "--skip-bad leaves the episode out"):
-            for kind, x, width in zip(("state", "action"), (state, action), self.reader.dims):
-                if x.shape != (self.lengths[i], width):
-                    raise ValueError(f"field {kind} is {x.shape}, not {(self.lengths[i], width)}")
-                if self.store is None and not np.isfinite(x).all():
-                    step = int(np.argmin(np.isfinite(x).all(1)))
-                    raise ValueError(f"field {kind}: not a finite number at step {step}")
+            S, A = self.reader.dims
+            state = finite("state", state, (self.lengths[i], S))
+            action = np.array(finite("action", action, (self.lengths[i], A)))
             if said and len(said) != self.lengths[i]:
                 raise ValueError(f"field reasoning: {len(said)} for {self.lengths[i]} steps")
             absent = [name for name in self.source.cameras if name not in frames]
-            if absent:
-                raise ValueError(f"no camera {absent[0]}; there are {', '.join(frames)}")
+            if absent or not frames:
+                there = ", ".join(frames) or "none"
+                raise ValueError(f"no camera {(absent or ['at all'])[0]}; there are {there}")
         sign = None if self.store else self.source.gripper or self.reader.gripper
-        state, action = np.asarray(state, np.float32), np.array(action, np.float32)
         if sign in ("+1", "-1"):
             action[:, -1] = (1 + float(sign) * action[:, -1]) / 2
         frames = {name: frames[name] for name in self.source.cameras or frames}
@@ -294,7 +298,7 @@ def fill_store(folder, episodes, pictures, side, every, skip_bad):
                 which = range(len(frames)) if pictures or every else sorted({0, len(frames) - 1})
                 with reading(f"{fresh.names[i]}, camera {camera}"):
                     for t in which:
-                        image = shot(frames, t, side)
+                        image = resized(frames[t], side)
                         if not pictures:  # it was tried, that is all
                             continue
                         size = index["sizes"].setdefault(camera, image.shape)
@@ -342,7 +346,7 @@ def open_episodes(spec, skip_bad=False, every=None, again=False):
     if path.suffix in (".json", ".jsonl", ".tsv"):
         return QuestionFile(path, CACHE, skip_bad, every, again)
     if path.suffix == ".npz":
-        with reading(path):
+        with reading(path, MEND):
             return load_demonstrations(path)
     marks = (("index.json", Store), ("meta/info.json", LeRobot), ("ep_start_end_ids.npy", Calvin),
              ("training/ep_start_end_ids.npy", Calvin), ("**/*.hdf5", Libero))  # fmt: skip
@@ -406,8 +410,9 @@ def recordings(cfg, dist, resumed=None):
         return demonstrations(world, cfg.demos, cfg.seed, cfg.size, cfg.wrist_size, cfg.noise)
 
     parts = dist.first(lambda: load(cfg.data or cfg.world, cfg.skip_bad, demonstrate))
-    for fault in (f for p in parts if dist.main for f in getattr(p.episodes, "faults", ())):
-        tqdm.write(f"left out: {fault}")
+    faults = [fault for p in parts for fault in getattr(p.episodes, "faults", ())]
+    if faults and dist.main:
+        tqdm.write("\n".join(f"left out: {f}" for f in faults) + f"\n{len(faults)} faults left out")
     acts, asks = ([p for p in parts if bool(p.stats) == act] for act in (True, False))
     if not acts:
         raise UserError(f"--data {cfg.data}: questions alone; name recordings of a robot as well")
@@ -426,8 +431,7 @@ def recordings(cfg, dist, resumed=None):
 
 
 def acting(robots, name):
-    """{recordings: stats} -> the robot's name and the stats to act by: those asked for (--robot),
-    or the first of the training."""
+    """{recordings: stats} -> the robot's name and the stats to act by: --robot's, or the first."""
     if name and name not in robots:
         near = nearest(name, list(robots))
         raise UserError(f"--robot {name} was not trained on: did you mean {near}?")
@@ -636,7 +640,7 @@ def pick(episodes, i):
     return [f[int(p * (len(f) - 1))] for p in places for f in cameras], episodes[i].instruction
 
 
-def inspect(spec, sheet, deep=False):
+def inspect(spec, sheet, deep=True):
     """Prints what was recognised, draws a contact sheet, lists every fault."""
     rows, episodes = [], []
     try:
@@ -671,13 +675,15 @@ def main(argv=None):
     for verb in (look, keep):
         verb.add_argument("path", help="folder, file, hub id, or one of " + ", ".join(SOURCES))
     look.add_argument("--sheet", default="contact_sheet.png", help="where the picture goes")
-    look.add_argument("--deep", action="store_true", help="decode every picture, not the ends only")
+    look.add_argument("--quick", action="store_true", help="decode an episode's ends only")
     keep.add_argument("--out", help="the folder to write, then used as --data [NAME-frames]")
     keep.add_argument("--size", type=int, default=0, help="resize to this side [0: as recorded]")
     keep.add_argument("--skip-bad", action="store_true", help="leave out what cannot be read")
     args = parser.parse_args(argv)
     if args.verb == "inspect":
-        return inspect(args.path, args.sheet, args.deep)
+        if Path(args.sheet).suffix.lower() not in (".png", ".jpg", ".webp"):
+            raise UserError(f"--sheet {args.sheet}: a .png, .jpg or .webp")
+        return inspect(args.path, args.sheet, not args.quick)
     episodes = open_episodes(args.path, args.skip_bad, every=False)
     if not isinstance(episodes, Episodes):
         raise UserError(f"{args.path}: its pictures are not in files that need decoding")

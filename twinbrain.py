@@ -163,8 +163,8 @@ PAPER = dict(
 LIBERO = dict(steps=100_000, min_lr=0.1, horizon=8, normalise="minmax", execute=8)
 LIBERO |= dict(ensemble=False, episodes=500)
 SHORT = dict(steps=1000, episodes=100, domains=("in", "colour", "shape", "pair", "wording"))
-LARGER = {k: PAPER[k] for k in ("optimizer", "lr", "lr_head", "width", "depth", "heads", "future",
-                                "batch", "size", "wrist_size", "workers")}  # fmt: skip
+LARGER = {k: PAPER[k] for k in ("optimizer", "lr_head", "width", "depth", "heads", "future",
+          "batch", "size", "wrist_size", "workers", "frozen")} | dict(lora=32, lr=1e-4)  # one GPU
 PRESETS = {"paper": PAPER, "libero": PAPER | LIBERO, "short": SHORT, "larger": LARGER}  # App. B, F
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from parts import formats
-from parts.formats import decode, read_json, reading, stamp, stopped_by
-from parts.process import UserError
+from parts.formats import decode, read_json, reading, stopped_by
+from parts.process import UserError, stamp
 from worlds import questions, tabletop
 
 
@@ -122,11 +122,16 @@ class QuestionFile:
         images = [self.find(name) for name in ([images] if isinstance(images, str) else images)]
         if not images:
             raise ValueError("field image: none; questions without a picture are not for this")
+        marks = sum(turn["value"].count("<image>") for turn in said)
+        if marks > len(images):
+            raise ValueError(f"field conversations: {marks} marks <image>, {len(images)} pictures")
         text, out = "", []
         for turn in said:
             if turn["from"] in ("gpt", "assistant"):
                 out.append((images, text.strip(), turn["value"]))
             text += turn["value"].replace("<image>", "").strip() + "\n"
+        if not out:
+            raise ValueError("field conversations: no turn from gpt or assistant, so no answer")
         return out
 
     def choose(self, row):
@@ -139,6 +144,8 @@ class QuestionFile:
         else:
             image = [self.find(row["image_path"])]
         options = [f"{letter}. {row[letter]}" for letter in "ABCDEFGH" if row.get(letter)]
+        if not row.get("question") or not row.get("answer"):
+            raise ValueError(f"field {'answer' if row.get('question') else 'question'} is empty")
         return image, "\n".join([row["question"], *options]), row["answer"]
 
     def __len__(self):

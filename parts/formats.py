@@ -4,7 +4,6 @@ A reader of episodes has names, lengths, fps, dims (S, A), numbers(i) and frames
 """
 
 import errno
-import hashlib
 import importlib
 import io
 import json
@@ -22,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from parts.process import UserError, nearest
+from parts.process import UserError, files_of, nearest, stamp
 from worlds import loop
 
 DATA = Path(os.environ.get("ONEFILE_VLA_DATA", Path.home() / ".cache" / "onefile-vla" / "data"))
@@ -42,6 +41,14 @@ class Source:
     gripper: str = ""  # how the last number says open: 1 (else 0), +1 or -1; read as 1, closed 0
     parts: tuple[str, ...] = ()  # these slices of state and action, named in meta/modality.json
     scenes: tuple[str, ...] = ()  # CALVIN: these scenes only
+
+    def __post_init__(self):
+        known = {"normalise": ("q99", "minmax"), "gripper": ("", "1", "+1", "-1")}
+        bad = [name for name, there in known.items() if getattr(self, name) not in there]
+        bad += [n for n in ("cameras", "parts", "scenes") if isinstance(getattr(self, n), str)]
+        for name in bad:
+            what = f"one of {', '.join(map(repr, known[name]))}" if name in known else "a tuple"
+            raise UserError(f"a row of SOURCES has {name} {getattr(self, name)!r}: {what}")
 
 
 EEF = "change of xyz and roll, pitch, yaw of the hand; gripper"
@@ -105,9 +112,9 @@ def locate(spec):
         command = f"wget {source.hub} and unzip it there"
     else:
         owner, name, *inside = source.hub.split("/")
-        place = DATA.joinpath(name, *inside)
-        only = f" --include '{inside[0]}/*'" if inside else ""
-        command = f"hf download {owner}/{name} --repo-type dataset{only} --local-dir {DATA / name}"
+        root = DATA / (name if source in SOURCES.values() else f"{owner}/{name}")
+        place, only = root.joinpath(*inside), f" --include '{inside[0]}/*'" if inside else ""
+        command = f"hf download {owner}/{name} --repo-type dataset{only} --local-dir {root}"
     if not place.exists():
         here = f"{spec}: not at {place} (ONEFILE_VLA_DATA names the folder) nor a path here"
         raise UserError(f"{here}; to fetch it: {command}")
@@ -126,12 +133,15 @@ def need(module):
         raise UserError(f"reading this needs {name}: pip install 'onefile-vla[data]'") from None
 
 
+MEND = "mend it, or fetch it again"  # what no --skip-bad can leave out
+
+
 @contextmanager
 def reading(place, remedy="fetch it again, or leave its episodes out with --skip-bad"):
     """Whatever fails inside becomes one line with the place and the remedy."""
     try:
         yield
-    except (UserError, MemoryError):
+    except UserError:
         raise
     except Exception as error:  # six libraries' worth of kinds, all of them a damaged file
         missing = isinstance(error, FileNotFoundError)
@@ -151,17 +161,17 @@ def stopped_by(faults, path):
 
 
 def read_json(path):
-    with reading(path):
+    with reading(path, MEND):
         return json.loads(path.read_text("utf-8"))
 
 
 def read_lines(path):
     """A .jsonl file -> list."""
-    with reading(path):
+    with reading(path, MEND):
         lines = [line for line in path.read_text("utf-8").split("\n") if line.strip()]
     rows = []
     for number, line in enumerate(lines, 1):
-        with reading(f"{path}, line {number}"):
+        with reading(f"{path}, line {number}", MEND):
             rows.append(json.loads(line))
     return rows
 
@@ -203,7 +213,10 @@ class Frames:
             raise IndexError(t)
         t = int(t) % self.count
         with reading(f"{self.place}, frame {t}"):
-            return self.picture(t)
+            image = self.picture(t)
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+                raise ValueError(f"{image.dtype} {image.shape} is no picture")
+            return image
 
 
 PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow starts programs for some others
@@ -261,7 +274,7 @@ class Video:
         while now.time < time - self.half:
             now = self.step(time)
         self.now = now
-        if now.time > time + tolerance:
+        if abs(now.time - time) > 1.01 * tolerance:
             raise ValueError(f"no picture at {time:.2f} s")
         return self.painter.reformat(now, **self.how).to_ndarray()
 
@@ -315,7 +328,7 @@ def parquet_picture(root, path, key, first, t):
     groups = parquet_groups(path)
     group = int(np.searchsorted(groups, first + t, side="right")) - 1
     cell = parquet_pictures(path, key, group)[first + t - int(groups[group])]
-    if cell is None:
+    if cell is None or not (cell["bytes"] or cell["path"]):
         raise ValueError("no picture in this row")
     return decode(cell["bytes"] or root / cell["path"])
 
@@ -330,24 +343,33 @@ def hdf5_picture(path, demo, key, t):
     return np.ascontiguousarray(file[f"data/{demo}/obs/{key}"][t][::-1, ::-1])
 
 
-def stamp(files, words):
-    """A digest of these files' names, sizes and times, and of words."""
-    digest = hashlib.sha256(words.encode())
-    for path in files:
-        digest.update(os.fsencode(path))
-        with suppress(OSError):  # a link to nowhere has its name alone
-            stat = os.stat(path)
-            digest.update(f" {stat.st_size} {stat.st_mtime_ns}".encode())
-    return digest.hexdigest()[:16]
+def finite(kind, x, shape):
+    """The numbers of an episode in float32, if they are what they should be."""
+    if x.shape != shape:
+        raise ValueError(f"field {kind} is {x.shape}, not {shape}")
+    if x.dtype.kind not in "fiub":
+        raise ValueError(f"field {kind} holds {x.dtype}, no real numbers")
+    with np.errstate(over="ignore"):
+        x = np.asarray(x, np.float32)
+    if not (there := np.isfinite(x).all(1)).all():
+        raise ValueError(f"field {kind}: not a finite number at step {there.argmin()}")
+    return x
 
 
-def files_of(path):
-    """Every file under a path but those in hidden folders; a file itself."""
-    if not path.is_dir():
-        yield path
-    for folder, folders, names in os.walk(path):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (os.path.join(folder, name) for name in sorted(names))
+def whole(arrays, text):
+    """The lengths of the episodes in our own .npz, if its arrays fit each other."""
+    lengths, cameras = arrays["length"], [name for name in arrays if name.startswith("image.")]
+    if len(lengths) != len(text) or not len(text) or (lengths < 1).any() or not cameras:
+        words = f"fields length, text: {len(lengths)} and {len(text)} episodes, of some steps each"
+        raise ValueError(words if cameras else "there is no camera in it")
+    for name in ("state", "action", "phase", *cameras):
+        x = arrays[name]
+        picture = x.dtype == np.uint8 and x.shape[3:] == (3,)
+        if len(x) != lengths.sum() or (name in cameras and not picture):
+            raise ValueError(f"field {name}: {x.dtype} {x.shape} for {lengths.sum()} steps")
+        if name in ("state", "action"):
+            arrays[name] = finite(name, x, (len(x), x.shape[-1]))
+    return lengths
 
 
 def fingerprint(path, source):
@@ -363,14 +385,6 @@ def resized(image, side):
     if not side or image.shape[:2] == (side, side):
         return image
     return np.asarray(Image.fromarray(image).resize((side, side), Image.BICUBIC))
-
-
-def shot(frames, t, side):
-    """Picture t, seen to be one, at side x side."""
-    image = resized(frames[t], side)
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(f"frame {t} is {image.dtype} {image.shape}, not a picture")
-    return image
 
 
 def shift(image, dx, dy):
@@ -392,19 +406,22 @@ def scaled(images, sides):
 class LeRobot:
     """LeRobot v2.0, v2.1 and v3.0, pictures in videos or parquet; GR1's modality.json."""
 
-    gripper, faults = "1", ()
+    gripper = "1"
 
     def __init__(self, root, source):
         self.root, self.info, meta = root, read_json(root / "meta/info.json"), root / "meta"
+        self.faults = []
         parts = meta / "modality.json"
         self.modality = read_json(parts) if parts.exists() else {}
-        with reading(f"{parts}, video, annotation"):
+        with reading(f"{parts}, video, annotation", MEND):
             seen = self.modality.get("video", {}).items()  # name -> the feature it is
             called = {about.get("original_key"): name for name, about in seen}
             noted = self.modality.get("annotation", {}).items()  # name -> where its task number is
             noted = [at.get("original_key", f"annotation.{name}") for name, at in noted]
-        with reading(meta / "info.json"):
+        with reading(meta / "info.json", MEND):
             version, self.fps = str(self.info["codebase_version"]), float(self.info["fps"])
+            if not 0 < self.fps < np.inf:
+                raise ValueError(f"field fps: {self.fps}")
             features = self.info["features"]
             if version[:2] not in ("v2", "v3"):
                 raise UserError(f"{root}: LeRobot {version}; v2.0 to v3.0 are read: convert it")
@@ -426,7 +443,7 @@ class LeRobot:
                     need("av" if feature["dtype"] == "video" else "pyarrow")
         self.cuts, self.v3 = {}, version.startswith("v3")
         for kind in ("state", "action") if source.parts else ():
-            with reading(f"{parts}, {kind} of {', '.join(source.parts)}"):
+            with reading(f"{parts}, {kind} of {', '.join(source.parts)}", MEND):
                 spans = [self.modality[kind][part] for part in source.parts]
                 self.cuts[kind] = np.r_[tuple(slice(s["start"], s["end"]) for s in spans)]
                 width[kind] = len(self.cuts[kind])
@@ -439,12 +456,18 @@ class LeRobot:
             tasks = self.table(meta / "tasks.parquet")
         else:
             self.rows, tasks = read_lines(meta / "episodes.jsonl"), read_lines(meta / "tasks.jsonl")
-        with reading(f"{meta}, tasks"):
+        with reading(f"{meta}, tasks", MEND):
             text = [next(v for k, v in task.items() if k != "task_index") for task in tasks]
             self.tasks = {task["task_index"]: words for task, words in zip(tasks, text)}
         self.first = {}  # v3.0: data file -> number of its first row in the whole dataset
-        with reading(f"{meta}, episodes"):
+        with reading(f"{meta}, episodes", MEND):
             self.numbered = [int(row["episode_index"]) for row in self.rows]
+            count = self.info.get("total_episodes", len(self.rows))
+            if len(set(self.numbered)) < len(self.rows):
+                raise ValueError("field episode_index: a number is there twice")
+            if len(self.rows) != count:
+                words = f"{meta}, episodes: {len(self.rows)} of the {count} that info.json counts"
+                self.faults.append(f"{words}; fetch the others, or go without: --skip-bad")
             self.lengths = [int(row["length"]) for row in self.rows]
             for row in self.rows if self.v3 else ():
                 file, at = self.path(row), row["dataset_from_index"]
@@ -452,7 +475,7 @@ class LeRobot:
             self.names = [f"{self.path(r)}, episode {n}" for r, n in zip(self.rows, self.numbered)]
 
     def table(self, path):
-        with reading(path):
+        with reading(path, MEND):
             pq = need("pyarrow.parquet")
             names = [n for n in pq.read_schema(path).names if not n.startswith("stats/")]
             return pq.read_table(path, columns=names).to_pylist()
@@ -507,6 +530,9 @@ class LeRobot:
                 start = row.get(f"videos/{key}/from_timestamp") if self.v3 else 0.0
                 if start is None:
                     raise ValueError(f"field {key}: this episode has no video of it")
+                end = row.get(f"videos/{key}/to_timestamp") if self.v3 else None
+                if end is not None and abs(end - start - T / self.fps) > 0.5 / self.fps:
+                    raise ValueError(f"field {key}: {end - start:.2f} s of video for {T} steps")
                 path = self.path(row, key)
                 picture = partial(video_picture, path, start, self.fps)
             out[name] = Frames(f"{path}, episode {self.numbered[i]}, field {key}", T, picture)
@@ -544,8 +570,10 @@ class Calvin:
         for t in range(start, end + 1):
             path = self.root / f"episode_{t:07d}.npz"
             with reading(path), np.load(path, allow_pickle=False) as file:
-                state.append(file["robot_obs"])
-                action.append(file["rel_actions"])
+                for name, rows, n in zip(("robot_obs", "rel_actions"), (state, action), self.dims):
+                    rows.append(file[name])
+                    if rows[-1].shape != (n,):
+                        raise ValueError(f"field {name} is {rows[-1].shape}, not {(n,)}")
         return np.stack(state), np.stack(action), words
 
     def frames(self, i):
@@ -641,6 +669,10 @@ class Store:
             shapes |= {camera: tuple(size) for camera, size in sizes.items()}
             if any("/" in name for name in shapes):
                 raise ValueError("a camera's name has a /")
+            counts = {len(self.lengths), len(self.names), len(self.text), len(self.kept)}
+            whole = len(counts) == 1 and min([*self.lengths, self.fps]) > 0
+            if not whole or not {"state", "action"} <= self.stats.keys():
+                raise ValueError("its fields do not fit each other: write it again")
         self.arrays, self.cameras = {}, list(sizes)
         for name, shape in shapes.items():
             with reading(root / name):

@@ -1,4 +1,4 @@
-"""What runs a script: errors of the user, processes under torchrun, precision, Muon, stopping.
+"""What runs a script: errors of the user, files, processes, precision, Muon, stopping.
 
 A mistake of the user raises `UserError`; `run_main` turns it into one line and exit status 2.
 """
@@ -7,11 +7,13 @@ import dataclasses
 import datetime
 import difflib
 import errno
+import hashlib
 import os
 import platform
 import random
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,8 @@ class UserError(Exception):
     """A mistake the user can mend; the message is one line."""
 
 
-FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
+          errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ENAMETOOLONG)  # fmt: skip
 
 
 SPARING = {  # settings of a script, and how they save memory
@@ -58,6 +61,29 @@ def run_main(main) -> None:
         sys.exit(130)
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def stamp(files, words):
+    """A digest of these files' names, sizes and times, and of words."""
+    digest = hashlib.sha256(words.encode())
+    for path in files:
+        digest.update(os.fsencode(path))
+        with suppress(OSError):  # a link to nowhere has its name alone
+            stat = os.stat(path)
+            digest.update(f" {stat.st_size} {stat.st_mtime_ns}".encode())
+    return digest.hexdigest()[:16]
+
+
+def files_of(path):
+    """Every file under a path but those in hidden folders; a file itself."""
+    if not path.is_dir():
+        yield path
+    for folder, folders, names in os.walk(path):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (os.path.join(folder, name) for name in sorted(names))
 
 
 # --- processes ------------------------------------------------------------------------------------

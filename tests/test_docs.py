@@ -334,7 +334,7 @@ def test_paths_links_and_flags_exist(name):
     scripts = (*SCRIPTS.values(), serve)
     known = {f.replace("_", "-") for s in scripts for f in s.Config.__dataclass_fields__}
     known |= {"against", "check-curve", "degeneration", "keep", "forgetting", "make-reference"}
-    known |= {"seeds", "write", "calvin", "record", "rows"}
+    known |= {"seeds", "write", "calvin", "record", "rows", "quick"}
     known |= {"no-cache", "no-state", "no-deepstack"}
     known |= {"nproc-per-node", "nnodes", "rdzv-backend", "rdzv-endpoint", "max-restarts"}
     known |= {"requeue", "signal", "ntasks-per-node", "gpus-per-node"}  # Slurm's; above torchrun's

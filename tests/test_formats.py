@@ -706,7 +706,7 @@ def test_that_nothing_whole_is_left_is_remembered(tmp_path, status):
     root = write_calvin(tmp_path / "set")
     no_gripper(root, 102)
     no_gripper(root, 106)
-    code, out, error = status(data.main, "inspect", str(root), "--deep")
+    code, out, error = status(data.main, "inspect", str(root))
     assert code == 2 and out.count("fault: ") == 2 and error == f"error: {root}: 2 faults\n"
     for skip_bad in (False, True):
         with pytest.raises(UserError, match="rgb_gripper, frame 2.*2 faults"):
@@ -995,7 +995,7 @@ def test_the_frame_store_is_the_dataset(kind, tmp_path, capsys):
         data.main(["cache", str(root), "--out", "kept"])
     data.main(["cache", str(root), "--out", "small", "--size", "16"])
     assert data.open_episodes("small")[1].images["wrist"].shape == (7, 16, 16, 3)
-    data.main(["inspect", "small", "--deep"])
+    data.main(["inspect", "small"])
     truncate(tmp_path / "small/front")
     with pytest.raises(UserError, match="small/front.*write it again"):
         data.load("small")
@@ -1086,7 +1086,7 @@ def test_inspect_shows_and_warns(tmp_path, capsys):
     assert "Calvin: 2 episodes" in out and "Libero: 4 episodes" in out
     assert "state 6, 7: never changes" in out
     for kind in ("json", "tsv"):
-        data.main(["inspect", str(write_questions(tmp_path / "q", kind)), "--deep"])
+        data.main(["inspect", str(write_questions(tmp_path / "q", kind))])
 
 
 def test_what_warnings_are_for(tmp_path):
@@ -1109,3 +1109,222 @@ def test_the_command_line(status, tmp_path):
     assert code == 2 and error.startswith("error: no dataset or path") and error.count("\n") == 1
     path = write_questions(tmp_path / "q", "json")
     assert status(data.main, "cache", str(path))[0] == 2
+
+
+# --- what would otherwise pass in silence ---------------------------------------------------------
+
+
+def edit_info(root, **fields):
+    path = root / "meta/info.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def edit_row(path, pick, **fields):
+    """Changes the first row of a meta parquet that pick() takes."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = pq.read_table(path).to_pylist()
+    next(row for row in rows if pick(row)).update(fields)
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+@pytest.mark.parametrize("kind", ["v2", "v3"])
+def test_a_lost_file_of_meta_is_noticed(kind, tmp_path):
+    if kind == "v2":
+        root = write_v2(tmp_path / "set", False)
+        path = root / "meta/episodes.jsonl"
+        path.write_text("\n".join(path.read_text().splitlines()[:2]) + "\n")
+    else:
+        root = write_v3(tmp_path / "set", False)
+        (root / "meta/episodes/chunk-000/file-001.parquet").unlink()
+    edit_info(root, total_episodes=4)
+    with pytest.raises(UserError, match="meta, episodes: 2 of the 4 that info.json counts; fetch"):
+        data.load(str(root))
+    (part,) = data.load(str(root), skip_bad=True)
+    assert len(part.episodes) == 2 and len(part.episodes.faults) == 1
+
+
+def test_an_episode_that_is_described_twice(tmp_path):
+    root = write_v2(tmp_path / "set", False)
+    path = root / "meta/episodes.jsonl"
+    path.write_text(path.read_text() + path.read_text().splitlines()[0] + "\n")
+    with pytest.raises(UserError, match="field episode_index: a number is there twice; mend it"):
+        data.load(str(root), skip_bad=True)
+
+
+@pytest.mark.parametrize("fields, words", [
+    ({"fps": 0}, "field fps: 0.0"), ({"fps": float("nan")}, "field fps: nan"),
+    ({"features": {}}, "field action: no column actions"),
+])  # fmt: skip
+def test_what_info_json_cannot_say(fields, words, tmp_path):
+    root = write_v2(tmp_path / "set", False)
+    edit_info(root, **fields)
+    with pytest.raises(UserError, match=words):
+        data.load(str(root))
+
+
+def test_a_dataset_without_a_camera(tmp_path, status):
+    root = write_v2(tmp_path / "set", True)
+    features = json.loads((root / "meta/info.json").read_text())["features"]
+    edit_info(root, features={k: v for k, v in features.items() if k not in KEYS})
+    with pytest.raises(UserError, match="no camera at all; there are none"):
+        data.load(str(root))
+    assert status(data.main, "inspect", str(root))[0] == 2
+
+
+def test_numbers_beyond_float32_are_not_finite(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    root = write_v2(tmp_path / "set", False)
+    action = numbers(1, LENGTHS[1], 7).astype(np.float64)
+    action[2, 3] = 1e300
+    path = root / "data/chunk-000/episode_000001.parquet"
+    change_columns(path, ["action"], action=pa.array(list(action), pa.list_(pa.float64())))
+    with pytest.raises(UserError, match="episode 1: field action: not a finite number at step 2"):
+        data.load(str(root))
+
+
+def test_complex_numbers_are_refused():
+    with pytest.raises(ValueError, match="field state holds complex64, no real numbers"):
+        formats.finite("state", np.zeros((2, 3), np.complex64), (2, 3))
+
+
+def test_v3_videos_are_as_long_as_their_episodes(tmp_path):
+    root = write_v3(tmp_path / "set", True)
+    path = root / "meta/episodes/chunk-000/file-000.parquet"
+    key = f"videos/{KEYS[0]}/from_timestamp"
+    edit_row(path, lambda row: row["episode_index"] == 1, **{key: 0.4})
+    with pytest.raises(UserError, match=r"episode 1: field .*front: 0.30 s of video for 7 steps"):
+        data.load(str(root))
+
+
+def test_a_video_of_a_lower_rate_does_not_repeat_its_pictures(tmp_path):
+    root = write_v2(tmp_path / "set", True)
+    path = root / f"videos/chunk-000/{KEYS[0]}/episode_000001.mp4"
+    write_video(path, [picture(1, t) for t in range(LENGTHS[1])], fps=5)
+    with pytest.raises(UserError, match="frame 1: no picture at 0.10 s"):
+        data.open_episodes(root)[1].images["front"][1]
+
+
+@pytest.mark.parametrize("image", [
+    np.zeros((SIZE, SIZE, 3)), np.zeros((SIZE, SIZE), np.uint8),
+    np.zeros((SIZE, SIZE, 4), np.uint8), np.zeros((0, 0, 3), np.uint8)])  # fmt: skip
+def test_what_is_no_picture_in_the_middle_of_an_episode(image, tmp_path, status):
+    root = write_calvin(tmp_path / "set")
+    path = root / "training/episode_0000102.npz"
+    with np.load(path) as file:
+        np.savez(path, **dict(file) | {"rgb_static": image})
+    (part,) = data.load(str(root))  # the ends of each episode are pictures
+    windows = data.Windows(part.episodes, part.stats, 2, sides=(16, 16))
+    with pytest.raises(UserError, match="rgb_static, frame 2: .* is no picture"):
+        [windows.get(i, np.random.default_rng(0)) for i in range(len(windows))]
+    code, out, _ = status(data.main, "inspect", str(root), "--sheet", str(tmp_path / "s.png"))
+    assert code == 2 and "frame 2" in out
+
+
+def npz(path, **change):
+    """Our own demonstrations, two of them, in a file that was changed."""
+    episodes = [
+        data.Episode({"static": np.stack([picture(e, t) for t in range(T)])}, numbers(e, T, 8),
+                     numbers(e, T, 7), TASKS[e], phase=[0] * T)
+        for e, T in enumerate(LENGTHS[:2])
+    ]  # fmt: skip
+    with open(path, "wb") as file:
+        data.save_demonstrations(file, episodes)
+    with np.load(path) as file:
+        arrays = dict(file)
+    for name, how in change.items():
+        name = name.replace("image", "image.static")
+        arrays[name] = how(arrays[name]) if how else arrays.pop(name)
+    np.savez(path, **{n: a for n, a in arrays.items() if change.get(n, True)})
+    return path
+
+
+def test_demonstrations_in_a_file(tmp_path):
+    assert len(data.load(str(npz(tmp_path / "mine.npz")))[0].episodes) == 2
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"action": lambda x: x * np.nan}, "field action: not a finite number at step 0"),
+    ({"state": lambda x: x[:-1]}, "field state: float32 .11, 8. for 12 steps"),
+    ({"image": lambda x: x[:-1]}, "field image.static: uint8"),
+    ({"image": lambda x: x / 255}, "field image.static: float64"),
+    ({"length": lambda x: x * 2}, ".*for 24 steps"),
+    ({"length": lambda x: x * 0}, "fields length, text"),
+    ({"text": lambda x: np.frombuffer(b"[]", np.uint8)}, "fields length, text: 2 and 0 episodes"),
+])  # fmt: skip
+def test_faults_of_demonstrations_in_a_file(change, words, tmp_path):
+    with pytest.raises(UserError, match=f"mine.npz: {words}.*; mend it") as error:
+        data.load(str(npz(tmp_path / "mine.npz", **change)))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("said", [
+    [], [{"from": "human", "value": "what"}],
+    [{"from": "human", "value": "what"}, {"from": "model", "value": "a cup"}],
+])  # fmt: skip
+def test_a_conversation_without_an_answer_is_a_fault(said, tmp_path):
+    path = write_questions(tmp_path / "q", "json")
+    rows = json.loads(path.read_text())
+    path.write_text(json.dumps([rows[0] | {"conversations": said}, *rows[1:]]))
+    with pytest.raises(UserError, match="item 1: field conversations: no turn from gpt"):
+        data.load(str(path))
+    twice = [{"from": "human", "value": "<image><image> and"}, {"from": "gpt", "value": "a cup"}]
+    path.write_text(json.dumps([rows[0] | {"conversations": twice}, *rows[1:]]))
+    with pytest.raises(UserError, match="item 1: field conversations: 2 marks <image>, 1 pictures"):
+        data.load(str(path))
+
+
+def test_a_folder_of_a_hub_is_its_owners(tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "DATA", tmp_path / "data")
+    (tmp_path / "data/somebody/pusht").mkdir(parents=True)
+    assert formats.locate("somebody/pusht")[0] == tmp_path / "data/somebody/pusht"
+    with pytest.raises(UserError, match="lerobot/pusht --repo-type dataset --local-dir .*lerobot"):
+        formats.locate("lerobot/pusht")
+
+
+def test_more_numbers_than_memory_are_a_fault_of_the_file(tmp_path):
+    h5py, root = pytest.importorskip("h5py"), write_libero(tmp_path / "set")
+    with h5py.File(root / "task_0_demo.hdf5", "a") as file:
+        del file["data/demo_1/actions"]
+        file["data/demo_1"].create_dataset("actions", (10**13, 7), chunks=(1024, 7))
+    with pytest.raises(UserError, match="task_0_demo.hdf5, demo_1: Unable to allocate"):
+        data.load(str(root))
+
+
+@pytest.mark.parametrize("rows", [
+    [{"episode": 0, "reasoning": "abcde"}], [{"episode": 0, "reasoning": [None] * 5}],
+    [{"episode": 0, "reasoning": ["a"] * 5}] * 2])  # fmt: skip
+def test_reasoning_is_one_list_of_texts_an_episode(rows, tmp_path):
+    root = write_v2(tmp_path / "set", False)
+    lines(root / "reasoning.jsonl", rows)
+    with pytest.raises(UserError, match="reasoning.jsonl, .*episode 0: one line, a list of texts"):
+        data.open_episodes(root)
+
+
+@pytest.mark.parametrize("change", [
+    {"names": ["one"]}, {"text": []}, {"lengths": [0, 11, 5, 6]}, {"stats": {}}, {"fps": None},
+    {"normalise": "q9"}])  # fmt: skip
+def test_an_index_whose_fields_do_not_fit(change, tmp_path):
+    data.write_store(data.open_episodes(write_v2(tmp_path / "set", False)), tmp_path / "kept", True)
+    index = json.loads((tmp_path / "kept/index.json").read_text()) | change
+    (tmp_path / "kept/index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="index.json|normalise 'q9'"):
+        data.load(str(tmp_path / "kept"))
+
+
+@pytest.mark.parametrize("field", [
+    {"gripper": "+-1"}, {"gripper": 1}, {"normalise": "q9"}, {"cameras": "front"}])
+def test_a_row_of_ones_own_is_checked(field):
+    (name,) = field
+    with pytest.raises(UserError, match=f"a row of SOURCES has {name}"):
+        data.Source("me/mine", **field)
+
+
+@pytest.mark.parametrize("words, says", [
+    (["--sheet", "sheet.txt"], "--sheet sheet.txt: a .png"),
+    (["--sheet", "nowhere/sheet.png"], "No such file or directory: .*sheet.png"),
+])  # fmt: skip
+def test_where_a_contact_sheet_cannot_go(words, says, tmp_path, status, monkeypatch):
+    root = write_v2(tmp_path / "set", False)
+    monkeypatch.chdir(tmp_path)
+    code, _, error = status(data.main, "inspect", str(root), *words)
+    assert code == 2 and error.count("\n") == 1 and re.search(says, error)

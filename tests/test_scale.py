@@ -543,6 +543,7 @@ def test_a_backbone_too_large_is_refused_before_anything_is_read(
         monkeypatch.setattr(script.data, "recordings", None)
     monkeypatch.setattr(scale, "machine_memory", lambda now=False: 16e9)
     words = [*words, "--backbone", "Qwen3-VL-8B", "--device", "cpu", "--out", str(tmp_path / "run")]
+    words += ["--frozen", "fp32"]
     code, _, err = status(SCRIPTS[name].main, *words)
     assert code == 2 and err.count("\n") == 1 and "do not fit in this machine's 16.00 GB" in err
     assert "--frozen bf16" in err and "--shard full on more GPUs" in err

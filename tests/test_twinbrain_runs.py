@@ -198,6 +198,23 @@ def test_bad_flags_end_in_one_line(words, names, status, tmp_path, monkeypatch):
     assert not (tmp_path / "runs").exists(), "a mistake leaves no run folder behind"
 
 
+@pytest.mark.parametrize("out", ["afile", "afile/run", "/proc/run"])
+def test_a_run_folder_that_cannot_be(out, status, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "afile").write_text("")
+    code, _, err = status(twinbrain.main, *TINY, "--steps", "1", "--out", out)
+    assert code == 2 and err.count("\n") == 1 and out in err
+
+
+def test_a_run_that_was_killed_before_it_saved_anything(status, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text("{}\n")
+    code, _, err = status(twinbrain.main, "--resume", str(run))
+    assert code == 2
+    assert err == f"error: no checkpoint in {run}; --resume auto --out {run} begins it again\n"
+
+
 def test_a_failed_start_can_be_repeated(tmp_path, status):
     (tmp_path / "empty").mkdir()
     for _ in range(2):  # the second time the folder is there, but no run is in it

@@ -299,7 +299,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path, quick):
     (["--hide-foresight", "2"], "--hide-foresight 2.0: a share"),
     (["--goal", "2"], "--goal 2: from 0 to 1"),
     (["--stage", "align", "--teacher", "x", "--goal", "1"], "--goal 1 is of a teacher's training"),
-    (["--stage", "teacher", "--teacher", "x"], "no --teacher beside it"),
+    (["--stage", "teacher", "--teacher", "x"], "or goes on with Seer's own file"),
     (["--execute", "2"], "--execute is 1 here"),
     (["--act-index", "3"], "--act-index 3: from 0 to 2"),
     (["--ensemble", "--act-index", "1"], "no --act-index beside it"),
