@@ -171,21 +171,37 @@ def test_eq3_left_brain_is_the_librarys(case, library):
 
 
 def projected(attention, words, part):
-    """k or v of one attention module from its input, token by token -> (B, kv heads, T, d)."""
-    layer = {"k": attention.k_proj, "v": attention.v_proj}[part]
+    """q, k or v of one attention module from its input, token by token -> (B, heads, T, d)."""
+    layer = getattr(attention, f"{part}_proj")
     weight, d = layer.weight.detach().numpy(), attention.head_dim
     x = words["hidden_states"].numpy()
     cos, sin = (c.numpy() for c in words["position_embeddings"])
     out = np.zeros((x.shape[0], len(weight) // d, x.shape[1], d))
     for b, head, t in np.ndindex(out.shape[:3]):
         y = weight[head * d : (head + 1) * d] @ x[b, t]
-        if part == "k":
-            scale, eps = attention.k_norm.weight.detach().numpy(), 1e-6
+        if part != "v":
+            scale, eps = getattr(attention, f"{part}_norm").weight.detach().numpy(), 1e-6
             y = scale * y / np.sqrt((y**2).mean() + eps)
             turned = np.concatenate([-y[d // 2 :], y[: d // 2]])
             y = y * cos[b, t] + turned * sin[b, t]
         out[b, head, t] = y
     return out
+
+
+def test_eq3_left_tokens_attend_to_left_tokens(case):
+    attention = case.model.left.model.language_model.layers[2].self_attn
+    ((words, out),) = watch(attention, lambda: case.model.think(case.batch))
+    q, k, v = (projected(attention, words, part) for part in "qkv")
+    real, (B, heads, T, d) = case.batch["left"]["real"].numpy(), q.shape
+    assert not real.all() and heads == 2 * k.shape[1]
+    want = np.zeros((B, T, heads * d))
+    for b, head, t in np.ndindex(B, heads, T):
+        seen = [j for j in range(t + 1) if real[b, j] and real[b, t]] or [t]  # causal, no padding
+        weights = np.exp([q[b, head, t] @ k[b, head // 2, j] / d**0.5 for j in seen])
+        y = (weights / weights.sum()) @ v[b, head // 2, seen]
+        want[b, t, head * d : (head + 1) * d] = y
+    want = want @ attention.o_proj.weight.detach().numpy().T
+    assert np.allclose(out[0].numpy()[real], want[real], atol=1e-4)
 
 
 def joint_call(case, monkeypatch, layer):
