@@ -670,8 +670,8 @@ class Store:
             if any("/" in name for name in shapes):
                 raise ValueError("a camera's name has a /")
             counts = {len(self.lengths), len(self.names), len(self.text), len(self.kept)}
-            whole = len(counts) == 1 and min([*self.lengths, self.fps]) > 0
-            if not whole or not {"state", "action"} <= self.stats.keys():
+            fits = len(counts) == 1 and min([*self.lengths, self.fps]) > 0
+            if not fits or not {"state", "action"} <= self.stats.keys():
                 raise ValueError("its fields do not fit each other: write it again")
         self.arrays, self.cameras = {}, list(sizes)
         for name, shape in shapes.items():
