@@ -391,6 +391,14 @@ def vita_name(name):
     return "vision." + rest
 
 
+def vita_released(name):
+    """Our name of a weight -> the released one; in the vision tower, where more differs, ours."""
+    for ours, theirs in (("language.", "model."), ("projector.", "model.mm_projector.")):
+        if name.startswith(ours):
+            return name.replace(ours, theirs, 1)
+    return name
+
+
 def qwen2_config(settings):
     """What a released config.json says of its Qwen2.5 -> the library's configuration."""
     known = {k: v for k, v in settings.items() if k in transformers.Qwen2Config().to_dict()}
@@ -437,7 +445,8 @@ def load_vita(path, size=200):
     except (KeyError, RuntimeError) as error:
         raise UserError(f"{path} is no VITA-1.5: {str(error).splitlines()[-1]}") from None
     if missing or surplus:
-        what = f"lacks {missing[0]}" if missing else f"has a surplus weight, {surplus[0]}"
+        bad = vita_released((missing or surplus)[0])
+        what = f"lacks {bad}" if missing else f"has a surplus weight, {bad}"
         raise UserError(f"{path} does not fit VITA-1.5: it {what}")
     return model.eval(), VitaProcessor(path, patch, size)
 

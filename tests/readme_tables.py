@@ -393,6 +393,20 @@ def suites_table():
     return rows(["suite", "arm", *domains, "seeds"], body) + "\n\n" + source(used)
 
 
+def tasks_table():
+    """The suites in LIBERO's shape by task, in the demonstrations' own domain."""
+    body = []
+    for method in SCRIPTS:
+        for x in lines(method):
+            suite = x["world"].partition(":")[2]
+            if suite in ("spatial", "object", "goal", "long"):
+                rates = x["domains"]["in"]["per_task"].items()
+                words = ", ".join(f"{t.replace('_', ' ')} {100 * rate:.0f}" for t, rate in rates)
+                mean = f"{100 * x['success']:.0f}"
+                body.append([suite, f"`{method}.py`", mean, words, x["seed"]])
+    return rows(["suite", "script", "in %", "by task, %", "seed"], sorted(body, key=str))
+
+
 MEASURES = {  # what the ablations of a method are read by, and what they are compared with
     "twinbrain": ("t1-twin", ("in", "out")),
     "vita_vla": ("two-stage", ("chain", "length", "in", "look")),
@@ -703,6 +717,7 @@ TABLES = {
     "calvin": calvin_table,
     "boundaries": boundaries_table,
     "twinbrain-suites": suites_table,
+    "suites-tasks": tasks_table,
     "twinbrain-arms": lambda: arms_table("twinbrain"),
     "vita_vla": chain_table,
     "vita_vla-brief": chain_brief,
