@@ -653,9 +653,9 @@ def loader_table():
     body = []
     for x in newest("loader", "reader", "workers", "side", "batch"):
         times = f"{x['of_lerobot']:.1f}" if "of_lerobot" in x else ""
-        first, last = x.get("private_mb", ("", ""))
-        own = [x["reader"], f"{x['batch']} of {x['side']} px", x["workers"], x["samples_s"], times]
-        body.append([*own, first and f"{first} to {last}", machine_cell(x)])
+        held = x.get("private_mb") or x.get("held_mb", [""])
+        own = [x["reader"], f"{x['batch']} of {x['side']} px", x["workers"], x.get("samples_s", "")]
+        body.append([*own, times, held[0] and f"{held[0]} to {held[-1]}", machine_cell(x)])
     head = ["reader", "batch", "workers", "samples/s", "of lerobot's", "its own MB", "machine"]
     return rows(head, body)
 
