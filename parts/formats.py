@@ -531,7 +531,7 @@ class LeRobot:
                 if start is None:
                     raise ValueError(f"field {key}: this episode has no video of it")
                 end = row.get(f"videos/{key}/to_timestamp") if self.v3 else None
-                if end is not None and abs(end - start - T / self.fps) > 0.5 / self.fps:
+                if end is not None and abs(end - start - T / self.fps) > 1.5 / self.fps:
                     raise ValueError(f"field {key}: {end - start:.2f} s of video for {T} steps")
                 path = self.path(row, key)
                 picture = partial(video_picture, path, start, self.fps)
