@@ -640,11 +640,11 @@ def pick(episodes, i):
     return [f[int(p * (len(f) - 1))] for p in places for f in cameras], episodes[i].instruction
 
 
-def inspect(spec, sheet, deep=True):
+def inspect(spec, sheet, quick=False):
     """Prints what was recognised, draws a contact sheet, lists every fault."""
     rows, episodes = [], []
     try:
-        episodes = open_episodes(spec, True, deep, again=True)
+        episodes = open_episodes(spec, True, not quick, again=True)
         faults = list(getattr(episodes, "faults", ()))
     except UserError as error:  # perhaps because nothing whole is left
         if not (faults := getattr(error, "faults", None)):
@@ -683,7 +683,7 @@ def main(argv=None):
     if args.verb == "inspect":
         if Path(args.sheet).suffix.lower() not in (".png", ".jpg", ".webp"):
             raise UserError(f"--sheet {args.sheet}: a .png, .jpg or .webp")
-        return inspect(args.path, args.sheet, not args.quick)
+        return inspect(args.path, args.sheet, args.quick)
     episodes = open_episodes(args.path, args.skip_bad, every=False)
     if not isinstance(episodes, Episodes):
         raise UserError(f"{args.path}: its pictures are not in files that need decoding")

@@ -292,10 +292,9 @@ def joint_attention(module, q_R, k, v, mask, scaling=None, **_):
     (B, heads, T_R, T_L + T_R): Figure 5.
     """
     mask = mask[..., -k.shape[2] :]
-    groups = module.num_key_value_groups
-    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     if joint_attention.maps is not None and k.shape[2] > q_R.shape[2]:
-        scores = q_R.float() @ k.float().transpose(-1, -2) * scaling
+        k_all = k.repeat_interleave(module.num_key_value_groups, dim=1)
+        scores = q_R.float() @ k_all.float().transpose(-1, -2) * scaling
         joint_attention.maps.append(scores.masked_fill(~mask, -torch.inf).softmax(-1))
     # softmax(Q_R K_joint^T / sqrt(d)) V_joint
     y = common.attend(q_R, k, v, mask, scaling)  # Eq. (6)

@@ -17,6 +17,7 @@ import itertools
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -46,12 +47,9 @@ def candidates(case, device):
         bias = causal_lower_right(T_R, T_L + T_R)
         return scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, enable_gqa=True)
 
-    def repeated(attend):
-        def repeat(q, k, v):
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-            return attend(q, k, v, mask, scale=scale)
-
-        return repeat
+    def repeated(attend, q, k, v):
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        return attend(q, k, v, mask, scale=scale)
 
     def kernel(q, k, v):
         return common.joint_attention(q, k, v, first_L, first_R, scale)
@@ -62,9 +60,9 @@ def candidates(case, device):
         return left | right | (j - T_L == m)
 
     found = {"SDPA, dense mask": dense}
-    found["SDPA, dense mask, keys repeated"] = repeated(scaled_dot_product_attention)
+    found["SDPA, dense mask, keys repeated"] = partial(repeated, scaled_dot_product_attention)
     if device == "cpu":
-        found["written out"] = repeated(kernels.written_out)
+        found["written out"] = partial(repeated, kernels.written_out)
     if not case["ragged"]:
         found["SDPA, causal_lower_right"] = lower_right
     if device == "cuda":

@@ -269,8 +269,6 @@ known_positions = lru_cache(maxsize=8192)(mrope_positions)  # prompts come again
 
 
 def short_attention(module, q, k, v, mask, scaling=None, **_):
-    groups = module.num_key_value_groups
-    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     return attend(q, k, v, mask, scaling).transpose(1, 2), None
 
 

@@ -17,13 +17,18 @@ from transformers import AttentionInterface
 
 
 def attend(q, k, v, mask=None, scale=None):
-    """softmax(q k^T * scale) v for (B, heads, T, d); the mask broadcasts, True where a query looks.
+    """softmax(q k^T * scale) v for q (B, heads, T, d), k and v (B, heads or fewer, one for a group
+    of q's, T', d); the mask broadcasts, True where a query looks.
 
     The library's fused kernel, but in bfloat16 on a CPU the written-out form: with prompts as short
-    as the tiny backbone's, the kernel takes three to ten times as long there (bench/attention.py).
+    as the tiny backbone's, the kernel takes two to three times as long (bench/attention.py).
     """
-    if q.is_cuda or q.dtype == torch.float32:
-        return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    if q.dtype == torch.float32 and not q.is_cuda:
+        return scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
+    if k.shape[1] < q.shape[1]:  # not all of the kernels on a GPU know groups
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    if q.is_cuda:
+        return scaled_dot_product_attention(q, k, v, mask, scale=scale)
     return written_out(q, k, v, mask, scale)
 
 

@@ -204,6 +204,13 @@ def test_commands_of_gpu_sh_parse(flags):
     assert ("latency.py --random" in done.stdout) == (not flags)
 
 
+def test_gpu_sh_fails_when_a_part_does():
+    environment = os.environ | {"PYTHON": "false", "RUNS": ""}
+    command = ["bash", ROOT / "bench" / "gpu.sh", "--cpu"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and "a step, tiny: failed (1)" in done.stdout
+
+
 def test_drawn_weights_are_never_looked_for():
     """Every module that asks `blank` whether there is anything to load is told that there is not,
     and asks again afterwards."""

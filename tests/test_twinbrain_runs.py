@@ -236,12 +236,13 @@ def test_damaged_files_are_named(copied, tmp_path, status):
         assert code == 2 and "step_00000004/model.safetensors is damaged" in err
 
 
-def test_foreign_checkpoints_are_refused(copied, status):
+def test_foreign_checkpoints_are_refused(copied, status, tmp_path):
     for path in copied.glob("checkpoints/*/meta.json"):
         path.write_text(path.read_text().replace('"method": "twinbrain"', '"method": "dualvla"'))
     for flag in ("--resume", "--eval-only", "--distill"):
         words = [flag, str(copied)]
-        words += [*TINY, "--brain", "vanilla"] if flag == "--distill" else []
+        if flag == "--distill":
+            words += [*TINY, "--brain", "vanilla", "--out", str(tmp_path / "run")]
         code, _, err = status(twinbrain.main, *words)
         assert code == 2 and "is a checkpoint of dualvla, not of twinbrain" in err
 

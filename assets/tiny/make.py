@@ -325,8 +325,6 @@ def make_worlds():
 # --------------------------------------------------------------------------------------------------
 def written_out(module, q, k, v, mask, scaling=None, **_):
     """Attention for prompts as short as these, on a CPU: see `common.attend`."""
-    groups = module.num_key_value_groups
-    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     return attend(q, k, v, mask, scaling).transpose(1, 2), None
 
 
