@@ -21,9 +21,11 @@ def attend(q, k, v, mask=None, scale=None):
     of q's, T', d); the mask broadcasts, True where a query looks.
 
     The library's fused kernel, but in bfloat16 on a CPU the written-out form: with prompts as short
-    as the tiny backbone's, the kernel takes two to three times as long (bench/attention.py).
+    as the tiny backbone's, the kernel takes two to three times as long (bench/attention.py), and
+    autocast lowers what it is given, which behind a norm is float32.
     """
-    if q.dtype == torch.float32 and not q.is_cuda:
+    lowered = q.dtype == torch.bfloat16 or torch.is_autocast_enabled(q.device.type)
+    if not (q.is_cuda or lowered):
         return scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
     if k.shape[1] < q.shape[1]:  # not all of the kernels on a GPU know groups
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))

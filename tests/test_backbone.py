@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import common
-from parts import backbones
+from parts import backbones, kernels
 
 SIZES = dict(depth=3, hidden_size=32, intermediate_size=48, num_heads=2, patch_size=8,
              out_hidden_size=32, spatial_merge_size=2, temporal_patch_size=2)  # fmt: skip
@@ -283,6 +283,23 @@ def test_attend_is_softmax_attention():
         pairs = (torch.autograd.grad(out.square().sum(), (q, k, v)) for out in (ours, want))
         for mine, theirs in zip(*pairs):
             torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype, lowered, fused", [
+    (torch.float32, False, True), (torch.float32, True, False), (torch.bfloat16, False, False),
+])  # fmt: skip
+def test_bfloat16_on_a_cpu_is_attended_in_products(dtype, lowered, fused, monkeypatch):
+    """Under autocast too, where queries come as float32 from their norm."""
+    calls = []
+    library = scaled_dot_product_attention
+    monkeypatch.setattr(kernels, "scaled_dot_product_attention",
+                        lambda *a, **b: calls.append(a) or library(*a, **b))  # fmt: skip
+    q, k = torch.randn(2, 4, 5, 8, dtype=dtype), torch.randn(2, 2, 7, 8, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=lowered):
+        y = common.attend(q, k, k)
+    assert bool(calls) == fused
+    want = library(q.float(), k.float(), k.float(), enable_gqa=True)
+    torch.testing.assert_close(y.float(), want, atol=0.03, rtol=0.03)
 
 
 def test_causal_mask_of_padded_prompts():

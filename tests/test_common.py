@@ -1,10 +1,13 @@
 """common.py: command line, exact checkpoints, run folder, processes, pictures, numbers."""
 
+import functools
 import json
 import math
 import os
+import platform
 import random
 import signal
+import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -488,6 +491,27 @@ def test_another_backbone_takes_the_preset_larger_unless_one_is_named():
     assert parse("--backbone Qwen3-VL-4B --preset paper").steps == 9
     for words in ("", "--backbone tiny"):
         assert (parse(words).lr, parse(words).preset) == (usual.lr, "")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other systems keep what is freed")
+def test_a_step_is_given_the_memory_that_the_last_one_freed(tmp_path):
+    """Pages that the system had to give, in thousands, by step."""
+    script = tmp_path / "steps.py"
+    script.write_text(
+        "import resource, sys, torch\n"
+        f"sys.path.insert(0, {str(Path(common.__file__).parent)!r})\n"
+        "from parts import process\n"
+        "if sys.argv[1:]:\n"
+        "    process.keep_memory()\n"
+        "for _ in range(4):\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    step = [torch.ones(2**20) for _ in range(20)]\n"
+        "    del step\n"
+        "    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
+    )
+    run = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
+    kept, back = (run([sys.executable, script, *words]).stdout.split() for words in (["keep"], []))
+    assert int(kept[0]) > 10_000 and int(kept[-1]) < 100 and int(back[-1]) > 500
 
 
 def test_muon_multiplies_in_the_precision_it_is_told():
