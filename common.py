@@ -104,6 +104,7 @@ from parts.scale import (
     store_frozen,
     synchronise,
     vision_blocks,
+    widen,
 )
 
 # --- command line ---------------------------------------------------------------------------------

@@ -916,10 +916,10 @@ FREE = (  # what a resumed or evaluated run may change
 
 def build(cfg, state_dim, action_dim, checkpoint=None):
     """-> model and processor; weights from the backbone and, for all that trained, a checkpoint."""
-    vlm, processor = common.load_backbone(cfg.backbone)
+    vlm, processor = common.load_backbone(cfg.backbone, cfg.frozen)
     common.Fast.extend(vlm, processor.tokenizer, BINS)
     common.seed_all(cfg.seed)
-    model = DualVLA(cfg, vlm, processor, state_dim, action_dim)
+    model = common.widen(DualVLA(cfg, vlm, processor, state_dim, action_dim))
     if checkpoint:
         fresh = ()  # G's second expert and its gates
         if checkpoint.meta["config"]["stage"] == "expert" != cfg.stage:

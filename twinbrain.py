@@ -82,7 +82,7 @@ class Config:
     skip_bad: bool = False  # leave out recordings that cannot be read, and list them
     robot: str = ""  # whose recordings to act like; empty: the first of --data
     out: str = ""  # run folder; empty: runs/<method>-<world>-<seed>-<time>
-    steps: int = 1700  # optimizer steps (paper: 40000)
+    steps: int = 2000  # optimizer steps (paper: 40000)
     seed: int = 0  # everything random follows from it
     resume: str = ""  # run folder to go on from, exactly; auto: --out's, or start it
     eval_only: str = ""  # run folder to evaluate, without training
@@ -829,11 +829,11 @@ FREE = (  # what a resumed or evaluated run may change
 
 def build(cfg, state_dim, action_dim, checkpoint=None):
     """-> model and processor; weights from the backbone or, for what trains, a checkpoint."""
-    vlm, processor = common.load_backbone(cfg.backbone)
+    vlm, processor = common.load_backbone(cfg.backbone, cfg.frozen)
     if cfg.head == "fast":
         common.Fast.extend(vlm, processor.tokenizer)
     common.seed_all(cfg.seed)
-    model = TwinBrain(cfg, vlm, processor, state_dim, action_dim)
+    model = common.widen(TwinBrain(cfg, vlm, processor, state_dim, action_dim))
     if checkpoint:
         common.fill(model, checkpoint, cfg.backbone)
     return model, processor

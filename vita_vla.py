@@ -781,12 +781,12 @@ def build(cfg, checkpoint=None, arm=6):
     arm: numbers of an action before the gripper's."""
     arm = data.dims(checkpoint.meta["robots"])[1] - 1 if checkpoint else arm
     own = cfg.stage == "teacher" and cfg.eyes == "mae"  # such a Seer needs nothing of a VLM
-    vlm, processor = common.load_vlm("tiny" if own else cfg.backbone, cfg.size)
+    vlm, processor = common.load_vlm("tiny" if own else cfg.backbone, cfg.size, cfg.frozen)
     common.seed_all(cfg.seed)
     if cfg.stage == "teacher":
         model = Seer(cfg, seer.paper_eyes() if own else seer.BackboneEyes(vlm), arm)
     else:
-        model = VitaVLA(cfg, vlm, processor, arm)
+        model = common.widen(VitaVLA(cfg, vlm, processor, arm))
     if checkpoint:
         fit(model, checkpoint.tensors, checkpoint.path)
     elif cfg.stage == "finetune" and cfg.student:

@@ -47,7 +47,7 @@ def drawn(device, dtype=torch.float32):
     """In here a backbone has its published size, and weights drawn at random on the device."""
     load, load_vlm, blank = common.load_backbone, common.load_vlm, common.blank
 
-    def load_drawn(name):
+    def load_drawn(name, *_):
         vlm, processor = load(name)
         vision = vlm.config.vision_config
         if vlm.config.model_type == "internvl":
@@ -64,7 +64,7 @@ def drawn(device, dtype=torch.float32):
             p.data = p.data.to(dtype)
         return vlm, processor
 
-    def load_vlm_drawn(name, size=200):
+    def load_vlm_drawn(name, size=200, *_):
         torch.set_default_dtype(dtype)
         try:
             return load_vlm(name, size)
@@ -106,9 +106,6 @@ def build(method, cfg, random, device=DEVICE):
     dtype = torch.bfloat16 if half else torch.float32
     with drawn(device, dtype) if random else nullcontext():
         model, processor = SCRIPTS[method].build(cfg, *dims)
-    for p in model.parameters():
-        if p.requires_grad:
-            p.data = p.data.float()
     common.store_frozen(model, cfg, DEVICE)
     return model.to(device), processor
 

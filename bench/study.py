@@ -48,9 +48,11 @@ SHARED = {  # method or arm: flags that take a stage of another run, and that st
 
 def machine():
     """Kind of machine, without its name: processor, cores, accelerator, lack of bfloat16."""
-    lines = process.cpu_facts().splitlines()
-    model = [line.split(":")[1].strip() for line in lines if "model name" in line]
-    words = f"{model[0] if model else platform.machine()}, {os.cpu_count()} cores"
+    facts = [line.partition(":") for line in process.cpu_facts().splitlines()]
+    facts = {name.strip(): value.strip() for name, _, value in facts}
+    model = facts.get("model name", platform.machine())
+    model += " (Zen 5)" if model == "AMD EPYC" and facts["cpu family"] == "26" else ""
+    words = f"{model}, {os.cpu_count()} cores"
     words += f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return words + ("" if common.multiplies_bf16(DEVICE) else " without bfloat16")
 
@@ -94,8 +96,9 @@ def run(method, arm, seed, flags, args):
             found = [*(base.glob("*/result.json") if folder != out else ()),
                      *out.glob("*/result.json")]  # fmt: skip
             stages = {file.parent.name: json.loads(file.read_text()) for file in found}
+            also = {"teacher": ("domains", "length")}  # Seer is compared with its students
             result["stages"] = {
-                name: {k: stage[k] for k in ("samples", "train_seconds")}
+                name: {k: stage[k] for k in ("samples", "train_seconds", *also.get(name, ()))}
                 for name, stage in stages.items()
             }
         log = last / result.get("stage", "") / "metrics.jsonl"  # of DualVLA's last stage

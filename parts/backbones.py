@@ -102,13 +102,15 @@ def find_backbone(name) -> str:
     return path
 
 
-def load_backbone(name, dtype=torch.float32):
+def load_backbone(name, frozen="fp32"):
     """A name, folder or hub id -> (Qwen3-VL, Qwen2.5-VL or Eagle2 in eval mode, its Processor).
 
     The model is the library's; only a Qwen's vision tower attends to all equal-sized images in one
-    call. On the meta device: without weights, and with the embedded backbone's Processor.
+    call. frozen: with bf16, as `--frozen`, weights stay as their file has them, else they become
+    float32. On the meta device: without weights, and with the embedded backbone's Processor.
     """
     path, flag = find_backbone(name), f"--backbone {name}"
+    dtype = "auto" if frozen == "bf16" else torch.float32
     if path == BACKBONES["VITA-1.5"]:
         raise UserError(f"{flag}: only vita_vla.py takes it, as it is read without its head")
     disable_progress_bar()
@@ -410,9 +412,9 @@ INTERN_VIT = dict(
 )  # fmt: skip
 
 
-def load_vita(path, size=200):
+def load_vita(path, size=200, frozen="fp32"):
     """A folder with VITA-1.5's released files -> Vita15, VitaProcessor. A weight that is missing or
-    surplus is an error that names it."""
+    surplus is an error that names it. In memory the weights are but once."""
     folder, tensors = Path(path), {}
     settings = json.loads((folder / "config.json").read_text())
     for file in sorted(folder.glob("*.safetensors")):
@@ -420,8 +422,8 @@ def load_vita(path, size=200):
             with safe_open(file, "pt") as opened:
                 for name in filter(vita_name, opened.keys()):
                     shape = opened.get_slice(name).get_shape()
-                    tensor = torch.empty(shape) if blank() else opened.get_tensor(name).float()
-                    tensors[vita_name(name)] = tensor
+                    tensor = torch.empty(shape) if blank() else opened.get_tensor(name)
+                    tensors[vita_name(name)] = tensor if frozen == "bf16" else tensor.float()
         except SafetensorError:
             raise UserError(f"{file} is damaged or cut short, fetch it again") from None
     for name in [n for n in tensors if ".attention.qkv." in n]:  # three matrices in one
@@ -438,8 +440,11 @@ def load_vita(path, size=200):
             patch_size=patch, image_size=round(math.sqrt(places)) * patch,
         )  # fmt: skip
         config = qwen2_config(settings)
-        model = Vita15(config, vision_config)
-        missing, surplus = model.load_state_dict(tensors, strict=False)
+        with torch.device("meta"):
+            model = Vita15(config, vision_config)
+        missing, surplus = model.load_state_dict(tensors, strict=False, assign=True)
+        if not blank():  # what the rotation is made of is in no file
+            model.language.rotary_emb = type(model.language.rotary_emb)(config)
     except (KeyError, RuntimeError) as error:
         raise UserError(f"{path} is no VITA-1.5: {str(error).splitlines()[-1]}") from None
     if missing or surplus:
@@ -461,7 +466,7 @@ def released(name):
                         "--backbone DIR") from error  # fmt: skip
 
 
-def load_vlm(name, size=200):
+def load_vlm(name, size=200, frozen="fp32"):
     """`--backbone` -> a VLM with see() and read(), its processor. size: of VITA-1.5's pictures."""
     path = BACKBONES.get(name, name)
     if path == BACKBONES["VITA-1.5"] and blank():
@@ -473,8 +478,8 @@ def load_vlm(name, size=200):
     if (Path(path) / "config.json").exists():
         with loading(name, path):
             if "vita" in str(settings_of(path).get("model_type")).lower():
-                return load_vita(path, size)
-    vlm, processor = load_backbone(name)
+                return load_vita(path, size, frozen)
+    vlm, processor = load_backbone(name, frozen)
     return QwenVL(vlm), processor
 
 

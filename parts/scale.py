@@ -104,15 +104,15 @@ def place(model, cfg, dist, say, replicate=None, beside=()):
 
 def foresee(cfg, dist, build, *others):
     """Before anything is loaded: a UserError where what build() makes, to train, cannot fit beside
-    what `others` make, that stands still: on the device, or all of it, in float32, in the memory
-    of this machine, where every process loads it first. The embedded backbone is not asked."""
+    what `others` make, that stands still: on the device, or all of it in the memory of this
+    machine, where every process loads it first. The embedded backbone is not asked."""
     if cfg.backbone == "tiny":
         return
     with torch.device("meta"):
         model, *beside = (make() for make in (build, *others))
-    loaded = 4 * sum(p.numel() for m in (model, *beside) for p in m.parameters())
     for m in (model, *(other.requires_grad_(False) for other in beside)):
         store_frozen(m, cfg, dist.device)
+    loaded = sum(p.nbytes for m in (model, *beside) for p in m.parameters())
     rows = memory_rows(model, cfg, shares(cfg, dist), beside=dict(enumerate(beside)))
     left_of_device(rows, cfg, dist)
     free = min(dist.gather(machine_memory(now=True)))  # asked before any process loads
@@ -138,12 +138,20 @@ def left_of_device(rows, cfg, dist):
     return f"{size(need)}; {size(there - need)} of this {kind}"
 
 
+def widen(model):
+    """-> the model; what trains is float32, whatever its file has."""
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data = p.data.float()
+    return model
+
+
 def store_frozen(model, cfg, device):
-    """--frozen bf16, where products are in bfloat16 anyway."""
-    if cfg.frozen == "bf16" and in_bf16(device, cfg.dtype):
-        for p in model.parameters():
-            if not p.requires_grad:
-                p.data = p.data.bfloat16()
+    """--frozen bf16, where products are in bfloat16 anyway; else what stands still is float32."""
+    half = cfg.frozen == "bf16" and in_bf16(device, cfg.dtype)
+    for p in model.parameters():
+        if not p.requires_grad:
+            p.data = p.data.to(torch.bfloat16 if half else torch.float32)
 
 
 def memory_rows(model, cfg, split=1, copied=(), beside=()):

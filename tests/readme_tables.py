@@ -403,8 +403,24 @@ def tasks_table():
                 rates = x["domains"]["in"]["per_task"].items()
                 words = ", ".join(f"{t.replace('_', ' ')} {100 * rate:.0f}" for t, rate in rates)
                 mean = f"{100 * x['success']:.0f}"
-                body.append([suite, f"`{method}.py`", mean, words, x["seed"]])
-    return rows(["suite", "script", "in %", "by task, %", "seed"], sorted(body, key=str))
+                body.append([suite, f"`{x['arm']}`", mean, words, x["seed"]])
+    return rows(["suite", "arm", "in %", "by task, %", "seed"], sorted(body, key=str))
+
+
+def taught_table():
+    """VITA-VLA in the suites in LIBERO's shape: the teacher, and what its students make of it."""
+    body, used = [], []
+    for suite in ("spatial", "object", "goal", "long"):
+        here = [x for x in lines("vita_vla") if x["world"] == f"tabletop:{suite}"]
+        teachers = [x | x["stages"]["teacher"] for x in here if x["arm"] == "two-stage"]
+        rated = {"teacher (Seer)": teachers}
+        rated |= {f"`{name}`": [x for x in here if x["arm"] == name] for name in vita_vla.STAGES}
+        for name, some in rated.items():
+            if some:
+                body.append([suite, name, *(cell(some, d) for d in ("in", "colour", "shape"))])
+        used += here
+    head = ["suite", "arm", "in", "colour", "shape"]
+    return rows(head, body) + "\n\n" + source(used)
 
 
 MEASURES = {  # what the ablations of a method are read by, and what they are compared with
@@ -673,11 +689,12 @@ def length_table():
     """How long the default run of TwinBrainVLA takes to act well: its seeds by their steps."""
     runs = {}
     for x in lines("twinbrain"):
-        how = x["flags"] in ("", SHORT, "--steps 2000") and x["machine"] == "AMD EPYC, 2 cores"
+        usual = x["flags"] == SHORT or re.fullmatch(r"(--steps \d+)?", x["flags"])
+        how = usual and re.match(r"AMD EPYC( \(Zen 5\))?, 2 cores$", x["machine"])
         if how and x["arm"] in ("t1-twin", "t1-vanilla") and x["seed"] < 3:
-            runs.setdefault((x["steps"], x["arm"]), []).append(x)
+            runs.setdefault((x["steps"], x["flags"], x["arm"]), []).append(x)
     body = []
-    for (steps, name), mine in sorted(runs.items()):
+    for (steps, _, name), mine in sorted(runs.items()):
         seconds = ", ".join(f"{x['train_seconds']:.0f}" for x in mine)
         size = f"{steps:,}", f"{mine[0]['samples']:,}"
         body.append([f"`{name}`", *size, seconds, cell(mine, "in"), cell(mine, "out")])
@@ -718,6 +735,7 @@ TABLES = {
     "boundaries": boundaries_table,
     "twinbrain-suites": suites_table,
     "suites-tasks": tasks_table,
+    "vita_vla-suites": taught_table,
     "twinbrain-arms": lambda: arms_table("twinbrain"),
     "vita_vla": chain_table,
     "vita_vla-brief": chain_brief,

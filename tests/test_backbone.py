@@ -107,8 +107,8 @@ def test_shards_in_bfloat16_are_one_model(case, tmp_path):
     saved = copy.deepcopy(case.saved).bfloat16()
     saved.save_pretrained(folder, max_shard_size="100KB")
     assert len(list(folder.glob("model-*.safetensors"))) > 1
-    for dtype in (torch.bfloat16, torch.float32):
-        vlm, _ = common.load_backbone(str(folder), dtype)
+    for dtype, frozen in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        vlm, _ = common.load_backbone(str(folder), frozen)
         for name, tensor in vlm.state_dict().items():
             assert tensor.dtype == dtype and torch.equal(tensor, saved.state_dict()[name].to(dtype))
 

@@ -459,6 +459,32 @@ def test_a_students_second_action_sees_its_first(episodes):
         assert [bool(g.any()) for g in grad] == [j <= i for j in range(3)]
 
 
+def test_a_students_mask(episodes):
+    """Two steps, of each one token of either picture and of the words, the state, three actions: a
+    row is what reaches that token's last state. One causal sequence, unlike the teacher's mask; in
+    the shorter prompt beside it padding (the last column) reaches nobody."""
+    case = Case(episodes, history=2)
+    batch, model, views = case.batch, case.model, []
+    prompt, seen = batch["prompt"], model.vlm.see(batch["pixel_values"], batch["image_grid_thw"])
+    places = prompt["real"] & (prompt["input_ids"] == case.processor.image_token_id)
+    x = model.embed(prompt, seen, batch["state"][batch["steps"]], places)
+    h = model.vlm.read(x, prompt, common.causal_mask(prompt["real"]), places, seen)
+    for b in (0, 2):  # two steps; one, padded
+        step = re.compile(r".*?(p)(?=\.).*?(p)(?=\.).*?(\.)(?=s)(s).*?(a)(a)(a)")
+        found = [m for m in step.finditer(letters(case, prompt["input_ids"][b]))
+                 if prompt["real"][b, m.start(4)]]
+        at = [m.start(i) for m in found for i in range(1, 8)]
+        hidden = (~prompt["real"][b]).nonzero().flatten().tolist()
+        for row in at:
+            pull = (h[b, row] * torch.arange(128.0)).sum()
+            (grad,) = torch.autograd.grad(pull, x, retain_graph=True)
+            reach = grad[b].any(-1)
+            views.append("".join(".#"[int(reach[c])] for c in at) + ".#"[int(reach[hidden].any())])
+        assert not grad[[i for i in range(3) if i != b]].any(), "another sample's"
+    want = ["#" * (i + 1) + "." * (n - i) for n in (14, 7) for i in range(n)]
+    assert views == want
+
+
 @pytest.mark.parametrize("H, heads, queries, foresight, tokens", [
     (384, 12, 6, 9, 37), (1024, 16, 16, 16, 71)])  # fmt: skip
 def test_tokens_of_a_step(H, heads, queries, foresight, tokens):
