@@ -174,7 +174,7 @@ CALVIN = dict(
     foresight=16, patch=16, dropout=0.1, attention_dropout=0.1, embedding_dropout=0.1,
     foresight_steps=0, history=10, batch=8, lr=1e-4, lr_head=1e-4, lr_teacher=1e-3, augment=0,
     gripper_weight=0.01, optimizer="adamw", size=200, wrist_size=84, act_index=1, episodes=1000,
-    workers=4, normalise="raw",
+    workers=4, normalise="raw", frozen="bf16",
 )  # fmt: skip
 LIBERO = dict(teacher_steps=42_000, align_steps=3_200, finetune_steps=2_100, warmup=1_000,
               width=384, heads=12, queries=6, foresight=9, history=7, act_index=0, ensemble=True,

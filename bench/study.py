@@ -51,7 +51,7 @@ def machine():
     facts = [line.partition(":") for line in process.cpu_facts().splitlines()]
     facts = {name.strip(): value.strip() for name, _, value in facts}
     model = facts.get("model name", platform.machine())
-    model += " (Zen 5)" if model == "AMD EPYC" and facts["cpu family"] == "26" else ""
+    model += " (Zen 5)" if model == "AMD EPYC" and facts.get("cpu family") == "26" else ""
     words = f"{model}, {os.cpu_count()} cores"
     words += f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return words + ("" if common.multiplies_bf16(DEVICE) else " without bfloat16")

@@ -1211,6 +1211,17 @@ def test_a_vita_folder_is_sized_without_its_weights(vita):
     assert common.param_counts(model)["total"] == common.param_counts(loaded)["total"]
 
 
+def test_vita_stays_in_the_16_bits_of_its_files(vita):
+    whole, half = (common.load_vlm(str(vita.folder), 200, how)[0] for how in ("fp32", "bf16"))
+    for name, tensor in whole.state_dict().items():
+        assert tensor.dtype == torch.float32
+        kept = half.state_dict()[name]
+        assert kept.dtype == torch.bfloat16 and torch.equal(kept.float(), tensor), name
+    for model in (whole, half):  # in no file
+        assert torch.equal(model.language.rotary_emb.inv_freq, vita.text.rotary_emb.inv_freq)
+    assert not any(t.is_meta for t in (*half.parameters(), *half.buffers()))
+
+
 def test_vitas_own_code_never_runs(vita, monkeypatch):
     never_runs_its_own(vita.folder, common.load_vlm, monkeypatch)
 

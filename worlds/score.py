@@ -366,9 +366,9 @@ def judge_by_address(cfg, reasons, examples, pause=1.0, timeout=60.0):
 
 def judge_by_vlm(backbone, reasons, examples, device):
     """A VLM of this machine -> function: run -> marks. It decodes greedily: one try."""
-    half = torch.float32 if str(device) == "cpu" else torch.bfloat16
-    vlm, processor = common.load_backbone(backbone, half)
-    vlm = vlm.to(device)
+    name, half = ("fp32", torch.float32) if str(device) == "cpu" else ("bf16", torch.bfloat16)
+    vlm, processor = common.load_backbone(backbone, name)
+    vlm = vlm.to(device, half)
 
     def judge(run):
         words = rubric(reasons) + "\n" + task_words(run, reasons, similar(run, examples))
