@@ -23,7 +23,7 @@ def show(method, rows, paper, ours, numbers):
         plain |= {name: means[""]} if "" in means else {}
         cells = [
             f"{', '.join(f'{x:.3g}' for x in mean)} ({len(found[flags])}) {flags}".strip()
-            for flags, mean in means.items()
+            for flags, mean in sorted(means.items())
         ]
         told = about["_paper"] or "-"
         print(f"{name:18} {about['_row']:45} {told:>24}   {'; '.join(cells) or 'not run'}")
