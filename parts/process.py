@@ -179,8 +179,9 @@ def setup(cfg) -> Dist:
 def keep_memory() -> None:
     """What a step frees the next one gets, without the system between: glibc hands back the top of
     its heap, 20 MB a step of the laptop's run, and is given it page by page, a tenth of the time.
-    Elsewhere nothing happens."""
-    libc = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
+    Where MALLOC_... in the environment says otherwise, or elsewhere, nothing happens."""
+    told = any(name.startswith("MALLOC_") for name in os.environ)
+    libc = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" and not told else None
     for option, most in ((-1, 2**31 - 1), (-3, 2**25)) if libc else ():
         libc.mallopt(option, most)  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, at their largest
 
