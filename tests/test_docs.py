@@ -210,12 +210,12 @@ def test_a_claim_may_be_left_undecided_with_its_reason(monkeypatch):
 
 
 def test_numbers_of_evening_four():
-    """How many seeds would tell: two-sided t of 95% for 6 and 39 degrees of freedom."""
+    """How many seeds would tell: two-sided t of 95% for 8 and 23 degrees of freedom."""
     arms = [tables.arm("twinbrain", name) for name in ("t1-twin", "t1-vanilla")]
     _, low, high, _ = tables.gap(*arms, "look")
     s = 100 * (high - low) / 2 / 4.303 * 3**0.5
     assert f"s = {s:.0f} points" in TEXT["guide.md"]
-    assert 2.447 * s / 7**0.5 < 26.3 and 2.023 * s / 40**0.5 < 9.35
+    assert 2.306 * s / 9**0.5 < 17.7 and 2.069 * s / 24**0.5 < 9.35
 
 
 def test_claims_name_arms_and_measures_that_exist():
