@@ -378,7 +378,7 @@ def boundaries_table():
 
 def suites_table():
     """The world's suites after 1,000 steps: success in each domain that was evaluated."""
-    domains = [d for d in DOMAINS if d not in ("out", "look")] + ["pick_all"]
+    domains = [d for d in DOMAINS if d not in ("out", "look")] + ["pick_all", "chain"]
     runs, used = {}, []
     for x in lines("twinbrain"):
         about = re.fullmatch(SHORT + "(?: --world .*?)?( --dtype fp32)?", x["flags"])

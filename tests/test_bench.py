@@ -258,6 +258,13 @@ def test_a_server_that_ends_before_it_listens_is_not_waited_for():
         importlib.import_module("bench.serve").report(None, server, b"")
 
 
+@pytest.mark.parametrize("family, name", [("25", "AMD EPYC, "), ("26", "AMD EPYC (Zen 5), ")])
+def test_generations_of_one_name_are_told_apart(family, name, monkeypatch):
+    facts = f"model name\t: AMD EPYC\ncpu family\t: {family}\nflags\t: a b\n"
+    monkeypatch.setattr(process, "cpu_facts", lambda: facts)
+    assert study.machine().startswith(name)
+
+
 def test_arms_begin_where_the_stages_of_another_ended(tmp_path, monkeypatch):
     asked = []
 
