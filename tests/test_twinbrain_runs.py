@@ -332,6 +332,22 @@ def test_chains_count_goals_in_a_row(tmp_path):
     assert got["episodes"] == 3 and got["per_task"] == {"chain": pytest.approx(2 / 3)}
 
 
+@pytest.mark.parametrize("words, left", [
+    ([], "in colour shape wording"), (["--domains", "look"], "look"), (["--domains", "in,pair"], ""),
+    (["--world", "tabletop:bridge"], "in colour shape pair wording"),
+])  # fmt: skip
+def test_of_a_presets_domains_those_stay_that_the_suite_has(words, left):
+    """What the command line names is not dropped in silence."""
+    words = ["--preset", "short", "--world", "tabletop:long", *words]
+    cfg = common.parse(twinbrain.Config, twinbrain.PRESETS, twinbrain.ABLATIONS, words)
+    if left:
+        twinbrain.check(cfg)
+        assert " ".join(cfg.domains) == left
+    else:
+        with pytest.raises(common.UserError, match="unknown --domains pair for long"):
+            twinbrain.check(cfg)
+
+
 def test_every_policy_starts_at_the_same_sights():
     seen = []
     for horizon in (2, 8):  # two policies that go on differently

@@ -69,7 +69,10 @@ def domains_of(world, asked):
 
 
 def check(cfg):
-    """Whether the world, the domains and the way to render exist, before anything is spent."""
+    """Whether the world, the domains and the way to render exist, before anything is spent. Of the
+    domains that a preset names, or a run's own elsewhere, those stay that the world has."""
+    if "domains" not in getattr(cfg, "explicit", ["domains"]):
+        cfg.domains = tuple(d for d in cfg.domains if d in domains_of(cfg.world, ()))
     if domains_of(cfg.world, cfg.domains):
         World, suite = find(cfg.world)
         World(suite, cfg.size, cfg.wrist_size)  # says which package it lacks
