@@ -116,12 +116,12 @@ def test_it_answers_held_out_questions(model, tokenizer):
 
 
 def test_recorded_accuracy_does_not_fall():
-    """What the shipped weights reached; the aim for colour, 0.97, is not reached yet."""
-    accuracy = json.loads((TINY / "accuracy.json").read_text())["accuracy"]
+    """What the shipped weights reached, of enough questions that one in a hundred is seen."""
+    facts = json.loads((TINY / "accuracy.json").read_text())
     for kind in ("exist", "relation", "count", "point", "position", "lean"):
-        assert accuracy[kind] >= 0.95, kind
-    for kind, least in (("shape", 0.97), ("caption", 0.97), ("colour", 0.96)):
-        assert accuracy[kind] >= least, kind
+        assert facts["accuracy"][kind] >= 0.95, kind
+    for kind in ("shape", "caption", "colour"):
+        assert facts["accuracy"][kind] >= 0.97 and facts["questions"][kind] >= 10_000, kind
 
 
 def truth(world, text):

@@ -361,7 +361,8 @@ def mean_loss(logits, targets, rows, branches):
 
 @torch.no_grad()
 def measure(model, tokenizer, batches=8):
-    """Accuracy of each kind of question on scenes that training never draws."""
+    """Accuracy of each kind of question on scenes that training never draws, and how many of each
+    were asked (of captions, tokens)."""
     worlds, right = make_worlds(), defaultdict(list)
     names = {tokenizer.token_to_id(f"<loc_{i}>"): i for i in range(CELLS)}
     for i in range(batches):
@@ -372,7 +373,8 @@ def measure(model, tokenizer, batches=8):
             for branch, question in enumerate(questions, start=1):
                 mine = (rows == row) & (branches == branch)
                 score(right, question.kind, guesses[mine].tolist(), targets[mine].tolist(), names)
-    return {kind: round(float(np.mean(values)), 4) for kind, values in sorted(right.items())}
+    accuracy = {kind: round(float(np.mean(values)), 4) for kind, values in sorted(right.items())}
+    return accuracy, {kind: len(right[kind]) for kind in accuracy}
 
 
 def score(right, kind, guess, target, cells):
@@ -435,7 +437,7 @@ def train(rank, workers, args):
             spent = (time.time() - began) / 60
             print(f"step {step:5d}  {spent:5.1f} min  loss {np.mean(losses[-50:]):.4f}", flush=True)
         if rank == 0 and time.time() - saved > 240:
-            print(measure(model, tokenizer, batches=2), flush=True)
+            print(measure(model, tokenizer, batches=2)[0], flush=True)
             save(model, tokenizer, args.out)
             saved = time.time()
     if args.mean:
@@ -466,12 +468,13 @@ def report(args, stage=None):
     """Measures what was saved, and writes it down with how it was made."""
     tokenizer = Tokenizer.from_file(str(args.out / "tokenizer.json"))
     model, path, stages = load(args.out), args.out / "accuracy.json", []
-    accuracy = measure(model, tokenizer, batches=30)
+    accuracy, asked = measure(model, tokenizer, batches=300)  # a few minutes
     print(json.dumps(accuracy, indent=2))
     if (args.go_on or args.measure) and path.exists():
         stages = json.loads(path.read_text())["stages"]
     stages += [stage] if stage else []
-    write(path, parameters=model.num_parameters(), stages=stages, accuracy=accuracy)
+    parameters = model.num_parameters()
+    write(path, parameters=parameters, stages=stages, accuracy=accuracy, questions=asked)
 
 
 def main():
