@@ -19,10 +19,10 @@ def show(method, rows, paper, ours, numbers):
             if r["arm"] == name:
                 flags = r["flags"].partition("--distill")[0].strip()
                 found.setdefault(flags, []).append(numbers(r))
-        means = {flags: np.mean(values, axis=0) for flags, values in found.items()}
+        means = {flags: np.mean(np.array(v, float), axis=0) for flags, v in found.items()}
         plain |= {name: means[""]} if "" in means else {}
         cells = [
-            f"{', '.join(f'{x:.3g}' for x in mean)} ({len(found[flags])}) {flags}".strip()
+            f"{', '.join(f'{x:.3g}' for x in mean if x == x)} ({len(found[flags])}) {flags}".strip()
             for flags, mean in sorted(means.items())
         ]
         told = about["_paper"] or "-"
