@@ -408,7 +408,7 @@ def tasks_table():
 
 
 def taught_table():
-    """VITA-VLA in the suites in LIBERO's shape: the teacher, and what its students make of it."""
+    """VITA-VLA's arms in the suites in LIBERO's shape, each suite's teacher first."""
     body, used = [], []
     for suite in ("spatial", "object", "goal", "long"):
         here = [x for x in lines("vita_vla") if x["world"] == f"tabletop:{suite}"]

@@ -495,7 +495,7 @@ def test_another_backbone_takes_the_preset_larger_unless_one_is_named():
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other systems keep what is freed")
 def test_a_step_is_given_the_memory_that_the_last_one_freed(tmp_path):
-    """Pages that the system had to give, in thousands, by step."""
+    """Pages that the system had to give, step by step, with and without what it is told."""
     script = tmp_path / "steps.py"
     script.write_text(
         "import resource, sys, torch\n"

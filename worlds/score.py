@@ -366,8 +366,8 @@ def judge_by_address(cfg, reasons, examples, pause=1.0, timeout=60.0):
 
 def judge_by_vlm(backbone, reasons, examples, device):
     """A VLM of this machine -> function: run -> marks. It decodes greedily: one try."""
-    name, half = ("fp32", torch.float32) if str(device) == "cpu" else ("bf16", torch.bfloat16)
-    vlm, processor = common.load_backbone(backbone, name)
+    half = torch.float32 if str(device) == "cpu" else torch.bfloat16
+    vlm, processor = common.load_backbone(backbone, "fp32" if half == torch.float32 else "bf16")
     vlm = vlm.to(device, half)
 
     def judge(run):
