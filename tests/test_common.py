@@ -1,13 +1,10 @@
 """common.py: command line, exact checkpoints, run folder, processes, pictures, numbers."""
 
-import functools
 import json
 import math
 import os
-import platform
 import random
 import signal
-import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -493,25 +490,22 @@ def test_another_backbone_takes_the_preset_larger_unless_one_is_named():
         assert (parse(words).lr, parse(words).preset) == (usual.lr, "")
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other systems keep what is freed")
-def test_a_step_is_given_the_memory_that_the_last_one_freed(tmp_path):
-    """Pages that the system had to give, step by step, with and without what it is told."""
-    script = tmp_path / "steps.py"
-    script.write_text(
-        "import resource, sys, torch\n"
-        f"sys.path.insert(0, {str(Path(common.__file__).parent)!r})\n"
-        "from parts import process\n"
-        "if sys.argv[1:]:\n"
-        "    process.keep_memory()\n"
-        "for _ in range(4):\n"
-        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "    step = [torch.ones(2**20) for _ in range(20)]\n"
-        "    del step\n"
-        "    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
-    )
-    run = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
-    kept, back = (run([sys.executable, script, *words]).stdout.split() for words in (["keep"], []))
-    assert int(kept[0]) > 10_000 and int(kept[-1]) < 100 and int(back[-1]) > 500
+@pytest.mark.parametrize("env, told", [({}, [-1, -3]), ({"MALLOC_ARENA_MAX": "1"}, [])], ids=str)
+def test_what_a_step_frees_stays_unless_the_environment_says_otherwise(env, told, monkeypatch):
+    class Libc:
+        def mallopt(self, option, value):
+            asked.append(option)
+            assert value >= 2**25
+
+    asked = []
+    for name in [n for n in os.environ if n.startswith("MALLOC_")]:
+        monkeypatch.delenv(name)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(process.ctypes, "CDLL", lambda name: Libc())
+    monkeypatch.setattr(process.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    process.keep_memory()
+    assert asked == told
 
 
 def test_muon_multiplies_in_the_precision_it_is_told():
