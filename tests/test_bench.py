@@ -221,7 +221,7 @@ def test_drawn_weights_are_never_looked_for():
 
 
 def test_what_stands_still_is_drawn_in_16_bits_and_what_trains_in_32(monkeypatch):
-    monkeypatch.setattr(methods.process, "in_bf16", lambda *_: True)
+    monkeypatch.setattr(methods.process, "multiplies_bf16", lambda device: True)
     for method, stage, more in (("vita_vla", "align", []), ("twinbrain", "", ["--lora", "4"])):
         flags = ["--backbone", "tiny", "--frozen", "bf16", *more]
         model = methods.build(method, methods.config(method, flags, stage), True)[0]
