@@ -967,13 +967,14 @@ def session(cfg, dist):
         return
     run = common.Run(cfg, "twinbrain", __file__, dist, cfg.steps, resumed)
     run.say(f"run folder {run.folder}; {dist.processes} process(es) on {dist.device}")
-    sets = data.question_sets(common.ABILITIES, cfg.questions, cfg.size, cfg.wrist_size)
     if not policy:
         policy, batches, meta, teacher = prepare(cfg, dist, run, resumed)  # [method]
-        measure = partial(abilities, policy.model, cfg, policy.processor, dist.device, sets)
+    sets = data.question_sets(common.ABILITIES, cfg.questions, cfg.size, cfg.wrist_size)
+    measure = partial(abilities, policy.model, cfg, policy.processor, dist.device, sets)
+    if not cfg.eval_only:
         seconds = train(cfg, dist, run, policy.model, batches, meta, resumed, measure, teacher)
     results = loop.evaluate(policy, cfg, dist, run.folder, run.say)
-    vqa = abilities(policy.model, cfg, policy.processor, dist.device, sets)
+    vqa = measure()
     for side, scores in vqa.items():
         words = ", ".join(f"{name} {share:.1%}" for name, share in scores.items())
         run.say(f"  questions to the {side} brain alone: {words}")

@@ -1,19 +1,23 @@
 """Fixtures that the tests of the method scripts share."""
 
+import copy
 import os
 import sys
+from functools import cache
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests are tiny: threads would wait for each other
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+import common  # noqa: E402
 import data  # noqa: E402
+from parts import backbones  # noqa: E402
 from worlds import score  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory):
+def demonstrations(tmp_path_factory):
     """Demonstrations made here go into a folder of their own, for child processes too."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("demonstrations")
@@ -29,6 +33,26 @@ def few_sights():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def tiny_once():
+    """The embedded backbone is read from its files once, and copied from then on."""
+    with pytest.MonkeyPatch.context() as patch:
+        for library in (backbones.AutoModelForImageTextToText, backbones.AutoTokenizer):
+            read = library.from_pretrained
+
+            @cache
+            def once(how, read=read):
+                return read(common.BACKBONES["tiny"], **dict(how))
+
+            def copied(path, *, read=read, once=once, **how):
+                if path != common.BACKBONES["tiny"]:
+                    return read(path, **how)
+                return copy.deepcopy(once(tuple(how.items())))
+
+            patch.setattr(library, "from_pretrained", copied)
+        yield
+
+
 @pytest.fixture(scope="session")
 def episodes():
     return [data.record("tabletop:bridge", seed, 64, 32, 0.3) for seed in range(4)]
@@ -39,8 +63,6 @@ def status(capsys, monkeypatch):
     """Calls main(words) as the command line would -> exit status, stdout, stderr."""
 
     def call(main, *words):
-        import common
-
         monkeypatch.setattr(sys, "argv", ["prog", *words])
         capsys.readouterr()
         code = 0

@@ -22,10 +22,10 @@ TINY = [
     "--device", "cpu",
 ]  # fmt: skip
 MORE = {
-    twinbrain: ["--questions", "2", "--cotrain", "0.1"],
+    twinbrain: ["--questions", "2", "--cotrain", "0.1", "--execute", "8"],
     vita_vla: ["--stage", "teacher", "--foresight", "1", "--history", "2"],
     dualvla: ["--stage", "generalist", "--questions", "2", "--queries", "2", "--rank", "2",
-              "--score-episodes", "0", "--talk", "2"],
+              "--score-episodes", "0", "--talk", "2", "--execute", "8"],
 }  # fmt: skip
 
 

@@ -35,6 +35,12 @@ def finished(tmp_path_factory):
 
 
 @pytest.fixture
+def quick(monkeypatch):
+    """Nothing acts where a test is about training."""
+    monkeypatch.setattr(loop, "evaluate", lambda *_: {})
+
+
+@pytest.fixture
 def copied(finished, tmp_path):
     """The same run, free to be changed."""
     return shutil.copytree(finished, tmp_path / "copied")
@@ -73,7 +79,7 @@ def test_a_run_leaves_what_is_needed_to_read_it(finished):
     assert not any(name.startswith("left.") for name in weights(finished))
 
 
-def test_resuming_equals_never_having_stopped(finished, copied):
+def test_resuming_equals_never_having_stopped(finished, copied, quick):
     shutil.rmtree(copied / "checkpoints" / "step_00000004")
     twinbrain.main(["--resume", str(copied)])
     want, got = weights(finished), weights(copied)
@@ -98,9 +104,9 @@ def test_evaluation_alone_repeats_the_runs_own(finished, copied):
     assert (folder / film).read_bytes() == (finished / film).read_bytes()
 
 
-def test_a_student_follows_the_teachers_features(finished, tmp_path):
+def test_a_student_follows_the_teachers_features(finished, tmp_path, quick):
     words = [*TINY, "--ablation", "t9-student", "--distill", str(finished), "--out", str(tmp_path)]
-    twinbrain.main([*words, "--steps", "1", "--episodes", "1"])
+    twinbrain.main([*words, "--steps", "1"])
     ((_, feature),) = metrics(tmp_path, "feature")
     assert feature > 0 and result(tmp_path)["arm"] == "t9-student"
     assert result(tmp_path)["vqa"].keys() == {"right"}
@@ -116,9 +122,9 @@ def test_a_student_and_its_teacher_read_alike(finished, tmp_path, status):
         assert code == 2 and f"error: --distill {finished} {said}" in err
 
 
-def test_forgetting_is_measured_along_the_way(tmp_path):
+def test_forgetting_is_measured_along_the_way(tmp_path, quick):
     words = [*TINY, "--ablation", "f2-cotrain", "--qa-every", "1", "--out", str(tmp_path)]
-    twinbrain.main([*words, "--steps", "2", "--episodes", "1"])
+    twinbrain.main([*words, "--steps", "2"])
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "abilities" in line] == [0, 1, 2]
     assert [line["step"] for line in lines if "answer" in line] == [1, 2]

@@ -1033,6 +1033,7 @@ def test_a_released_file_goes_on_training_or_becomes_a_run(tmp_path, monkeypatch
     flags = "--stage teacher --eyes mae --steps 1 --lr-teacher 0 --demos 4 --episodes 1 --gifs 0"
     flags += " --normalise raw --width 32 --depth 2 --heads 2 --queries 3 --foresight 4 --patch 16"
     flags += " --resampler 3 --history 3 --act-index 1 --batch 2 --threads 1 --gripper-state raw"
+    flags += " --optimizer adamw"
     monkeypatch.setattr(vita_vla.loop, "evaluate", lambda *_: {})
     vita_vla.main([*flags.split(), "--teacher", file, "--out", str(out)])
     policy, theirs = vita_vla.load_policy(out, ALONE.device), drawn()

@@ -188,11 +188,11 @@ SMALL = ["--world", "floor", "--demos", "6", "--steps", "2", "--log-every", "1",
          "--gifs", "1", "--batch", "4", "--width", "32", "--depth", "1", "--heads", "2",
          "--threads", "1", "--device", "cpu", "--parallel", "2", "--domains", "in"]  # fmt: skip
 OWN = {
-    "twinbrain": ["--questions", "2"],
+    "twinbrain": ["--questions", "2", "--execute", "8"],
     "vita_vla": ["--queries", "2", "--foresight", "1", "--history", "2", "--recipe",
                  "only-finetune"],
     "dualvla": ["--stage", "expert", "--questions", "2", "--queries", "2", "--rank", "2", "--talk",
-                "2", "--events", "phase"],
+                "2", "--events", "phase", "--execute", "8"],
 }  # fmt: skip
 
 
