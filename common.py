@@ -432,17 +432,10 @@ class Fast:
     SCALE = 10  # coefficients are rounded to tenths
 
     def __init__(self, state, tokenizer):
-        self.kept, self.bpe = state, Tokenizer.from_str(state["bpe"])
+        self.state, self.bpe = state, Tokenizer.from_str(state["bpe"])
         self.low, self.high, self.H, self.A = (state[key] for key in ("low", "high", "H", "A"))
         self.first = tokenizer.convert_tokens_to_ids("<robot_action_0>")
         self.end = tokenizer.eos_token_id
-
-    @classmethod
-    def load(cls, state, tokenizer):
-        return cls(state, tokenizer)
-
-    def state(self):
-        return self.kept
 
     @staticmethod
     def extend(vlm, tokenizer, count=2048):

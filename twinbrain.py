@@ -68,7 +68,7 @@ from transformers.masking_utils import sdpa_mask
 
 import common
 import data
-from parts.starvla import OFT
+from parts import starvla
 from worlds import ablations, benchmarks, loop, pictures
 
 # --- Config: the defaults are the laptop's run ----------------------------------------------------
@@ -212,8 +212,6 @@ USER_R = (
     USER_L + "\nRobot Type: {robot}"
     "\nPredict the next action for the robot based on the observation, instruction and robot type."
 )
-SLOT = "🔍"  # QwenOFT reads its actions where these stand
-ASK_OFT = " Please predict the next {H} robot actions: <action>{slots}<action>."
 
 
 def sense(samples, cfg, processor, fast=None):
@@ -229,9 +227,8 @@ def sense(samples, cfg, processor, fast=None):
         right.append(processor.prompt(SYSTEM_R, USER_R.format(**words), grid)[0])
         if cfg.state:
             right[-1] += (processor.pad_token_id,)  # phi(s) will stand here
-        if cfg.head == "oft":  # behind the state: a slot sees only what stands before it
-            slots = ASK_OFT.format(H=cfg.horizon, slots=SLOT * cfg.horizon)
-            right[-1] += tuple(processor.tokenizer(slots, add_special_tokens=False)["input_ids"])
+        if cfg.head == "oft":
+            right[-1] += starvla.ask(processor.tokenizer, cfg.horizon)
         if cfg.head == "fast" and "action" in sample:
             said.append(fast.encode(sample["action"]))
             right[-1] += said[-1]
@@ -370,7 +367,7 @@ class TwinBrain(nn.Module):
         if cfg.state:
             self.phi = nn.Sequential(nn.Linear(state_dim, D), nn.SiLU(), nn.Linear(D, D))
         if cfg.head == "oft":
-            self.expert = OFT(D, action_dim)
+            self.expert = starvla.OFT(D, action_dim, cfg.horizon, processor.tokenizer)
         elif cfg.head != "fast":
             depth = 2 * layers if cfg.head == "pi" else cfg.depth  # ASSUMPTION A8
             self.expert = DiT(cfg, D, action_dim, depth)
@@ -424,7 +421,7 @@ class TwinBrain(nn.Module):
         if cfg.head == "fast":
             losses["action"] = answer_loss(self.right, h_R, batch["right"]["labels"])[0]
         elif cfg.head == "oft":
-            error = (self.expert(h_R, self.slots(batch), cfg.horizon) - batch["action"]).abs()
+            error = (self.expert(h_R, batch["right"]["input_ids"]) - batch["action"]).abs()
             losses["action"] = masked_mean(error, batch["mask"])
         else:
             keys = self.expert.keys(self.conditions(out), real)
@@ -440,13 +437,6 @@ class TwinBrain(nn.Module):
         if self.cfg.head == "pi":
             return list(out.hidden_states[1:])
         return [out.last_hidden_state] * ((self.cfg.depth + 1) // 2)
-
-    def slots(self, batch):
-        """(B, T_R) True where QwenOFT reads its actions."""
-        slot = self.processor.tokenizer(SLOT, add_special_tokens=False)["input_ids"]
-        if len(slot) != 1:
-            raise common.UserError(f"--head oft: this backbone has no single token for {SLOT}")
-        return batch["right"]["input_ids"] == slot[0]
 
     def answer(self, vlm, asked):
         """Questions to one brain by itself -> cross-entropy, (B,) whether greedy decoding is right.
@@ -466,7 +456,7 @@ class TwinBrain(nn.Module):
             return fast.decode(self.speak(batch, fast.H * fast.A, fast.end))
         out, _ = self.think(batch)
         if self.cfg.head == "oft":
-            return self.expert(out.last_hidden_state, self.slots(batch), self.cfg.horizon).float()
+            return self.expert(out.last_hidden_state, batch["right"]["input_ids"]).float()
         keys = self.expert.keys(self.conditions(out), batch["right"]["real"])
         return integrate(lambda x, t: self.expert(x, t, keys), a_0, self.cfg.euler)
 
@@ -847,7 +837,7 @@ def load_policy(folder, device, robot=""):
     robots, fast = checkpoint.meta["robots"], None
     model, processor = build(cfg, *data.dims(robots), checkpoint)
     if cfg.head == "fast":
-        fast = common.Fast.load(checkpoint.meta["fast"], processor.tokenizer)
+        fast = common.Fast(checkpoint.meta["fast"], processor.tokenizer)
     common.store_frozen(model, cfg, device)
     policy = Policy(model.to(device).eval(), cfg, processor, robots, device, fast)
     policy.trained = checkpoint.step, checkpoint.meta["processes"]
@@ -864,7 +854,7 @@ def prepare(cfg, dist, run, resumed):
     teacher = load_teacher(cfg, dist.device, robots) if cfg.distill else None
     model, processor = build(cfg, *data.dims(robots), resumed)
     if cfg.head in ("oft", "fast") and not (resumed or cfg.lora):
-        word = SLOT if cfg.head == "oft" else "<robot_action_0>"
+        word = starvla.SLOT if cfg.head == "oft" else "<robot_action_0>"
         common.redraw_untrained(model.right, processor.tokenizer.encode(word)[:1])
     how = cfg.horizon, cfg.augment, (cfg.size, cfg.wrist_size)
     windows = [data.Windows(p.episodes, p.stats, *how, data.robot_name(p.name)) for p in acts]
@@ -877,7 +867,7 @@ def prepare(cfg, dist, run, resumed):
     fast = None
     if cfg.head == "fast":
         fast = (
-            common.Fast.load(resumed.meta["fast"], processor.tokenizer) if resumed
+            common.Fast(resumed.meta["fast"], processor.tokenizer) if resumed
             else common.Fast.fit(sum((w.chunks(7) for w in windows), []), processor.tokenizer)
         )
     counts = common.param_counts(model)
@@ -891,7 +881,7 @@ def prepare(cfg, dist, run, resumed):
     join = partial(collate, cfg=cfg, processor=processor, fast=fast)
     batches = data.Batches(mixtures, join, cfg.batch, dist.rank, dist.processes)
     settings = {"method": "twinbrain", "config": dataclasses.asdict(cfg)}
-    meta = settings | {"robots": robots, "fast": fast.state() if fast else None}
+    meta = settings | {"robots": robots, "fast": fast.state if fast else None}
     whole = model.left if cfg.replicate_left else None
     beside = {"teacher": teacher} if teacher else {}
     model = common.place(model, cfg, dist, run.say, whole, beside)

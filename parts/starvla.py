@@ -1,4 +1,4 @@
-"""starVLA (github.com/starVLA/starVLA), the framework of twinbrain.py: the head of its QwenOFT.
+"""starVLA (github.com/starVLA/starVLA), the framework of twinbrain.py: its QwenOFT (Appendix C).
 
 Its DiT is in twinbrain.py, as the paper's expert; the action tokens of its QwenFAST in common.py.
 Letters: B batch, T tokens, D width, H chunk, A action.
@@ -6,22 +6,37 @@ Letters: B batch, T tokens, D width, H chunk, A action.
 
 from torch import nn
 
+from parts.process import UserError
+
+SLOT = "🔍"  # an action is read where this stands
+ASK = " Please predict the next {H} robot actions: <action>{slots}<action>."
+
+
+def ask(tokenizer, horizon):
+    """-> ids that close a prompt, behind the state: a slot sees what stands before it alone."""
+    text = ASK.format(H=horizon, slots=SLOT * horizon)
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
 
 class OFT(nn.Module):
-    """QwenOFT's head (Appendix C): one action from the hidden state at each slot, all at once."""
+    """One action from the hidden state at each slot, all at once."""
 
-    def __init__(self, condition, action_dim):
+    def __init__(self, condition, action_dim, horizon, tokenizer):
         super().__init__()
-        D = 2 * condition
+        D, self.horizon = 2 * condition, horizon
+        slot = tokenizer(SLOT, add_special_tokens=False)["input_ids"]
+        if len(slot) != 1:
+            raise UserError(f"--head oft: this backbone has no single token for {SLOT}")
+        self.slot = slot[0]
         self.enter = nn.Sequential(nn.LayerNorm(condition), nn.Linear(condition, D), nn.ReLU())
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(D), nn.Linear(D, D), nn.ReLU()) for _ in range(2)
         )
         self.leave = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, action_dim))
 
-    def forward(self, h_R, slots, horizon):
-        """h_R (B, T, D), slots (B, T) with H slots a row -> (B, H, A)."""
-        x = self.enter(h_R[slots].unflatten(0, (-1, horizon)))  # (B, H, 2 D)
+    def forward(self, h_R, ids):
+        """h_R (B, T, D), ids (B, T) with H slots a row -> (B, H, A)."""
+        x = self.enter(h_R[ids == self.slot].unflatten(0, (-1, self.horizon)))  # (B, H, 2 D)
         for block in self.blocks:
             x = x + block(x)
         return self.leave(x)

@@ -347,7 +347,7 @@ def test_action_tokens_return_the_actions(tokenizer):
     H, A = 8, 3
     data = chunks(60, H, A)
     fast = common.Fast.fit(data, tokenizer)
-    again = common.Fast.load(json.loads(json.dumps(fast.state())), tokenizer)
+    again = common.Fast(json.loads(json.dumps(fast.state)), tokenizer)
     lengths = []
     for chunk in data:
         ids = fast.encode(chunk)

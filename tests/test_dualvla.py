@@ -733,9 +733,9 @@ def test_each_ablation_trains_and_differs(name, episodes, case, teachers, spelle
 
 
 def test_one_batch_overfits(episodes):
-    case = Case(episodes, "expert", width=64, lr=3e-3, lr_head=3e-3, optimizer="muon", rank=16)
+    case = Case(episodes, "expert", width=64, lr=1e-2, lr_head=1e-2, optimizer="muon", rank=16)
     opts = dualvla.make_optimizers(case.model, case.cfg)
-    for step in range(40):
+    for step in range(20):
         losses = case.model(case.batch, case.noise)
         dualvla.total_loss(losses, case.cfg).backward()
         [(opt.step(), opt.zero_grad()) for opt in opts]
