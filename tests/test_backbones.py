@@ -419,7 +419,7 @@ def test_the_exported_right_brain_answers_as_it_does(flags, episodes, tmp_path, 
         meta = next(tmp_path.glob("run/checkpoints/*/meta.json"))
         windows = data.Windows(episodes, data.statistics(episodes), 8)
         tokenizer = AutoTokenizer.from_pretrained(TINY)
-        fast = common.Fast.fit(windows.chunks(7), tokenizer).state()
+        fast = common.Fast.fit(windows.chunks(7), tokenizer).state
         meta.write_text(json.dumps(json.loads(meta.read_text()) | {"fast": fast}))
     twinbrain.main(["--export", str(tmp_path / "run")])
     out = tmp_path / "run" / "export"
