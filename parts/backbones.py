@@ -77,6 +77,17 @@ def settings_of(name) -> dict:
     raise OSError(f"{path} has no config.json, or none that describes a model")
 
 
+def damaged(folder) -> list[str]:
+    """The weight files in here that are cut short or hold none; their headers alone are read."""
+    bad = []
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        try:
+            safe_open(file, "pt")
+        except SafetensorError:
+            bad.append(str(file))
+    return bad
+
+
 @contextmanager
 def loading(name, path):
     """What cannot be loaded from this folder or hub id is one line that says why."""
@@ -84,7 +95,7 @@ def loading(name, path):
     try:
         yield
     except SafetensorError as error:
-        files = " or ".join(sorted(str(file) for file in Path(path).glob("*.safetensors"))) or path
+        files = " or ".join(damaged(path)) or path
         raise UserError(f"{flag}: {files} is damaged or cut short, fetch it again") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # a foreign file
         reason, known = str(error).partition("\n")[0], Path(path).is_dir()
@@ -100,6 +111,18 @@ def find_backbone(name) -> str:
         words = f"did you mean {near}? ({known}, DIR or OWNER/NAME)"
         raise UserError(f"unknown --backbone {name}: {words}")
     return path
+
+
+def check_weights(name):
+    """Before demonstrations are made for it: a backbone's folder has weights, none cut short."""
+    path = find_backbone(name)
+    if not Path(path).is_dir():
+        return
+    with loading(name, path):
+        if not any(Path(path).glob("*.safetensors")):
+            raise OSError("it has no *.safetensors")
+        if damaged(path):
+            raise SafetensorError
 
 
 def load_backbone(name, frozen="fp32"):

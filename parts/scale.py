@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
+from parts.backbones import check_weights
 from parts.checkpoints import torchao, write_state
 from parts.process import Muon, UserError, in_bf16, size, to_device
 
@@ -103,11 +104,13 @@ def place(model, cfg, dist, say, replicate=None, beside=()):
 
 
 def foresee(cfg, dist, build, *others):
-    """Before anything is loaded: a UserError where what build() makes, to train, cannot fit beside
-    what `others` make, that stands still: on the device, or all of it in the memory of this
-    machine, where every process loads it first. The embedded backbone is not asked."""
+    """Before anything is made or loaded: a UserError where a backbone's files are damaged, or where
+    what build() makes, to train, cannot fit beside what `others` make, that stands still: on the
+    device, or all of it in the memory of this machine, where every process loads it first. The
+    embedded backbone is not asked."""
     if cfg.backbone == "tiny":
         return
+    check_weights(cfg.backbone)
     with torch.device("meta"):
         model, *beside = (make() for make in (build, *others))
     for m in (model, *(other.requires_grad_(False) for other in beside)):

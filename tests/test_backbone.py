@@ -133,11 +133,15 @@ def test_a_wrong_backbone_is_one_line(tmp_path):
 def test_a_damaged_weight_file_is_named(case, tmp_path):
     folder = shutil.copytree(case.folder, tmp_path / "copy")
     file = folder / "model.safetensors"
+    shutil.copy(file, folder / "whole.safetensors")
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(common.UserError) as caught:
-        common.load_backbone(str(folder))
     want = f"--backbone {folder}: {file} is damaged or cut short, fetch it again"
-    assert str(caught.value) == want
+    for ask in (backbones.check_weights, common.load_backbone):
+        with pytest.raises(common.UserError) as caught:
+            ask(str(folder))
+        assert str(caught.value) == want
+    shutil.copy(folder / "whole.safetensors", file)
+    backbones.check_weights(str(folder))
 
 
 # --- prompts and positions ------------------------------------------------------------------------

@@ -229,7 +229,9 @@ def test_a_failed_start_can_be_repeated(tmp_path, status):
         assert code == 2 and "empty: cannot load" in err and (tmp_path / "run").exists()
 
 
-def test_damaged_files_are_named(copied, tmp_path, status):
+def test_damaged_files_are_named(copied, tmp_path, status, monkeypatch):
+    """A backbone's before demonstrations are made for it."""
+    monkeypatch.setattr(data, "recordings", None)
     backbone = shutil.copytree(common.BACKBONES["tiny"], tmp_path / "backbone")
     for folder in (backbone, copied / "checkpoints" / "step_00000004"):
         file = folder / "model.safetensors"
