@@ -114,11 +114,15 @@ def find_backbone(name) -> str:
 
 
 def check_weights(name):
-    """Before demonstrations are made for it: a backbone's folder has weights, none cut short."""
+    """Before demonstrations are made: a backbone's folder has its weights, none cut short."""
     path = find_backbone(name)
     if not Path(path).is_dir():
         return
+    index = Path(path, "model.safetensors.index.json")
     with loading(name, path):
+        named = json.loads(index.read_text())["weight_map"].values() if index.exists() else ()
+        if lost := sorted(name for name in {*named} if not Path(path, name).exists()):
+            raise OSError(f"it lacks {', '.join(lost)}")
         if not any(Path(path).glob("*.safetensors")):
             raise OSError("it has no *.safetensors")
         if damaged(path):

@@ -140,8 +140,24 @@ def test_a_damaged_weight_file_is_named(case, tmp_path):
         with pytest.raises(common.UserError) as caught:
             ask(str(folder))
         assert str(caught.value) == want
-    shutil.copy(folder / "whole.safetensors", file)
+    shutil.move(folder / "whole.safetensors", file)
     backbones.check_weights(str(folder))
+
+
+def test_a_folder_that_was_not_fetched_whole_is_told_of(case, tmp_path):
+    folder = shutil.copytree(case.folder, tmp_path / "copy")
+    index = folder / "model.safetensors.index.json"
+    for there, said in (
+        ({"weight_map": {"a": "model.safetensors", "b": "more.safetensors"}}, "lacks more.safete"),
+        ({}, "cannot load .*weight_map"),
+    ):
+        index.write_text(json.dumps(there))
+        with pytest.raises(common.UserError, match=said):
+            backbones.check_weights(str(folder))
+    index.unlink()
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(common.UserError, match="it has no [*].safetensors"):
+        backbones.check_weights(str(folder))
 
 
 # --- prompts and positions ------------------------------------------------------------------------
