@@ -334,22 +334,24 @@ def metaworld_table():
 
 
 def precision_table():
-    """Table 1's two arms after 1,000 steps, seed by seed, in each precision of products."""
-    kinds = {"bfloat16": SHORT, "float32 inside Muon": f"{SHORT} --muon fp32",
-             "float32": f"{SHORT} {FLOAT}"}  # fmt: skip
+    """Table 1's two arms at both lengths, seed by seed, in each precision of products."""
+    kinds = {(1000, "bfloat16"): SHORT, (1000, "float32 inside Muon"): f"{SHORT} --muon fp32",
+             (1000, "float32"): f"{SHORT} {FLOAT}", (2000, "bfloat16"): "",
+             (2000, "float32"): FLOAT}  # fmt: skip
     body, used = [], []
     for arms in (("t1-twin", "f2-twin"), ("t1-vanilla", "f2-vla")):
-        for kind, flags in kinds.items():
+        for (steps, kind), flags in kinds.items():
             some = [x for x in lines("twinbrain") if x["arm"] in arms and x["flags"] == flags]
             some = {x["seed"]: x for x in some if x["world"] == twinbrain.Config.world}
             some = [some[seed] for seed in sorted(some)]
             shares = [", ".join(f"{100 * by_seed([x], m)[x['seed']][0]:.1f}" for x in some)
                       for m in ("in", "out")]  # fmt: skip
             seeds = ", ".join(str(x["seed"]) for x in some)
-            body.append([f"`{arms[0]}`", kind, seeds, *shares] if some else
-                        [f"`{arms[0]}`", kind, "", "not run", "not run"])  # fmt: skip
+            row = [f"`{arms[0]}`", f"{steps:,}", kind]
+            body.append([*row, seeds, *shares] if some else [*row, "", "not run", "not run"])
             used += some
-    return rows(["arm", "products in", "seeds", "in %", "out %"], body) + "\n\n" + source(used)
+    head = ["arm", "steps", "products in", "seeds", "in %", "out %"]
+    return rows(head, body) + "\n\n" + source(used)
 
 
 def rounding_table():
