@@ -33,23 +33,22 @@ def few_sights():
         yield
 
 
+def copying(read):
+    """A from_pretrained that reads the embedded backbone once and hands out copies."""
+    once = cache(lambda how: read(common.BACKBONES["tiny"], **dict(how)))
+
+    def copied(path, **how):
+        known = path == common.BACKBONES["tiny"]
+        return copy.deepcopy(once(tuple(how.items()))) if known else read(path, **how)
+
+    return copied
+
+
 @pytest.fixture(scope="session", autouse=True)
 def tiny_once():
-    """The embedded backbone is read from its files once, and copied from then on."""
     with pytest.MonkeyPatch.context() as patch:
         for library in (backbones.AutoModelForImageTextToText, backbones.AutoTokenizer):
-            read = library.from_pretrained
-
-            @cache
-            def once(how, read=read):
-                return read(common.BACKBONES["tiny"], **dict(how))
-
-            def copied(path, *, read=read, once=once, **how):
-                if path != common.BACKBONES["tiny"]:
-                    return read(path, **how)
-                return copy.deepcopy(once(tuple(how.items())))
-
-            patch.setattr(library, "from_pretrained", copied)
+            patch.setattr(library, "from_pretrained", copying(library.from_pretrained))
         yield
 
 
