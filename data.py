@@ -450,12 +450,6 @@ def dims(robots):
     return len(stats["state"]["q01"]), len(stats["action"]["q01"])
 
 
-def counted(acts, windows):
-    """What is trained on, in words."""
-    names = ", ".join(p.name for p in acts[:3]) + " ..." * (len(acts) > 3)
-    return f"{names}: {sum(len(p.episodes) for p in acts)} episodes, {sum(map(len, windows))} steps"
-
-
 # --- Normalisation --------------------------------------------------------------------------------
 
 

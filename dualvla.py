@@ -16,7 +16,7 @@ the velocity is u_t = x_1 - x_0; actions and state are normalised to [-1, 1] bet
 prompts are padded on the left. Letters: B batch, T tokens, D width, N queries, H chunk, A action,
 S state, R noise draws, n positions, V vocabulary.
 Words: docs/glossary.md. parts/instructvla.py holds LoRA and flow expert of the base model,
-worlds/events.py what finds event boundaries, worlds/score.py judges, worlds/stages.py a chain.
+worlds/events.py what finds event boundaries, worlds/score.py judges, parts/runs.py has a chain.
 
 Equation map (Eq. 1 names the policy; Eq. 9 of the appendix is Eq. 3 as an expectation)
   Eq. 2   specialist: -log pi(a | o, i)       -> action_loss()
@@ -74,8 +74,9 @@ from torch import nn
 
 import common
 import data
+from parts import runs
 from parts.instructvla import FlowExpert, Thread, add_experts, export_expert
-from worlds import ablations, benchmarks, events, loop, pictures, reports, score, stages
+from worlds import ablations, benchmarks, events, loop, pictures, reports, score
 
 # --- Config: the defaults are the laptop's run ----------------------------------------------------
 
@@ -722,15 +723,7 @@ class Policy:
         self.form = "plain" if cfg.stage == "expert" else "reason"  # how it is asked
 
     def batch(self, observations, instructions):
-        samples = [
-            {
-                "images": data.scaled(o["images"].values(), (self.cfg.size, self.cfg.wrist_size)),
-                "instruction": words,
-                "robot": self.robot,
-                "state": data.normalise(o["state"], self.stats["state"]),
-            }
-            for o, words in zip(observations, instructions)
-        ]
+        samples = runs.seen(observations, instructions, self.cfg, self.robot, self.stats)
         tail = self.form == "plain" and self.cfg.actions == "flow"
         batch = sense(samples, self.cfg, self.processor, self.form, tail)
         return common.to_device(batch, self.device)
@@ -803,12 +796,10 @@ def evaluate(policy, cfg, dist, folder, say, sets):
     if dist.main and acts and cfg.score_episodes:
         reasons = policy.form != "plain"
         vla = score.judged(policy, cfg, folder, say, vla_score, reasons)
-    first = {f: next(iter(r["domains"].values()), loop.NOTHING) for f, r in results.items()}
-    head = first[policy.form]
-    return {
-        "success": head["success"], "ci95": head["ci95"], "episodes": head["episodes"],
-        "per_task": head["per_task"], "success_plain": first["plain"]["success"],
-        "forms": results, "vqa": vqa, "answers": float(np.mean([*vqa.values()])), "vla_score": vla,
+    plain, head = (loop.headline(results[f]["domains"]) for f in ("plain", policy.form))
+    return head | {
+        "success_plain": plain["success"], "forms": results, "vqa": vqa,
+        "answers": float(np.mean([*vqa.values()])), "vla_score": vla,
     }  # fmt: skip
 
 
@@ -931,7 +922,7 @@ def build(cfg, state_dim, action_dim, checkpoint=None):
 
 def load_policy(folder, device, robot=""):
     """A run folder, one of its stages, or one checkpoint -> Policy."""
-    checkpoint = common.load_checkpoint(stages.newest(folder, ORDER), "dualvla")
+    checkpoint = common.load_checkpoint(runs.newest(folder, ORDER), "dualvla")
     cfg = common.resume_config(Config(), checkpoint.meta["config"])
     cfg.robot = robot or cfg.robot
     robots = checkpoint.meta["robots"]
@@ -963,7 +954,7 @@ def prepare(cfg, dist, run, resumed, teachers):
     if len({len(names) for names in views.values()}) > 1 or len(max(views.values(), key=len)) > 4:
         raise common.UserError(f"--data: as many cameras in each, at most 4, not {views}")
     for name, teacher in teachers.items():
-        stages.same_units(name, getattr(cfg, name), teacher.robots, robots)
+        runs.same_units(name, getattr(cfg, name), teacher.robots, robots)
     model, processor = build(cfg, *data.dims(robots), start)
     episodes = [e for part in acts for e in part.episodes]
     bits = resumed.meta["kept"] if resumed else None
@@ -984,9 +975,7 @@ def prepare(cfg, dist, run, resumed, teachers):
     if cfg.mix:
         asked = [p.episodes for p in asks] or [data.Questions(cfg.size, cfg.wrist_size)]
         mixtures.append(data.Mixture(asked, [p.weight for p in asks], cfg.seed))
-    counts = common.param_counts(model)
-    words = ", ".join(f"{name} {common.human(n)}" for name, n in counts.items())
-    run.say(f"{data.counted(acts, samples)}; parameters: {words}")
+    run.say(runs.counted(acts, samples, model))
     told = [k for k, e in zip(kept, episodes) if e.reasoning]
     share = float(np.concatenate(told).mean()) if told else None
     if cfg.reason and told:
@@ -1007,21 +996,15 @@ def prepare(cfg, dist, run, resumed, teachers):
 
 def check(cfg):
     """What no type can say about the flags, before anything is spent on them."""
-    loop.check(cfg)
+    runs.check(cfg, "repeats", "queries", "rank", "euler", "depth", "heads")
     score.check(cfg)
-    data.named(cfg.data)
-    common.find_backbone(cfg.backbone)
-    common.positive(cfg, "batch", "accumulate", "demos", "repeats", "episodes", "parallel",
-                    "log_every", "queries", "rank", "euler", "depth", "heads", "save_every",
-                    "event_demos")  # fmt: skip
+    benchmarks.check(cfg)
     common.refuse({
         f"--width {cfg.width}: a multiple of 8 and of --heads {cfg.heads}":
             cfg.width % 8 or cfg.width % cfg.heads,
         f"--queries {cfg.queries}: at most {BINS}": cfg.queries > BINS,
         f"--event-demos {cfg.event_demos}: at least 2": cfg.event_demos < 2,
         "--reach and --score-episodes: at least 0": min(cfg.reach, cfg.score_episodes) < 0,
-        f"--questions {cfg.questions}: an even number, MME asks in pairs":
-            cfg.questions < 2 or cfg.questions % 2,
         f"--execute {cfg.execute}: from 1 to --horizon {cfg.horizon}":
             not 1 <= cfg.execute <= cfg.horizon,
         f"--speak {cfg.speak}: a probability, from 0 to below 1": not 0 <= cfg.speak < 1,
@@ -1029,9 +1012,6 @@ def check(cfg):
         f"--sigma {cfg.sigma}: above 0": cfg.sigma <= 0,
         "--reason and --motion are shares, --mix a number of samples":
             cfg.reason + cfg.motion > 1 or min(cfg.reason, cfg.motion, cfg.mix) < 0,
-        "--resume goes on with a run, --eval-only takes it as it is: one of them":
-            cfg.resume and cfg.eval_only,
-        f"--benchmark {cfg.benchmark} needs --eval-only RUN": cfg.benchmark and not cfg.eval_only,
         f"--show {cfg.show}: pruning or pareto": cfg.show not in ("", "pruning", "pareto"),
     })  # fmt: skip
 
@@ -1070,18 +1050,16 @@ def staged(cfg, stage, folders):
 
 def run_stage(cfg, dist):
     """Trains and evaluates one stage in its folder; what is done stays done."""
-    folder, resumed = Path(cfg.out), None
-    if (folder / "result.json").exists():
+    resumed, standing = None, runs.standing(Path(cfg.out), dist)
+    if standing == "done":
         return
-    if list(folder.glob("checkpoints/step_*/meta.json")):
-        resumed = common.load_checkpoint(folder, "dualvla", dist=dist)
+    if standing == "begun":
+        resumed = common.load_checkpoint(cfg.out, "dualvla", dist=dist)
         teachers = cfg.expert, cfg.generalist  # where they are by now
         cfg = common.resume_config(cfg, resumed.meta["config"], FREE)
         cfg.expert, cfg.generalist = teachers
         cfg = common.same_samples(cfg, resumed, dist)
     common.seed_all(cfg.seed)
-    if not resumed:  # of a run that was stopped before its first checkpoint
-        (folder / "metrics.jsonl").unlink(missing_ok=True)
     run = common.Run(cfg, "dualvla", __file__, dist, cfg.steps, resumed)
     run.say(f"stage {cfg.stage}: {run.folder}; {dist.processes} process(es) on {dist.device}")
     needed = [replace(cfg, stage=name) for name in (cfg.stage, *teaching(cfg))]
@@ -1092,8 +1070,8 @@ def run_stage(cfg, dist):
     teachers = [frozen[name].model if name in frozen else None for name in ORDER[:2]]
     measure = partial(along_the_way, policy, cfg, sets)
     seconds = train(cfg, dist, run, policy.model, batches, meta, resumed, measure, teachers)
-    result = facts(cfg, cfg.steps, dist.processes)
-    result |= {"train_seconds": round(seconds, 1), "kept": meta["share"]}
+    result = runs.facts("dualvla", cfg, cfg.stage, cfg.steps, dist.processes, seconds)
+    result |= {"stage": cfg.stage, "kept": meta["share"]}
     result |= evaluate(policy, cfg, dist, run.folder, run.say, sets)
     result["params"] = common.param_counts(policy.model)
     run.result(result)
@@ -1102,29 +1080,15 @@ def run_stage(cfg, dist):
         pictures.draw_run(run.folder, ("action", "text", "answer", "kd_action", "kd_reason"))
 
 
-def facts(cfg, steps, processes):
-    """What a result says of its run: which it was, and how much it has learned from."""
-    return {
-        "method": "dualvla", "arm": cfg.ablation or cfg.stage, "stage": cfg.stage,
-        "backbone": cfg.backbone, "world": cfg.world, "seed": cfg.seed, "steps": steps,
-        "samples": steps * cfg.accumulate * cfg.batch * processes,
-    }  # fmt: skip
-
-
 def evaluate_only(cfg, dist):
     """--eval-only: the closed loop, questions and scores again, or one --benchmark."""
-    policy = load_policy(cfg.eval_only, dist.device, cfg.robot)
-    free = FREE + ("world", "seed", "ablation")
-    cfg = common.resume_config(cfg, dataclasses.asdict(policy.cfg), free)
-    if "out" not in cfg.explicit:
-        cfg.out = str(Path(cfg.eval_only) / time.strftime("eval-%Y%m%d-%H%M%S"))
+    cfg, _, policy = runs.begin(cfg, dist, "dualvla", FREE, load_policy)
     check(cfg)
-    policy.cfg = policy.model.cfg = cfg
     if cfg.benchmark:
         return benchmarks.run(cfg.benchmark, policy.write, cfg) if dist.main else None
     run = common.Run(cfg, "dualvla", __file__, dist, cfg.steps)
     sets = data.question_sets(common.ABILITIES, cfg.questions, cfg.size, cfg.wrist_size)
-    result = facts(cfg, *policy.trained) | {"train_seconds": 0.0}
+    result = runs.facts("dualvla", cfg, cfg.stage, *policy.trained, 0.0) | {"stage": cfg.stage}
     run.result(result | evaluate(policy, cfg, dist, run.folder, run.say, sets))
     run.close()
 
@@ -1149,14 +1113,14 @@ def main(argv=None):
     dist = common.setup(cfg)
     if cfg.eval_only:
         return evaluate_only(cfg, dist)
-    cfg, out = stages.begin(cfg, dist, "dualvla", ORDER, FREE, check)
-    folders = stages.folders(cfg, dist, "dualvla", ORDER, out)
+    cfg = common.resume_auto(cfg, dist, "chain.json")
+    cfg, out, folders = runs.begin_chain(cfg, dist, "dualvla", ORDER, FREE, check)
     folders = {n: folders[n] for n in ORDER[: ORDER.index(last_stage(cfg)) + 1]}
     for stage, folder in folders.items():
         if folder == out / stage:
             run_stage(staged(cfg, stage, folders), dist)
     if dist.main:
-        reports.stages(stages.finish(out, folders))
+        reports.stages(runs.finish(out, folders))
         print(f"results, pictures, films and scores of each stage are in {out}")
     dist.destroy()
 

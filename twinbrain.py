@@ -57,7 +57,6 @@ import math
 import time
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -68,7 +67,7 @@ from transformers.masking_utils import sdpa_mask
 
 import common
 import data
-from parts import starvla
+from parts import runs, starvla
 from worlds import ablations, benchmarks, loop, pictures
 
 # --- Config: the defaults are the laptop's run ----------------------------------------------------
@@ -214,7 +213,7 @@ USER_R = (
 )
 
 
-def sense(samples, cfg, processor, fast=None):
+def sense(samples, cfg, processor):
     """Samples with "images", "instruction", "robot", "state" (normalised) and, in training,
     "action" (H, A), "mask" (H,) -> batch. Training and acting come through here: they see alike."""
     pixels, grids, left, right, said = [], [], [], [], []
@@ -230,7 +229,7 @@ def sense(samples, cfg, processor, fast=None):
         if cfg.head == "oft":
             right[-1] += starvla.ask(processor.tokenizer, cfg.horizon)
         if cfg.head == "fast" and "action" in sample:
-            said.append(fast.encode(sample["action"]))
+            said.append(processor.fast.encode(sample["action"]))
             right[-1] += said[-1]
     batch = {
         "left": processor.pad(left, grids),
@@ -247,9 +246,9 @@ def sense(samples, cfg, processor, fast=None):
     return batch
 
 
-def collate(samples, cfg, processor, fast=None):
+def collate(samples, cfg, processor):
     """Action samples and, when co-training, as many questions -> one batch."""
-    batch = sense([s for s in samples if "action" in s], cfg, processor, fast)
+    batch = sense([s for s in samples if "action" in s], cfg, processor)
     asked = [s for s in samples if "question" in s]
     return batch | ({"questions": common.ask(asked, processor, SYSTEM_L)} if asked else {})
 
@@ -450,9 +449,10 @@ class TwinBrain(nn.Module):
         return answer_loss(vlm, h, prompt["labels"])
 
     @torch.no_grad()
-    def act(self, batch, a_0, fast=None):
+    def act(self, batch, a_0):
         """Batch without actions, noise a_0 (B, H, A) -> normalised action chunks (B, H, A)."""
         if self.cfg.head == "fast":
+            fast = self.processor.fast
             return fast.decode(self.speak(batch, fast.H * fast.A, fast.end))
         out, _ = self.think(batch)
         if self.cfg.head == "oft":
@@ -649,22 +649,13 @@ def total_loss(losses, cfg):
 class Policy:
     """A trained model with its normalisation: what `worlds.loop` acts with."""
 
-    def __init__(self, model, cfg, processor, robots, device, fast=None):
+    def __init__(self, model, cfg, processor, robots, device):
         """robots: {what was trained on: its statistics}; --robot says like which to act."""
-        self.model, self.cfg, self.processor, self.robots = model, cfg, processor, robots
-        self.robot, self.stats = data.acting(robots, cfg.robot)
-        self.device, self.fast = device, fast
+        self.model, self.cfg, self.processor, self.device = model, cfg, processor, device
+        self.robots, (self.robot, self.stats) = robots, data.acting(robots, cfg.robot)
 
     def batch(self, observations, instructions):
-        samples = [
-            {
-                "images": data.scaled(o["images"].values(), (self.cfg.size, self.cfg.wrist_size)),
-                "instruction": words,
-                "robot": self.robot,
-                "state": data.normalise(o["state"], self.stats["state"]),
-            }
-            for o, words in zip(observations, instructions)
-        ]
+        samples = runs.seen(observations, instructions, self.cfg, self.robot, self.stats)
         return common.to_device(sense(samples, self.cfg, self.processor), self.device)
 
     def act(self, observations, instructions, rng):
@@ -673,7 +664,7 @@ class Policy:
         a_0 = torch.from_numpy(rng.standard_normal(shape, np.float32)).to(self.device)
         self.model.eval()
         with common.autocast(self.device, self.cfg.dtype):
-            a = self.model.act(self.batch(observations, instructions), a_0, self.fast)
+            a = self.model.act(self.batch(observations, instructions), a_0)
         a = a.clamp(-1, 1).cpu().numpy()  # as training clipped them
         return data.unnormalise(a, self.stats["action"])
 
@@ -822,6 +813,8 @@ def build(cfg, state_dim, action_dim, checkpoint=None):
     vlm, processor = common.load_backbone(cfg.backbone, cfg.frozen)
     if cfg.head == "fast":
         common.Fast.extend(vlm, processor.tokenizer)
+    if cfg.head == "fast" and checkpoint:  # else prepare() learns its words
+        processor.fast = common.Fast(checkpoint.meta["fast"], processor.tokenizer)
     common.seed_all(cfg.seed)
     model = common.widen(TwinBrain(cfg, vlm, processor, state_dim, action_dim))
     if checkpoint:
@@ -834,12 +827,10 @@ def load_policy(folder, device, robot=""):
     checkpoint = common.load_checkpoint(folder, "twinbrain")
     cfg = common.resume_config(Config(), checkpoint.meta["config"])
     cfg.robot = robot or cfg.robot
-    robots, fast = checkpoint.meta["robots"], None
+    robots = checkpoint.meta["robots"]
     model, processor = build(cfg, *data.dims(robots), checkpoint)
-    if cfg.head == "fast":
-        fast = common.Fast(checkpoint.meta["fast"], processor.tokenizer)
     common.store_frozen(model, cfg, device)
-    policy = Policy(model.to(device).eval(), cfg, processor, robots, device, fast)
+    policy = Policy(model.to(device).eval(), cfg, processor, robots, device)
     policy.trained = checkpoint.step, checkpoint.meta["processes"]
     return policy
 
@@ -864,41 +855,30 @@ def prepare(cfg, dist, run, resumed):
     if cfg.cotrain:
         asked = [p.episodes for p in asks] or [data.Questions(cfg.size, cfg.wrist_size)]
         mixtures.append(data.Mixture(asked, [p.weight for p in asks], cfg.seed))
-    fast = None
-    if cfg.head == "fast":
-        fast = (
-            common.Fast(resumed.meta["fast"], processor.tokenizer) if resumed
-            else common.Fast.fit(sum((w.chunks(7) for w in windows), []), processor.tokenizer)
-        )
-    counts = common.param_counts(model)
-    words = ", ".join(f"{name} {common.human(n)}" for name, n in counts.items())
-    run.say(f"{data.counted(acts, windows)}; parameters: {words}")
+    if cfg.head == "fast" and not resumed:
+        chunks = sum((w.chunks(7) for w in windows), [])
+        processor.fast = common.Fast.fit(chunks, processor.tokenizer)
+    run.say(runs.counted(acts, windows, model))
     if dist.main and not resumed:
         samples = [mixtures[0][i] for i in range(4)]
-        ids = sense(samples, cfg, processor, fast)["right"]["input_ids"]
+        ids = sense(samples, cfg, processor)["right"]["input_ids"]
         rows = [(s["images"], processor.words(row)) for s, row in zip(samples, ids)]
         pictures.contact_sheet(run.folder / "first_batch.png", rows)
-    join = partial(collate, cfg=cfg, processor=processor, fast=fast)
+    join = partial(collate, cfg=cfg, processor=processor)
     batches = data.Batches(mixtures, join, cfg.batch, dist.rank, dist.processes)
-    settings = {"method": "twinbrain", "config": dataclasses.asdict(cfg)}
-    meta = settings | {"robots": robots, "fast": fast.state if fast else None}
+    meta = {"method": "twinbrain", "config": dataclasses.asdict(cfg), "robots": robots}
+    meta |= {"fast": processor.fast.state} if cfg.head == "fast" else {}
     whole = model.left if cfg.replicate_left else None
     beside = {"teacher": teacher} if teacher else {}
     model = common.place(model, cfg, dist, run.say, whole, beside)
-    return Policy(model, cfg, processor, robots, dist.device, fast), batches, meta, teacher
+    return Policy(model, cfg, processor, robots, dist.device), batches, meta, teacher
 
 
 def check(cfg):
     """What no type can say about the flags, before anything is spent on them."""
-    loop.check(cfg)
-    data.named(cfg.data)
-    common.find_backbone(cfg.backbone)
-    common.positive(cfg, "steps", "batch", "accumulate", "demos", "repeats", "episodes",
-                    "parallel", "log_every", "save_every", "euler", "depth", "heads")  # fmt: skip
+    runs.check(cfg, "steps", "repeats", "euler", "depth", "heads")
+    benchmarks.check(cfg)
     common.refuse({
-        "--resume goes on with a run, --eval-only takes it as it is: one of them":
-            cfg.resume and cfg.eval_only,
-        f"--benchmark {cfg.benchmark} needs --eval-only RUN": cfg.benchmark and not cfg.eval_only,
         "--attention kernel: no --visibility index, no --brain nofreeze":
             cfg.attention == "kernel" and (cfg.visibility == "index" or cfg.brain == "nofreeze"),
         "--ablation t9-student needs --distill RUN, a twin's run folder":
@@ -911,8 +891,6 @@ def check(cfg):
             min(cfg.interval, cfg.lora, cfg.future) < 0,
         f"--width {cfg.width}: even, and a multiple of --heads {cfg.heads}":
             cfg.width % 2 or cfg.width % cfg.heads,
-        f"--questions {cfg.questions}: an even number, MME asks in pairs":
-            cfg.questions < 2 or cfg.questions % 2,
         f"--execute {cfg.execute}: from 1 to --horizon {cfg.horizon}":
             not 1 <= cfg.execute <= cfg.horizon,
     })  # fmt: skip
@@ -939,17 +917,7 @@ def load_teacher(cfg, device, robots):
 
 def session(cfg, dist):
     """Trains, or goes on with a run, or takes one as it is; then acts, asks and draws."""
-    resumed, policy, seconds = None, None, 0.0
-    if cfg.resume:
-        resumed = common.load_checkpoint(cfg.resume, "twinbrain", dist=dist)
-        cfg = common.resume_config(cfg, resumed.meta["config"], FREE)
-        cfg = common.same_samples(cfg, resumed, dist)
-    if cfg.eval_only:
-        policy = load_policy(cfg.eval_only, dist.device, cfg.robot)
-        cfg = common.resume_config(cfg, dataclasses.asdict(policy.cfg), FREE + ("world", "seed"))
-        if cfg.out == policy.cfg.out:
-            cfg.out = str(Path(cfg.eval_only) / time.strftime("eval-%Y%m%d-%H%M%S"))
-        policy.cfg = policy.model.cfg = cfg
+    cfg, resumed, policy = runs.begin(cfg, dist, "twinbrain", FREE, load_policy)
     check(cfg)
     if cfg.benchmark:
         for side, vlm in policy.model.brains().items() if dist.main else ():
@@ -961,6 +929,7 @@ def session(cfg, dist):
         policy, batches, meta, teacher = prepare(cfg, dist, run, resumed)  # [method]
     sets = data.question_sets(common.ABILITIES, cfg.questions, cfg.size, cfg.wrist_size)
     measure = partial(abilities, policy.model, cfg, policy.processor, dist.device, sets)
+    seconds = 0.0
     if not cfg.eval_only:
         seconds = train(cfg, dist, run, policy.model, batches, meta, resumed, measure, teacher)
     results = loop.evaluate(policy, cfg, dist, run.folder, run.say)
@@ -968,19 +937,12 @@ def session(cfg, dist):
     for side, scores in vqa.items():
         words = ", ".join(f"{name} {share:.1%}" for name, share in scores.items())
         run.say(f"  questions to the {side} brain alone: {words}")
-    steps, processes = policy.trained if cfg.eval_only else (cfg.steps, dist.processes)
-    first = next(iter(results.values()), loop.NOTHING)
+    learned = policy.trained if cfg.eval_only else (cfg.steps, dist.processes)
     outside = [r["success"] for name, r in results.items() if name not in ("in", "look")]
-    run.result({
-        "method": "twinbrain", "arm": cfg.ablation or cfg.brain, "backbone": cfg.backbone,
-        "world": cfg.world, "seed": cfg.seed, "steps": steps,
-        "samples": steps * cfg.accumulate * cfg.batch * processes,
-        "train_seconds": round(seconds, 1),
-        "success": first["success"], "ci95": first["ci95"], "episodes": first["episodes"],
-        "per_task": first["per_task"], "domains": results, "vqa": vqa,
-        "success_out": sum(outside) / len(outside) if outside else None,
-        "params": common.param_counts(policy.model),
-    })  # fmt: skip
+    result = runs.facts("twinbrain", cfg, cfg.brain, *learned, seconds) | loop.headline(results)
+    result |= {"success_out": sum(outside) / len(outside) if outside else None}
+    result |= {"domains": results, "vqa": vqa, "params": common.param_counts(policy.model)}
+    run.result(result)
     run.close()
     if dist.main:
         pictures.draw_run(run.folder, ("action", "feature", "answer"))

@@ -51,7 +51,6 @@ observed and 3 future ones; Table 7's captions (b) and (c) are exchanged.
 
 import dataclasses
 import math
-import shutil
 import time
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -64,8 +63,8 @@ from torch import nn
 
 import common
 import data
-from parts import history, seer
-from worlds import ablations, loop, pictures, stages
+from parts import history, runs, seer
+from worlds import ablations, loop, pictures
 
 # --- Config: the defaults are the laptop's run ----------------------------------------------------
 
@@ -622,10 +621,8 @@ class Policy:
     def remember(self, observation, words):
         """Adds the observation to its world's memory -> sample of the last S steps."""
         memory = observation.get("memory", {})
-        state = data.normalise(observation["state"], self.stats["state"])
-        sides = self.cfg.size, self.cfg.wrist_size
-        step = {"images": data.scaled(observation["images"].values(), sides), "state": state}
-        memory["steps"] = (memory.get("steps", []) + [step])[-self.cfg.history :]
+        step = runs.seen([observation], [words], self.cfg, "", self.stats)
+        memory["steps"] = (memory.get("steps", []) + step)[-self.cfg.history :]
         return {
             "images": [s["images"] for s in memory["steps"]],
             "state": np.stack([s["state"] for s in memory["steps"]]),
@@ -846,18 +843,15 @@ def load_teacher(cfg, device):
     return model.to(device).eval().requires_grad_(False)
 
 
-def introduce(teacher, student, stats, cfg, resumed, device):
+def introduce(teacher, student, robots, cfg, resumed, device):
     """A teacher reads states and speaks of actions in its own recordings' bounds: a released one's
     become the student's, another's must be about the same, up to a quarter of a number's range.
     Its decoder is the student's from then on."""
     if cfg.teacher.endswith(RELEASED):
-        seer.read_recorded(teacher, *data.bounds(stats["state"]), cfg.gripper_state)
-    for name, kind in ((n, k) for n in teacher.robots for k in ("state", "action")):
-        low, high = data.bounds(stats[kind])
-        other = np.array(data.bounds(teacher.robots[name][kind]))  # (2, numbers)
-        if other.shape[1] != len(low) or (abs(other - (low, high)) > (high - low) / 4).any():
-            words = f"whose bounds of {kind} are not this run's: more --demos, or --stage teacher"
-            raise common.UserError(f"--teacher {cfg.teacher} learned from {name}, {words}")
+        state = data.acting(robots, cfg.robot)[1]["state"]
+        seer.read_recorded(teacher, *data.bounds(state), cfg.gripper_state)
+    else:
+        runs.same_units("teacher", cfg.teacher, teacher.robots, robots, 4)
     if not resumed:
         tensors = {n: t for n, t in teacher.state_dict().items() if n.startswith(DECODER)}
         student.load_state_dict(tensors, strict=False)
@@ -866,7 +860,7 @@ def introduce(teacher, student, stats, cfg, resumed, device):
 
 def load_policy(folder, device, robot=""):
     """A run folder, one of its stages, or one checkpoint -> Policy."""
-    checkpoint = common.load_checkpoint(stages.newest(folder, STAGES["freeze-vlm"]), "vita_vla")
+    checkpoint = common.load_checkpoint(runs.newest(folder, STAGES["freeze-vlm"]), "vita_vla")
     cfg = common.resume_config(Config(), checkpoint.meta["config"])
     cfg.robot = robot or cfg.robot
     model, processor = build(replace(cfg, student=""), checkpoint)
@@ -891,8 +885,7 @@ def prepare(cfg, dist, run, resumed, teacher=None):
     model, processor = build(cfg, resumed, data.dims(robots)[1] - 1)
     windows = [Histories(part.episodes, part.stats, cfg) for part in acts]
     mixtures = [data.Mixture(windows, [part.weight for part in acts], cfg.seed)]
-    words = ", ".join(f"{k} {common.human(n)}" for k, n in common.param_counts(model).items())
-    run.say(f"{data.counted(acts, windows)}; parameters: {words}")
+    run.say(runs.counted(acts, windows, model))
     if dist.main and not resumed:
         samples = [mixtures[0][i] for i in range(4)]
         ids = sense(samples, cfg, processor)["prompt"]["input_ids"]
@@ -901,12 +894,12 @@ def prepare(cfg, dist, run, resumed, teacher=None):
     join = partial(sense, cfg=cfg, processor=processor)
     batches = data.Batches(mixtures, join, cfg.batch, dist.rank, dist.processes)
     meta = {"method": "vita_vla", "config": dataclasses.asdict(cfg), "robots": robots}
-    stats = data.acting(robots, cfg.robot)[1]
     if teacher:
-        introduce(teacher, model, stats, cfg, resumed, dist.device)
+        introduce(teacher, model, robots, cfg, resumed, dist.device)
     elif cfg.teacher and cfg.stage == "teacher" and not resumed:  # Seer's own goes on, or acts
         seer.load_seer(model, cfg.teacher, cfg.released)
-        seer.read_recorded(model, *data.bounds(stats["state"]), cfg.gripper_state)
+        state = data.acting(robots, cfg.robot)[1]["state"]
+        seer.read_recorded(model, *data.bounds(state), cfg.gripper_state)
     beside = {"Seer": teacher} if cfg.stage == "align" else {}
     model = common.place(model, cfg, dist, run.say, beside=beside)
     return Policy(model, cfg, processor, robots, dist.device), batches, meta
@@ -914,19 +907,12 @@ def prepare(cfg, dist, run, resumed, teacher=None):
 
 def check(cfg):
     """What no type can say about the flags, before anything is spent on them."""
-    loop.check(cfg)
-    data.named(cfg.data)
-    common.find_backbone(cfg.backbone)
-    common.positive(cfg, "batch", "accumulate", "demos", "episodes", "parallel", "log_every",
-                    "save_every", "history", "future", "width", "heads", "patch",
-                    "foresight")  # fmt: skip
+    runs.check(cfg, "history", "future", "width", "heads", "patch", "foresight")
     begun = cfg.resume or cfg.eval_only or cfg.describe
     first = STAGES[cfg.recipe][1] if cfg.stage == "chain" else cfg.stage
     common.refuse({
         f"--teacher {cfg.teacher} speaks of actions as recorded: add --normalise raw":
             cfg.teacher.endswith(RELEASED) and cfg.normalise != "raw" and not begun,
-        "--resume goes on with a run, --eval-only takes it as it is: one of them":
-            cfg.resume and cfg.eval_only,
         "--stage teacher begins one from nothing, or goes on with Seer's own file, --teacher X.pth":
             cfg.stage == "teacher" and cfg.teacher and not cfg.teacher.endswith(RELEASED),
         f"--stage align needs --teacher RUN: {MAKES_ONE}":
@@ -998,14 +984,7 @@ def chain(cfg, dist):
     if alone or cfg.stage != "chain" or cfg.eval_only:
         yield cfg
         return
-    folder = Path(dist.share(cfg.resume or cfg.out or time.strftime("runs/vita_vla-%Y%m%d-%H%M%S")))
-    if cfg.resume:
-        cfg = common.resume_config(cfg, common.read_json(folder / "chain.json", "recipe"), FREE)
-    elif dist.share((folder / "chain.json").exists()):
-        raise common.UserError(f"{folder} holds a chain: --resume {folder}, or another --out")
-    elif dist.main:
-        folder.mkdir(parents=True, exist_ok=True)
-        common.write_json(folder / "chain.json", dataclasses.asdict(cfg))
+    cfg, folder, _ = runs.begin_chain(cfg, dist, "vita_vla", (), FREE, check)
     teacher, before = cfg.teacher, cfg.student
     for name in STAGES[cfg.recipe]:
         if name == "teacher" and cfg.teacher:
@@ -1015,37 +994,25 @@ def chain(cfg, dist):
         if name == "teacher":  # ABLATION no-gripper: the released student's loss alone lacks it
             here.gripper_weight = cfg.gripper_weight or Config.gripper_weight
         here.explicit = tuple(name for name in cfg.explicit if name in FREE and name != "out")
-        if list((folder / name).glob("checkpoints/step_*/meta.json")):
+        standing = runs.standing(folder / name, dist)
+        if standing == "begun":
             here.resume = str(folder / name)
-        elif dist.main and cfg.resume and not (folder / name / "result.json").exists():
-            shutil.rmtree(folder / name, ignore_errors=True)  # stopped before it saved anything
-        dist.barrier()
-        if not (folder / name / "result.json").exists():
+        if standing != "done":
             yield here
         teacher = teacher or str(folder / "teacher")
         before = "" if name == "teacher" else str(folder / name)
     if dist.main:
-        stages.finish(folder, {name: folder / name for name in STAGES[cfg.recipe]})
+        runs.finish(folder, {name: folder / name for name in STAGES[cfg.recipe]})
 
 
 def session(cfg, dist):
     """Trains one stage, or goes on with it, and evaluates what acts by then."""
-    resumed, policy, seconds = None, None, 0.0
-    if cfg.resume:
-        resumed = common.load_checkpoint(cfg.resume, "vita_vla", dist=dist)
-        cfg = common.resume_config(cfg, resumed.meta["config"], FREE)
-        cfg = common.same_samples(cfg, resumed, dist)
-    if cfg.eval_only:
-        policy = load_policy(cfg.eval_only, dist.device, cfg.robot)
-        free = FREE + ("world", "seed", "dtype", "ablation")
-        cfg = common.resume_config(cfg, dataclasses.asdict(policy.cfg), free)
-        if cfg.out == policy.cfg.out:
-            cfg.out = str(Path(cfg.eval_only) / time.strftime("eval-%Y%m%d-%H%M%S"))
-        policy.cfg = policy.model.cfg = cfg
+    cfg, resumed, policy = runs.begin(cfg, dist, "vita_vla", FREE, load_policy)
     cfg.steps = cfg.steps or getattr(cfg, f"{cfg.stage}_steps")
     cfg = check(cfg)
     run = common.Run(cfg, "vita_vla", __file__, dist, cfg.steps, resumed)
     run.say(f"{cfg.stage}: run folder {run.folder}; {dist.processes} process(es) on {dist.device}")
+    seconds = 0.0
     if not policy:
         begins = cfg.stage == "finetune" and cfg.teacher and not (cfg.student or resumed)
         taught = cfg.stage == "align" or bool(begins)
@@ -1055,18 +1022,11 @@ def session(cfg, dist):
         policy, batches, meta = prepare(cfg, dist, run, resumed, teacher)
         teacher = teacher if cfg.stage == "align" else None  # else its decoder was all
         seconds = train(cfg, dist, run, policy.model, batches, meta, resumed, teacher)
-    steps, processes = policy.trained if cfg.eval_only else (cfg.steps, dist.processes)
+    learned = policy.trained if cfg.eval_only else (cfg.steps, dist.processes)
     results = loop.evaluate(policy, cfg, dist, run.folder, run.say)
-    first = next(iter(results.values()), loop.NOTHING)
-    run.result({
-        "method": "vita_vla", "arm": cfg.ablation or cfg.recipe, "stage": cfg.stage,
-        "backbone": cfg.backbone, "world": cfg.world, "seed": cfg.seed, "steps": steps,
-        "samples": steps * cfg.accumulate * cfg.batch * processes,
-        "train_seconds": round(seconds, 1),
-        "success": first["success"], "ci95": first["ci95"], "episodes": first["episodes"],
-        "length": results.get("chain", {}).get("length"), "per_task": first["per_task"],
-        "domains": results, "params": common.param_counts(policy.model),
-    })  # fmt: skip
+    result = runs.facts("vita_vla", cfg, cfg.recipe, *learned, seconds) | loop.headline(results)
+    result |= {"length": results.get("chain", {}).get("length"), "stage": cfg.stage}
+    run.result(result | {"domains": results, "params": common.param_counts(policy.model)})
     run.close()
     if dist.main:
         pictures.draw_run(run.folder, ("arm", "gripper", "align", "foresight"))

@@ -88,10 +88,10 @@ def read_run(folder):
                 if key not in NO_LOSS and isinstance(value, (int, float)):
                     curves.setdefault(f"{stage} {key}".strip(), []).append((line["step"], value))
     last = list(stages.values())[-1]
-    config = read_json(folder / "config.json") or read_json(last / "config.json")
-    settings = read_json(folder / "chain.json") or config.get("config", {})
+    files = folder / "chain.json", folder / "config.json", last / "config.json"
+    config = next(filter(None, map(read_json, files)), {})
     result = read_json(folder / "result.json") or read_json(last / "result.json")
-    return Made(folder.name, settings, result, curves, config)
+    return Made(folder.name, config.get("config", {}), result, curves, config)
 
 
 def read_side(words):

@@ -38,7 +38,7 @@ def untrained(folder):
     )
     model, _ = twinbrain.build(cfg, 8, 7)
     tensors = {n: t for n, t in model.state_dict().items() if not n.startswith("left.")}
-    meta = {"method": "twinbrain", "config": dataclasses.asdict(cfg), "fast": None}
+    meta = {"method": "twinbrain", "config": dataclasses.asdict(cfg)}
     about = {"cameras": list(episodes[0].images), "fps": episodes[0].fps}
     meta["robots"] = {"tabletop:bridge": data.statistics(episodes) | about}
     alone = common.Dist(0, 1, torch.device("cpu"))

@@ -375,7 +375,7 @@ def trained(script, folder, episodes, backbone="tiny", **flags):
         for p in model.parameters():
             if p.requires_grad:
                 p += 0.05 * torch.randn(p.shape, generator=generator)
-    meta = {"method": script.__name__, "config": asdict(cfg), "fast": None}
+    meta = {"method": script.__name__, "config": asdict(cfg)}
     meta["robots"] = {"tabletop:bridge": data.statistics(episodes)}
     tensors = {n: t for n, t in model.state_dict().items() if not n.startswith("left.")}
     common.save_checkpoint(folder / "checkpoints", 1, tensors, {}, {}, meta, ALONE)

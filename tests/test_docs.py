@@ -370,13 +370,14 @@ def logged_keys(script):
     """Keys that a script's source logs: of its losses, of evaluate() and of what run.result gets;
     and those that the closed loop and the scores add."""
     found = set()
-    files = [ROOT / f"{script.__name__}.py", ROOT / "worlds" / "loop.py"]
+    shared = [ROOT / "worlds" / "loop.py", ROOT / "parts" / "runs.py"]
+    files = [ROOT / f"{script.__name__}.py", *shared]
     for node in (n for file in files for n in ast.walk(ast.parse(file.read_text()))):
         if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
             if getattr(node.value, "id", "") in ("losses", "results", "result"):
                 found.add(node.slice.value)
         inside = isinstance(node, ast.FunctionDef) and node.name in (
-            "evaluate", "action_losses", "token_losses", "run_stage", "facts", "session",
+            "evaluate", "action_losses", "token_losses", "run_stage", "facts", "session", "tally",
         )  # fmt: skip
         for inner in ast.walk(node) if inside else ():
             keys = inner.keys if isinstance(inner, ast.Dict) else ()
@@ -761,7 +762,7 @@ def test_one_seed_in_common_is_compared_alone():
 def test_a_chain_has_the_losses_of_its_stages(tmp_path):
     for stage in ("align", "teacher"):
         made_run(tmp_path / "chain" / stage, 0, [(1, 2.0)])
-    (tmp_path / "chain" / "chain.json").write_text('{"seed": 4}')
+    (tmp_path / "chain" / "chain.json").write_text('{"config": {"seed": 4}}')
     made = compare.read_run(tmp_path / "chain")
     assert list(made.curves) == ["teacher action", "align action"]
     assert made.settings == {"seed": 4} and made.result["domains"]

@@ -18,8 +18,9 @@ import data
 import dualvla
 import twinbrain
 from dualvla import ABLATIONS, Config, acceleration_keyframes, keep
+from parts import runs
 from parts.instructvla import Mixture
-from worlds import events, stages
+from worlds import events
 
 SMALL = replace(
     Config(), dtype="fp32", batch=4, horizon=4, width=32, depth=2, heads=2, queries=4, rank=4,
@@ -527,14 +528,14 @@ def test_fused_kl_never_holds_the_vocabulary_for_all_positions(monkeypatch):
 
 def test_a_teacher_of_other_units_is_refused(case):
     robots = {"mine": case.stats}
-    stages.same_units("expert", "RUN", {"its": case.stats}, robots)
+    runs.same_units("expert", "RUN", {"its": case.stats}, robots)
     wide = json.loads(json.dumps(case.stats))
     wide["action"]["q99"][0] *= 1.5
     narrow = json.loads(json.dumps(case.stats))
     narrow["state"] = {name: row[:7] for name, row in narrow["state"].items()}
     for other in (wide, narrow):
         with pytest.raises(common.UserError, match="--expert RUN learned from its") as error:
-            stages.same_units("expert", "RUN", {"its": other}, robots)
+            runs.same_units("expert", "RUN", {"its": other}, robots)
         assert "\n" not in str(error.value) and "mine" in str(error.value)
 
 

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -26,6 +26,7 @@ from torch._dynamo.utils import counters
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 import common
+import data
 import dualvla
 import twinbrain
 import vita_vla
@@ -210,13 +211,15 @@ def test_sharded_models_are_whole_for_questions_and_at_the_end(tmp_path):
 
 
 def test_stage_1_takes_its_teachers_decoder_when_it_is_sharded(tmp_path):
-    teacher = tmp_path / "teacher"
-    stage = ["--stage", "align", "--teacher", str(teacher)]
-    run("vita_vla", teacher, "--stage", "teacher", "--steps", "1")
-    run("vita_vla", tmp_path / "whole", *stage)
-    run("vita_vla", tmp_path / "shares", *stage, "--batch", "4", "--shard", "full", processes=2)
-    assert_close(tmp_path / "whole", tmp_path / "shares")
-    got, given = weights(tmp_path / "shares"), weights(teacher, 1)
+    teacher, words = tmp_path / "teacher", [*TINY, *OWN["vita_vla"], "--stage"]
+    cfg = common.parse(vita_vla.Config, {}, {}, [*words, "teacher"])
+    robots = {part.name: part.stats for part in data.recordings(cfg, ALONE)[0]}
+    meta = {"method": "vita_vla", "config": asdict(cfg), "robots": robots}
+    tensors = vita_vla.build(cfg)[0].state_dict()
+    common.save_checkpoint(teacher / "checkpoints", 1, tensors, {}, {}, meta, ALONE)
+    words = ["--stage", "align", "--teacher", str(teacher), "--shard", "full"]
+    run("vita_vla", tmp_path / "run", *words, "--steps", "1", processes=2)
+    got, given = weights(tmp_path / "run", 1), weights(teacher, 1)
     assert all(torch.equal(got[n], given[n]) for n in given if n.startswith(vita_vla.DECODER))
 
 
@@ -844,7 +847,7 @@ EVIL = [  # the command that reads a file, the file that is planted
     ("twinbrain --eval-only {run}", "model.safetensors"),
     ("vita_vla --eval-only {run}", "meta.json"),
     ("vita_vla --resume {run}", "chain.json"),
-    ("dualvla --resume {run}", "config.json"),
+    ("dualvla --resume {run}", "chain.json"),
     ("twinbrain --eval-only {run}", "shards/share.safetensors"),
     ("twinbrain --brain vanilla --distill {run}", "model.safetensors"),
     ("dualvla --expert {run}", "model.safetensors"),

@@ -29,9 +29,10 @@ from websockets.sync.client import connect  # noqa: E402
 import common  # noqa: E402
 import data  # noqa: E402
 import dualvla  # noqa: E402
+import parts.runs  # noqa: E402
 import twinbrain  # noqa: E402
 import vita_vla  # noqa: E402
-from worlds import serve, stages, tabletop  # noqa: E402
+from worlds import serve, tabletop  # noqa: E402
 
 ALONE = common.Dist(0, 1, torch.device("cpu"))
 SMALL = dict(width=32, depth=1, heads=2, dtype="fp32", device="cpu")
@@ -384,7 +385,6 @@ def runs(tmp_path_factory, episodes):
             "method": method,
             "config": asdict(cfg),
             "robots": {"tabletop:bridge": stats | {"cameras": ["static", "wrist"], "fps": 5.0}},
-            "fast": None,
         }
         hidden = ("left.",) if method == "twinbrain" else ("vlm.", "eyes.")
         if method == "dualvla":
@@ -816,5 +816,5 @@ def test_the_newest_stage_of_a_chain_is_served(runs, tmp_path):
         (tmp_path / stage).symlink_to(runs["vita_vla"])
     order = vita_vla.STAGES["freeze-vlm"]
     assert serve.method_of(tmp_path) == "vita_vla"
-    assert stages.newest(tmp_path, order) == tmp_path / "finetune"
-    assert stages.newest(tmp_path / "teacher", order) == tmp_path / "teacher"
+    assert parts.runs.newest(tmp_path, order) == tmp_path / "finetune"
+    assert parts.runs.newest(tmp_path / "teacher", order) == tmp_path / "teacher"

@@ -38,31 +38,26 @@ class Case:
     def __init__(self, episodes, base=SMALL, backbone=None, **flags):
         self.cfg = cfg = replace(base, **flags)
         vlm, self.processor = common.load_backbone(cfg.backbone)
-        vlm, self.fast = backbone or vlm, None
+        vlm = backbone or vlm
         self.stats = data.statistics(episodes)
         self.windows = data.Windows(episodes, self.stats, cfg.horizon, cfg.augment)
         if cfg.head == "fast":
             common.Fast.extend(vlm, self.processor.tokenizer)
-            self.fast = common.Fast.fit(self.windows.chunks(5), self.processor.tokenizer)
+            fast = common.Fast.fit(self.windows.chunks(5), self.processor.tokenizer)
+            self.processor.fast = fast
         common.seed_all(0)
         self.model = TwinBrain(cfg, vlm, self.processor, len(self.stats["state"]["q01"]), 7).eval()
         lengths = [len(e.instruction.split()) for e in episodes]
         first, last = int(np.argmin(lengths)), int(np.argmax(lengths))
         rows = [self.windows.starts[first] + 3, self.windows.starts[last + 1] - 2]
         self.samples = [self.windows.get(int(i), np.random.default_rng(0)) for i in rows]
-        self.batch = twinbrain.sense(self.samples, cfg, self.processor, self.fast)
+        self.batch = twinbrain.sense(self.samples, cfg, self.processor)
         if cfg.cotrain:
             asked = data.question_sets(["pope"], 2)["pope"]
             self.batch["questions"] = common.ask(asked, self.processor, twinbrain.SYSTEM_L)
         self.noise = twinbrain.draw_noise(cfg, 0, 7, ALONE)
-        self.policy = twinbrain.Policy(
-            self.model,
-            cfg,
-            self.processor,
-            {"tabletop": self.stats},
-            torch.device("cpu"),
-            self.fast,
-        )
+        robots = {"tabletop": self.stats}
+        self.policy = twinbrain.Policy(self.model, cfg, self.processor, robots, ALONE.device)
 
     def h_R(self):
         with torch.no_grad():
@@ -631,8 +626,8 @@ def test_each_head_acts(episodes, head):
 def test_fast_says_what_it_has_learned(episodes):
     case = Case(episodes, head="fast", horizon=2, execute=2, optimizer="muon", lr=1e-2)
     sample = case.samples[0]
-    said = case.fast.encode(sample["action"])
-    case.batch = twinbrain.sense([sample], case.cfg, case.processor, case.fast)
+    said = case.processor.fast.encode(sample["action"])
+    case.batch = twinbrain.sense([sample], case.cfg, case.processor)
     opts = twinbrain.make_optimizers(case.model, case.cfg)
     acting = {k: sample[k] for k in ("images", "instruction", "robot", "state")}
     batch, learned = twinbrain.sense([acting], case.cfg, case.processor), False
@@ -646,7 +641,7 @@ def test_fast_says_what_it_has_learned(episodes):
             assert (tuple(spoken[0].tolist()) == said) == learned
         if learned:
             break
-    a = case.model.act(batch, None, case.fast)[0].numpy()
+    a = case.model.act(batch, None)[0].numpy()
     assert learned and np.abs(a - sample["action"]).max() < 0.11  # coefficients are in tenths
 
 
@@ -666,7 +661,8 @@ def test_speaking_token_by_token_equals_one_pass(episodes):
         ids = case.model.speak(batch, limit=5)
         mask = np.ones(5, bool)
         told = [s | {"action": row.numpy(), "mask": mask} for s, row in zip(acting, ids)]
-        whole = twinbrain.sense(told, case.cfg, case.processor, Told)
+        case.processor.fast = Told
+        whole = twinbrain.sense(told, case.cfg, case.processor)
         h = case.model.think(whole)[0].last_hidden_state[:, -6:-1]
     assert torch.equal(whole["right"]["input_ids"][:, -5:], ids)
     assert torch.equal(case.model.right.lm_head(h).argmax(-1), ids)

@@ -181,7 +181,7 @@ def test_a_teacher_is_stored_as_frozen_says_and_hands_over_its_decoder_whole(epi
     before = teacher.hidden(dict(teacher.batch))
     model = teacher.model.requires_grad_(False)
     cfg = replace(student.cfg, frozen="bf16", dtype="bf16", teacher="run")
-    vita_vla.introduce(model, student.model, student.stats, cfg, None, ALONE.device)
+    vita_vla.introduce(model, student.model, teacher.model.robots, cfg, None, ALONE.device)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     ours = student.model.state_dict()
     assert all(torch.equal(ours[n], t) for n, t in decoder.items())

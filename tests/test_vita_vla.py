@@ -270,7 +270,7 @@ def test_without_the_gripper_term_the_teacher_keeps_its_own(tmp_path, monkeypatc
     words = ["--ablation", "no-gripper", "--teacher", "train", "--out", str(tmp_path / "chain")]
     cfg = common.parse(Config, vita_vla.PRESETS, ABLATIONS, words)
     vita_vla.choose_teacher(cfg)
-    monkeypatch.setattr(vita_vla.stages, "finish", lambda *_: None)  # no stage runs
+    monkeypatch.setattr(vita_vla.runs, "finish", lambda *_: None)  # no stage runs
     weight = {stage.stage: stage.gripper_weight for stage in vita_vla.chain(cfg, ALONE)}
     assert weight == {"teacher": Config().gripper_weight, "align": 0.0, "finetune": 0.0}
 

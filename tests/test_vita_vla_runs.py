@@ -356,7 +356,7 @@ def test_a_teacher_of_other_units_is_refused(chained, status, tmp_path):
         file.write_text(json.dumps(meta))
     words = [*TINY, "--stage", "align", "--teacher", str(tmp_path / "teacher")]
     code, _, err = status(vita_vla.main, *words, "--out", str(tmp_path / "a"))
-    assert code == 2 and err.count("\n") == 1 and "bounds of state are not" in err
+    assert code == 2 and err.count("\n") == 1 and "bounds of state and action are not" in err
 
 
 def test_a_shorter_window_than_the_teachers_is_fine(chained):

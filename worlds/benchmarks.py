@@ -359,6 +359,15 @@ def total(rows, metric):
     return out | {"questions": len(rows)} | more
 
 
+def check(cfg):
+    """What no type can say about the flags of scripts that answer questions."""
+    common.refuse({
+        f"--benchmark {cfg.benchmark} needs --eval-only RUN": cfg.benchmark and not cfg.eval_only,
+        f"--questions {cfg.questions}: an even number, MME asks in pairs":
+            cfg.questions < 2 or cfg.questions % 2,
+    })  # fmt: skip
+
+
 def run(path, write, cfg, say=print, who="", at_once=32):
     """Answers a file; write(samples, most words of each) -> answers. -> its scores, printed too.
     who: which brain writes, where there are several."""

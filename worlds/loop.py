@@ -286,6 +286,12 @@ def evaluate(policy, cfg, dist, folder, say=print):
     return results
 
 
+def headline(results):
+    """What evaluate() found in the first domain, the run's own: a result's first numbers."""
+    first = next(iter(results.values()), NOTHING)
+    return {name: first[name] for name in NOTHING}
+
+
 def tally(domain, starts, reached, say):
     """Goals that each start's world reached, {i: n} -> the domain's entry of the results."""
     wins = {i: n > 0 for i, n in reached.items()}

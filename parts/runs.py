@@ -1,0 +1,156 @@
+"""A run of any of the scripts, around what its paper says: flags that cannot be, --resume and
+--eval-only, what a policy sees, what a result says, and a chain of stages, each a run in a folder
+of its own. S + A are the numbers of a state and an action."""
+
+import dataclasses
+import time
+from pathlib import Path
+
+import numpy as np
+
+import common
+import data
+from worlds import loop
+
+
+def check(cfg, *counts):
+    """What no type can say about the flags that all scripts have, and that `counts`, flags of this
+    one, are at least 1."""
+    loop.check(cfg)
+    data.named(cfg.data)
+    common.find_backbone(cfg.backbone)
+    common.positive(cfg, "batch", "accumulate", "demos", "episodes", "parallel", "log_every",
+                    "save_every", *counts)  # fmt: skip
+
+
+def begin(cfg, dist, method, free, load_policy):
+    """-> the Config; the checkpoint that --resume goes on from; the Policy of --eval-only, its
+    outputs in a folder of their own. Both keep the run's settings, but those in `free`."""
+    resumed, policy = None, None
+    if cfg.resume and cfg.eval_only:
+        words = "--resume goes on with a run, --eval-only takes it as it is: one of them"
+        raise common.UserError(words)
+    if cfg.resume:
+        resumed = common.load_checkpoint(cfg.resume, method, dist=dist)
+        cfg = common.resume_config(cfg, resumed.meta["config"], free)
+        cfg = common.same_samples(cfg, resumed, dist)
+    if cfg.eval_only:
+        policy = load_policy(cfg.eval_only, dist.device, cfg.robot)
+        free = (*free, "world", "seed", "dtype", "ablation")
+        cfg = common.resume_config(cfg, dataclasses.asdict(policy.cfg), free)
+        if cfg.out == policy.cfg.out:
+            cfg.out = str(Path(cfg.eval_only) / time.strftime("eval-%Y%m%d-%H%M%S"))
+        policy.cfg = policy.model.cfg = cfg
+    return cfg, resumed, policy
+
+
+def counted(acts, windows, model):
+    """What is trained on, and how much trains, in words."""
+    names = ", ".join(p.name for p in acts[:3]) + " ..." * (len(acts) > 3)
+    episodes, steps = sum(len(p.episodes) for p in acts), sum(map(len, windows))
+    sizes = (f"{name} {common.human(n)}" for name, n in common.param_counts(model).items())
+    return f"{names}: {episodes} episodes, {steps} steps; parameters: {', '.join(sizes)}"
+
+
+def seen(observations, instructions, cfg, robot, stats):
+    """What a policy sees of its worlds -> samples, for the script's `sense()`."""
+    return [
+        {
+            "images": data.scaled(o["images"].values(), (cfg.size, cfg.wrist_size)),
+            "instruction": words,
+            "robot": robot,
+            "state": data.normalise(o["state"], stats["state"]),
+        }
+        for o, words in zip(observations, instructions)
+    ]
+
+
+def facts(method, cfg, arm, steps, processes, seconds):
+    """What a result says of its run: which it was, and how much it has learned from."""
+    return {
+        "method": method, "arm": cfg.ablation or arm, "backbone": cfg.backbone,
+        "world": cfg.world, "seed": cfg.seed, "steps": steps,
+        "samples": steps * cfg.accumulate * cfg.batch * processes,
+        "train_seconds": round(seconds, 1),
+    }  # fmt: skip
+
+
+# --- a chain of stages ----------------------------------------------------------------------------
+
+
+def begin_chain(cfg, dist, method, order, free, check):
+    """A new chain's folder, or --resume's with its own flags -> Config, the folder, in which
+    chain.json says how it was started last, and {stage: its folder} of the stages in `order`."""
+    new = time.strftime(f"runs/{method}-{cfg.seed}-%Y%m%d-%H%M%S")
+    out = Path(cfg.resume or cfg.out or new)
+    out = Path(dist.share(str(out.parent if cfg.resume and out.name in order else out)))
+    file = out / "chain.json"
+    if cfg.resume:
+        if not file.exists():
+            raise common.UserError(f"--resume {out}: no run in this folder")
+        cfg = common.resume_config(cfg, common.read_json(file, "config")["config"], free)
+        check(cfg)
+    elif dist.share(file.exists()):
+        raise common.UserError(f"{out} holds a run: --resume {out}, or another --out")
+    found = folders(cfg, method, order, out)
+    if dist.main:
+        out.mkdir(parents=True, exist_ok=True)
+        about = {"method": method, "config": dataclasses.asdict(cfg), **common.start_facts(dist)}
+        common.write_json(file, about)
+    return cfg, out, found
+
+
+def folders(cfg, method, order, out):
+    """-> {stage: its folder}: in `out`, or where the flag of its name has it."""
+    found = {stage: out / stage for stage in order}
+    for name in order[:-1]:
+        if given := getattr(cfg, name):
+            inner = Path(given, name)
+            found[name] = inner if inner.exists() else Path(given)
+            theirs = common.load_checkpoint(found[name], method).meta["config"]["stage"]
+            if theirs != name:
+                raise common.UserError(f"--{name} {given} is a run of --stage {theirs}")
+    return found
+
+
+def standing(folder, dist):
+    """How far a stage's folder is: done, begun (there is a checkpoint to go on from) or new; one
+    that was stopped before its first checkpoint begins again."""
+    if (folder / "result.json").exists():
+        return "done"
+    if list(folder.glob("checkpoints/step_*/meta.json")):
+        return "begun"
+    if dist.main:
+        (folder / "metrics.jsonl").unlink(missing_ok=True)
+    dist.barrier()
+    return "new"
+
+
+def newest(folder, order):
+    """A chain's folder -> that of its last stage that has a checkpoint; else the folder itself."""
+    inner = [Path(folder, name) for name in order if Path(folder, name, "checkpoints").exists()]
+    return inner[-1] if inner else folder
+
+
+def finish(out, folders):
+    """{stage: its folder} -> {stage: its result}; the chain's own is its last one's, and all."""
+    files = {stage: folder / "result.json" for stage, folder in folders.items()}
+    results = {stage: common.read_json(f) for stage, f in files.items() if f.exists()}
+    common.write_json(out / "result.json", list(results.values())[-1] | {"stages": results})
+    return results
+
+
+def same_units(name, given, theirs, robots, share=20):
+    """What the run given by --name reads and says lies between the bounds of its own recordings,
+    `theirs`: of each of ours, one of them must have about the same, within 1 / share of the
+    range."""
+    for recordings, stats in robots.items():
+        ours, *others = (
+            np.hstack([data.bounds(s[kind]) for kind in ("state", "action")])  # (2, S + A)
+            for s in (stats, *theirs.values())
+        )
+        near = (ours[1] - ours[0]) / share
+        if not any(a.shape == ours.shape and (abs(a - ours) <= near).all() for a in others):
+            words = f"--{name} {given} learned from {', '.join(theirs)}, whose bounds of state and"
+            raise common.UserError(f"{words} action are not those of {recordings}: train one on "
+                                   f"it, --stage {name}")  # fmt: skip
