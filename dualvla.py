@@ -741,9 +741,6 @@ class Policy:
         a = a.clamp(-1, 1).cpu().numpy()  # as training clipped them
         return data.unnormalise(a, self.stats["action"])
 
-    def view(self, observation, instruction):
-        return None
-
     def write(self, samples, limit):
         """Samples with "images" and "question" -> its answers, of `limit` words at most."""
         with common.autocast(self.device, self.cfg.dtype), torch.no_grad():

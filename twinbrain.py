@@ -284,14 +284,14 @@ class AsyMoT(DynamicCache):
 def joint_attention(module, q_R, k, v, mask, scaling=None, **_):
     """Right queries over the keys the cache handed out; without left ones, the mask's right part.
 
-    While `joint_attention.maps` is a list, each joint layer appends its weights
-    (B, heads, T_R, T_L + T_R): Figure 5.
+    While `joint_attention.maps` is a list, each joint layer appends what the last token looks at,
+    (B, heads, T_L + T_R): Figure 5.
     """
     mask = mask[..., -k.shape[2] :]
     if joint_attention.maps is not None and k.shape[2] > q_R.shape[2]:
         k_all = k.repeat_interleave(module.num_key_value_groups, dim=1)
-        scores = q_R.float() @ k_all.float().transpose(-1, -2) * scaling
-        joint_attention.maps.append(scores.masked_fill(~mask, -torch.inf).softmax(-1))
+        scores = (k_all.float() @ q_R[:, :, -1, :, None].float())[..., 0] * scaling
+        joint_attention.maps.append(scores.masked_fill(~mask[:, :, -1], -torch.inf).softmax(-1))
     # softmax(Q_R K_joint^T / sqrt(d)) V_joint
     y = common.attend(q_R, k, v, mask, scaling)  # Eq. (6)
     return y.transpose(1, 2), None
@@ -678,12 +678,11 @@ class Policy:
         return [words.decode(row).partition(words.eos_token)[0].strip() for row in ids]
 
     @torch.no_grad()
-    def view(self, observation, instruction):
+    def views(self, observations, instructions):
         """Figure 5: the first camera, bright where the last right token looks in the left brain."""
         if self.model.left is None:
             return None
-        image = next(iter(observation["images"].values()))
-        batch = self.batch([observation], [instruction])
+        batch = self.batch(observations, instructions)
         joint_attention.maps = maps = []
         try:
             with common.autocast(self.device, self.cfg.dtype):
@@ -692,10 +691,12 @@ class Policy:
             joint_attention.maps = None
         merge = self.processor.merge
         _, rows, columns = (n // merge for n in batch["image_grid_thw"][0].tolist())
-        tokens = batch["left"]["input_ids"][0] == self.processor.image_token_id
-        first = tokens.nonzero()[: rows * columns, 0]  # the first camera's tokens
-        heat = torch.stack(maps)[:, 0, :, -1, first].float().mean((0, 1))
-        return pictures.glow(image, heat.view(rows, columns).cpu().numpy())
+        seen, heat = [], torch.stack(maps).mean((0, 2))  # (B, T_L + T_R)
+        for o, ids, weights in zip(observations, batch["left"]["input_ids"], heat):
+            tokens = (ids == self.processor.image_token_id).nonzero()[: rows * columns, 0]
+            weights = weights[tokens].view(rows, columns)  # of the first camera
+            seen.append(pictures.glow(next(iter(o["images"].values())), weights.cpu().numpy()))
+        return seen
 
 
 @torch.no_grad()

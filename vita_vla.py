@@ -679,9 +679,6 @@ class Policy:
         weights = np.exp(-0.01 * np.arange(len(opinions)))
         return (np.stack(opinions) * (weights / weights.sum())[:, None]).sum(0)
 
-    def view(self, observation, instruction):
-        return None
-
 
 # --- Train ----------------------------------------------------------------------------------------
 
@@ -826,7 +823,6 @@ def load_teacher(cfg, device):
     if cfg.teacher.endswith(RELEASED):
         model, _ = build(replace(cfg, stage="teacher"))
         seer.load_seer(model, cfg.teacher, cfg.released)
-        model.robots = {}  # its units are not in the file
     else:
         place = TINY if cfg.teacher == "tiny" else cfg.teacher
         checkpoint = common.load_checkpoint(place, "vita_vla", hint="; " + MAKES_ONE)

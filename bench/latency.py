@@ -142,9 +142,6 @@ class Timed:
         self.began = self.began or self.now()
         return out
 
-    def view(self, observation, instruction):
-        return None
-
 
 def episodes_a_minute(policy, worlds, args):
     """In episodes of full length; the worlds' own steps and pictures are in it."""

@@ -722,21 +722,23 @@ def test_attention_map(case, episodes):
     case.h_R()
     maps, joint_attention.maps = joint_attention.maps, None
     T_L, T_R = (case.batch[side]["real"].shape[1] for side in ("left", "right"))
-    real = case.batch["right"]["real"]
-    assert len(maps) == 4 and maps[0].shape == (2, 4, T_R, T_L + T_R)
+    assert len(maps) == 4 and maps[0].shape == (2, 4, T_L + T_R)
     for weights in maps:
-        weights = weights.transpose(1, 2)[real]  # (tokens, heads, T_L + T_R)
         assert torch.allclose(weights.sum(-1), torch.ones(()), atol=1e-5)
         assert 0 < weights[..., :T_L].sum(-1).mean() < 1
-    picture = case.policy.view(observation_of(episodes[0], 0), episodes[0].instruction)
-    assert picture.shape == (64, 64, 3) and picture.dtype == np.uint8 and picture.std() > 1
+        assert (weights[:, :, :T_L].amax(1)[~case.batch["left"]["real"]] == 0).all()
+    given = [observation_of(e, 0) for e in episodes[:2]], ["wave", "put it on the green towel"]
+    both = case.policy.views(*given)  # of prompts that differ in length
+    for i, picture in enumerate(both):
+        (alone,) = case.policy.views(*(some[i : i + 1] for some in given))
+        assert picture.shape == (64, 64, 3) and picture.dtype == np.uint8 and picture.std() > 1
+        assert np.abs(picture.astype(int) - alone).max() <= 1
     assert joint_attention.maps is None
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(case.model, "think", lambda batch: 1 / 0)
-        case.policy.view(observation_of(episodes[0], 0), "wave")
+        case.policy.views(*given)
     assert joint_attention.maps is None
-    vanilla = Case(episodes, brain="vanilla")
-    assert vanilla.policy.view(observation_of(episodes[0], 0), "wave") is None
+    assert Case(episodes, brain="vanilla").policy.views(*given) is None
 
 
 def test_answers_are_those_of_greedy_generation(case, library):

@@ -309,9 +309,6 @@ class Replay:
             plan[: len(known)] = np.reshape(known, (-1, 7))
         return plans
 
-    def view(self, observation, instruction):
-        return None
-
 
 CFG = replace(twinbrain.Config(), domains=("in",), episodes=4, gifs=1)
 

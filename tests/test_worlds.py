@@ -77,9 +77,6 @@ class Guide:
         self.said = [f"i see {words}" for words in instructions]
         return plans
 
-    def view(self, observation, instruction):
-        return None
-
 
 @pytest.fixture
 def floors(monkeypatch):

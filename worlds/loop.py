@@ -1,10 +1,10 @@
 """Closed loop: any policy, many worlds side by side, success rates with their intervals.
 
-A policy has `act(observations, instructions, rng) -> (n, H, A)` action chunks in the world's units
-and `view(observation, instruction) -> picture or None`, a panel of its own for the films; it may
-have `said`, what it said before each of the last chunks, and `stats`, what it was trained on, which
-must suit the world. With an observation comes "memory", a dict for the policy's own use that lasts
-as long as its world's goal.
+A policy has `act(observations, instructions, rng) -> (n, H, A)` action chunks in the world's units.
+It may have `views(observations, instructions) -> pictures, or nothing`, panels of its own for the
+films, `said`, what it said before each of the last chunks, and `stats`, what it was trained on,
+which must suit the world. With an observation comes "memory", a dict for the policy's own use that
+lasts as long as its world's goal.
 """
 
 import importlib
@@ -222,9 +222,8 @@ def rollout(policy, cfg, world, starts, film=0, crew=None):
             if i < film:
                 taken[i].append(now[i])
                 if over or age[i] % stride == 0:
-                    observation = crew.ask({i: ("observe",)})[i]
-                    how = success if over else None
-                    films[i].append(draw(policy, observation, words, said[i], taken[i], how))
+                    scene = crew.ask({i: ("observe",)})[i], words, said[i], len(taken[i])
+                    films[i].append((*scene, success if over else None))
             if success:
                 reached[i] += 1
                 over = starts[i][1] != "chain" or not crew.ask({i: ("next_goal",)})[i]
@@ -233,7 +232,7 @@ def rollout(policy, cfg, world, starts, film=0, crew=None):
             if over:
                 age[i] = None
         live = [i for i in live if age[i] is not None]
-    return reached, films
+    return reached, [draw(policy, scenes, actions) for scenes, actions in zip(films, taken)]
 
 
 def film_stride(world):
@@ -244,16 +243,22 @@ def film_stride(world):
     return stride, max(8.0, World.fps / stride)
 
 
-def draw(policy, observation, words, said, actions, success):
-    """One frame of a film: the cameras, the policy's own view, the actions so far, the instruction,
-    what was said before this plan, and (None: not yet) how it ended."""
-    views = list(observation["images"].values())
-    extra, scale = policy.view(observation, words), max(1, 256 // len(views[0]))
-    views += [] if extra is None else [extra]
-    views.append(pictures.trace(actions, scale * len(views[0])))
-    step = f"step {len(actions)}" + {None: "", True: ", success", False: ", failure"}[success]
-    lines = [words, *([said] if said else []), step]
-    return pictures.caption_frame(views, lines, scale, success)
+def draw(policy, scenes, actions):
+    """The frames of a film, from its scenes (observation, instruction, what was said before this
+    plan, actions so far, how it ended (None: not yet)): the cameras, the policy's own view, the
+    actions, the words."""
+    frames, views = [], getattr(policy, "views", lambda *_: None)
+    for first in range(0, len(scenes), 16):
+        some = scenes[first : first + 16]
+        own = views([scene[0] for scene in some], [scene[1] for scene in some]) or [None] * 16
+        for (observation, words, said, step, success), extra in zip(some, own):
+            shown = [*observation["images"].values()] + ([] if extra is None else [extra])
+            scale = max(1, 256 // len(shown[0]))
+            shown.append(pictures.trace(actions[:step], scale * len(shown[0])))
+            how = {None: "", True: ", success", False: ", failure"}[success]
+            lines = [words, *([said] if said else []), f"step {step}{how}"]
+            frames.append(pictures.caption_frame(shown, lines, scale, success))
+    return frames
 
 
 def evaluate(policy, cfg, dist, folder, say=print):
