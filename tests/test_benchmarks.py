@@ -404,7 +404,7 @@ def test_mmvet_needs_a_judge(vet):
 
 TINY = [
     "--steps", "1", "--demos", "20", "--episodes", "1", "--gifs", "0", "--questions", "2",
-    "--batch", "4",
+    "--batch", "4", "--optimizer", "adamw",
     "--domains", "in", "--width", "32", "--depth", "2", "--heads", "2", "--threads", "1",
     "--device", "cpu",
 ]  # fmt: skip

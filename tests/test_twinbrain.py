@@ -624,7 +624,8 @@ def test_each_head_acts(episodes, head):
 
 
 def test_fast_says_what_it_has_learned(episodes):
-    case = Case(episodes, head="fast", horizon=2, execute=2, optimizer="muon", lr=1e-2)
+    flags = dict(head="fast", brain="vanilla", horizon=2, execute=2, optimizer="muon", lr=1e-2)
+    case = Case(episodes, **flags)
     sample = case.samples[0]
     said = case.processor.fast.encode(sample["action"])
     case.batch = twinbrain.sense([sample], case.cfg, case.processor)

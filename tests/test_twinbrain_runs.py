@@ -22,6 +22,7 @@ TINY = [
     "--steps", "4", "--save-every", "2", "--log-every", "1", "--demos", "20", "--episodes", "4",
     "--gifs", "1", "--questions", "2", "--batch", "8", "--domains", "in", "--width", "32",
     "--depth", "2", "--heads", "2", "--threads", "1", "--device", "cpu", "--execute", "8",
+    "--optimizer", "adamw",
 ]  # fmt: skip
 ALONE = common.Dist(0, 1, torch.device("cpu"))
 
@@ -30,7 +31,8 @@ ALONE = common.Dist(0, 1, torch.device("cpu"))
 def finished(tmp_path_factory):
     """A finished run, with dropout so that training reads the global random state."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
-    twinbrain.main([*TINY, "--dropout", "0.2", "--out", str(folder)])
+    words = ["--optimizer", "muon", "--dropout", "0.2", "--out", str(folder)]
+    twinbrain.main([*TINY, *words])
     return folder
 
 
