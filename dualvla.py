@@ -1088,6 +1088,7 @@ def evaluate_only(cfg, dist):
     result = runs.facts("dualvla", cfg, cfg.stage, *policy.trained, 0.0) | {"stage": cfg.stage}
     run.result(result | evaluate(policy, cfg, dist, run.folder, run.say, sets))
     run.close()
+    run.say(f"result.json, films and scores are in {run.folder}")
 
 
 def main(argv=None):

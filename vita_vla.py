@@ -975,8 +975,10 @@ def begin(cfg, name):
 
 def chain(cfg, dist):
     """Yields the Config of each stage that is still to run; each has a folder of its own in the
-    chain's, which `--resume` goes on with."""
-    alone = cfg.resume and not Path(cfg.resume, "chain.json").exists()  # a single stage's folder
+    chain's, which `--resume` goes on with. A single stage, or one that is done, goes on alone."""
+    folder = Path(cfg.resume)
+    done = (folder / "result.json").exists() and not (folder / "chain.json").exists()
+    alone = cfg.resume and (done or not runs.chain_of(folder))
     if alone or cfg.stage != "chain" or cfg.eval_only:
         yield cfg
         return

@@ -78,16 +78,22 @@ def facts(method, cfg, arm, steps, processes, seconds):
 # --- a chain of stages ----------------------------------------------------------------------------
 
 
+def chain_of(folder):
+    """A chain's folder, or a stage's in it -> the chain's; else None."""
+    folder = Path(folder)
+    return next((f for f in (folder, folder.parent) if (f / "chain.json").exists()), None)
+
+
 def begin_chain(cfg, dist, method, order, free, check):
     """A new chain's folder, or --resume's with its own flags -> Config, the folder, in which
     chain.json says how it was started last, and {stage: its folder} of the stages in `order`."""
     new = time.strftime(f"runs/{method}-{cfg.seed}-%Y%m%d-%H%M%S")
-    out = Path(cfg.resume or cfg.out or new)
-    out = Path(dist.share(str(out.parent if cfg.resume and out.name in order else out)))
+    out = chain_of(cfg.resume) if cfg.resume else Path(cfg.out or new)
+    if not out:
+        raise common.UserError(f"--resume {cfg.resume}: no run in this folder")
+    out = Path(dist.share(str(out)))
     file = out / "chain.json"
     if cfg.resume:
-        if not file.exists():
-            raise common.UserError(f"--resume {out}: no run in this folder")
         cfg = common.resume_config(cfg, common.read_json(file, "config")["config"], free)
         check(cfg)
     elif dist.share(file.exists()):

@@ -167,13 +167,15 @@ def test_resuming_a_chain_does_only_what_is_left(chained, copied, quick):
         assert same(weights(chained / name), weights(copied / name)), name
 
 
-def test_a_chain_stopped_before_its_first_checkpoint_goes_on(copied, quick):
+@pytest.mark.parametrize("named", [".", "align"])  # as the line of who stopped it says
+def test_a_chain_stopped_before_its_first_checkpoint_goes_on(copied, quick, named):
     for name in ("frozen", "finetune"):
         shutil.rmtree(copied / name)
     (copied / "align" / "result.json").unlink()
     shutil.rmtree(copied / "align" / "checkpoints")  # metrics.jsonl has lines by then
-    vita_vla.main(["--resume", str(copied), "--steps", "1"])
+    vita_vla.main(["--resume", str(copied / named), "--steps", "1"])
     assert result(copied / "align")["stage"] == "align"
+    assert result(copied)["stages"].keys() == set(STAGES)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", "\x80"])
