@@ -1047,7 +1047,7 @@ def staged(cfg, stage, folders):
 
 def run_stage(cfg, dist):
     """Trains and evaluates one stage in its folder; what is done stays done."""
-    resumed, standing = None, runs.standing(Path(cfg.out), dist)
+    resumed, standing = None, runs.standing(Path(cfg.out))
     if standing == "done":
         return
     if standing == "begun":
@@ -1112,7 +1112,9 @@ def main(argv=None):
     if cfg.eval_only:
         return evaluate_only(cfg, dist)
     cfg = common.resume_auto(cfg, dist, "chain.json")
-    cfg, out, folders = runs.begin_chain(cfg, dist, "dualvla", ORDER, FREE, check)
+    cfg, out = runs.begin_chain(cfg, dist, "dualvla", FREE, check)
+    folders = runs.folders(cfg, "dualvla", ORDER, out)
+    runs.note_chain(cfg, dist, "dualvla", ORDER, out)
     folders = {n: folders[n] for n in ORDER[: ORDER.index(last_stage(cfg)) + 1]}
     for stage, folder in folders.items():
         if folder == out / stage:

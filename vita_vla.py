@@ -967,7 +967,7 @@ STAGES = {
 }
 
 
-def begin(cfg, name):
+def staged(cfg, name):
     """The Config of one of STAGES; `frozen` is finetune with the VLM as it is."""
     frozen, goal = name == "frozen", cfg.goal if name == "teacher" else 0
     return replace(cfg, stage="finetune" if frozen else name, freeze_vlm=frozen, goal=goal)
@@ -982,17 +982,18 @@ def chain(cfg, dist):
     if alone or cfg.stage != "chain" or cfg.eval_only:
         yield cfg
         return
-    cfg, folder, _ = runs.begin_chain(cfg, dist, "vita_vla", (), FREE, check)
+    cfg, folder = runs.begin_chain(cfg, dist, "vita_vla", FREE, check)
+    runs.note_chain(cfg, dist, "vita_vla", STAGES[cfg.recipe], folder)
     teacher, before = cfg.teacher, cfg.student
     for name in STAGES[cfg.recipe]:
         if name == "teacher" and cfg.teacher:
             continue
-        here = replace(begin(cfg, name), teacher=teacher, student=before, out=str(folder / name),
+        here = replace(staged(cfg, name), teacher=teacher, student=before, out=str(folder / name),
                        resume="")  # fmt: skip
         if name == "teacher":  # ABLATION no-gripper: the released student's loss alone lacks it
             here.gripper_weight = cfg.gripper_weight or Config.gripper_weight
         here.explicit = tuple(name for name in cfg.explicit if name in FREE and name != "out")
-        standing = runs.standing(folder / name, dist)
+        standing = runs.standing(folder / name)
         if standing == "begun":
             here.resume = str(folder / name)
         if standing != "done":
@@ -1044,7 +1045,7 @@ def main(argv=None):
     if cfg.describe:
         alone = "frozen" if cfg.freeze_vlm else cfg.stage
         names = STAGES[cfg.recipe] if cfg.stage == "chain" else (alone,)
-        builds = {f"VITA-VLA, {n}": lambda n=n: build(begin(cfg, n))[0] for n in names}
+        builds = {f"VITA-VLA, {n}": lambda n=n: build(staged(cfg, n))[0] for n in names}
         return common.describe(cfg.backbone, common.load_vlm, builds)
     if cfg.export:
         return export(cfg)

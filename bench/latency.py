@@ -200,7 +200,8 @@ def bf16(policy):
 def policies(args, flags):
     """-> method, a name, a function that makes the policy."""
     for folder in args.runs:
-        files = [f for f in (Path(folder, n) for n in ("config.json", "meta.json")) if f.exists()]
+        names = "config.json", "chain.json", "meta.json"
+        files = [f for f in (Path(folder, n) for n in names) if f.exists()]
         if not files:
             raise common.UserError(f"{folder}: no run folder, there is no {folder}/config.json")
         method = json.loads(files[0].read_text())["method"]

@@ -25,7 +25,8 @@ def check(cfg, *counts):
 
 def begin(cfg, dist, method, free, load_policy):
     """-> the Config; the checkpoint that --resume goes on from; the Policy of --eval-only, its
-    outputs in a folder of their own. Both keep the run's settings, but those in `free`."""
+    outputs in a folder of their own. Both keep the run's settings but those in `free`, and
+    --eval-only may take it to another world, seed and precision."""
     resumed, policy = None, None
     if cfg.resume and cfg.eval_only:
         words = "--resume goes on with a run, --eval-only takes it as it is: one of them"
@@ -41,6 +42,8 @@ def begin(cfg, dist, method, free, load_policy):
         if cfg.out == policy.cfg.out:
             cfg.out = str(Path(cfg.eval_only) / time.strftime("eval-%Y%m%d-%H%M%S"))
         policy.cfg = policy.model.cfg = cfg
+        if cfg.dtype == "fp32":
+            policy.model.float()  # --frozen bf16 may have stored parts of it in 16 bits
     return cfg, resumed, policy
 
 
@@ -81,29 +84,41 @@ def facts(method, cfg, arm, steps, processes, seconds):
 def chain_of(folder):
     """A chain's folder, or a stage's in it -> the chain's; else None."""
     folder = Path(folder)
-    return next((f for f in (folder, folder.parent) if (f / "chain.json").exists()), None)
+    if (folder / "chain.json").exists():
+        return folder
+    file = folder.parent / "chain.json"
+    known = file.exists() and common.read_json(file, "stages")["stages"]
+    return folder.parent if known and folder.name in known else None
 
 
-def begin_chain(cfg, dist, method, order, free, check):
-    """A new chain's folder, or --resume's with its own flags -> Config, the folder, in which
-    chain.json says how it was started last, and {stage: its folder} of the stages in `order`."""
+def begin_chain(cfg, dist, method, free, check):
+    """A new chain's folder, or --resume's with its own flags -> Config, the folder. A stage that
+    was stopped before its first checkpoint will begin again."""
     new = time.strftime(f"runs/{method}-{cfg.seed}-%Y%m%d-%H%M%S")
     out = chain_of(cfg.resume) if cfg.resume else Path(cfg.out or new)
     if not out:
         raise common.UserError(f"--resume {cfg.resume}: no run in this folder")
     out = Path(dist.share(str(out)))
-    file = out / "chain.json"
     if cfg.resume:
-        cfg = common.resume_config(cfg, common.read_json(file, "config")["config"], free)
+        saved = common.read_json(out / "chain.json", "method", "config")
+        if saved["method"] != method:
+            raise common.UserError(f"{out} is a chain of {saved['method']}, not of {method}")
+        cfg = common.resume_config(cfg, saved["config"], free)
         check(cfg)
-    elif dist.share(file.exists()):
+        for log in out.glob("*/metrics.jsonl") if dist.main else ():
+            if standing(log.parent) == "new":
+                log.unlink()
+    elif dist.share(any((out / name).exists() for name in ("chain.json", "config.json"))):
         raise common.UserError(f"{out} holds a run: --resume {out}, or another --out")
-    found = folders(cfg, method, order, out)
+    return cfg, out
+
+
+def note_chain(cfg, dist, method, stages, out):
+    """Writes down how a chain was started last, and its stages."""
     if dist.main:
         out.mkdir(parents=True, exist_ok=True)
-        about = {"method": method, "config": dataclasses.asdict(cfg), **common.start_facts(dist)}
-        common.write_json(file, about)
-    return cfg, out, found
+        about = {"method": method, "stages": stages, "config": dataclasses.asdict(cfg)}
+        common.write_json(out / "chain.json", about | common.start_facts(dist))
 
 
 def folders(cfg, method, order, out):
@@ -119,17 +134,11 @@ def folders(cfg, method, order, out):
     return found
 
 
-def standing(folder, dist):
-    """How far a stage's folder is: done, begun (there is a checkpoint to go on from) or new; one
-    that was stopped before its first checkpoint begins again."""
+def standing(folder):
+    """How far a stage's folder is: done, begun (there is a checkpoint to go on from) or new."""
     if (folder / "result.json").exists():
         return "done"
-    if list(folder.glob("checkpoints/step_*/meta.json")):
-        return "begun"
-    if dist.main:
-        (folder / "metrics.jsonl").unlink(missing_ok=True)
-    dist.barrier()
-    return "new"
+    return "begun" if list(folder.glob("checkpoints/step_*/meta.json")) else "new"
 
 
 def newest(folder, order):
@@ -146,17 +155,17 @@ def finish(out, folders):
     return results
 
 
-def same_units(name, given, theirs, robots, share=20):
+def same_units(name, given, theirs, robots, parts=20):
     """What the run given by --name reads and says lies between the bounds of its own recordings,
-    `theirs`: of each of ours, one of them must have about the same, within 1 / share of the
-    range."""
+    `theirs`: of each of ours, one of them must have about the same, within one of so many parts of
+    the range."""
     for recordings, stats in robots.items():
         ours, *others = (
             np.hstack([data.bounds(s[kind]) for kind in ("state", "action")])  # (2, S + A)
             for s in (stats, *theirs.values())
         )
-        near = (ours[1] - ours[0]) / share
+        near = (ours[1] - ours[0]) / parts
         if not any(a.shape == ours.shape and (abs(a - ours) <= near).all() for a in others):
             words = f"--{name} {given} learned from {', '.join(theirs)}, whose bounds of state and"
-            raise common.UserError(f"{words} action are not those of {recordings}: train one on "
-                                   f"it, --stage {name}")  # fmt: skip
+            raise common.UserError(f"{words} action are not those of {recordings}: more --demos, "
+                                   f"or train one on it, --stage {name}")  # fmt: skip

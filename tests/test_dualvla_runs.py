@@ -11,6 +11,7 @@ from test_formats import LENGTHS, write_v2
 import common
 import data
 import dualvla
+from parts import runs
 from worlds import benchmarks, reports
 
 TINY = [
@@ -178,6 +179,20 @@ def test_a_finished_folder_is_not_written_over(copied, status):
     assert code == 2 and f"holds a run: --resume {copied}" in err
     code, _, err = status(dualvla.main, "--resume", str(copied), "--eval-only", str(copied))
     assert code == 2 and "--eval-only takes it as it is: one of them" in err
+
+
+def test_a_chain_begins_in_no_folder_of_another_run(tmp_path, status):
+    """Nor does it go on with another script's chain, or with a run that lies in it by chance."""
+    (tmp_path / "config.json").write_text("{}")
+    code, _, err = status(dualvla.main, *TINY, "--out", str(tmp_path))
+    assert code == 2 and f"holds a run: --resume {tmp_path}" in err
+    (tmp_path / "config.json").rename(tmp_path / "chain.json")
+    about = {"method": "vita_vla", "config": {}, "stages": ["teacher"]}
+    (tmp_path / "chain.json").write_text(json.dumps(about))
+    code, _, err = status(dualvla.main, "--resume", str(tmp_path))
+    assert code == 2 and "is a chain of vita_vla, not of dualvla" in err
+    assert runs.chain_of(tmp_path / "teacher") == tmp_path == runs.chain_of(tmp_path)
+    assert runs.chain_of(tmp_path / "frozen") is None
 
 
 def test_another_models_weights_are_refused(finished, tmp_path, status):

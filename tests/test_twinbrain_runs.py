@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 import common
 import data
 import twinbrain
+from parts import runs
 from worlds import loop, tabletop
 
 TINY = [
@@ -104,6 +106,16 @@ def test_evaluation_alone_repeats_the_runs_own(finished, copied):
     assert result(folder)["samples"] == 64, "4 steps of 8 samples, by two processes"
     film = "rollout-in-0.gif"
     assert (folder / film).read_bytes() == (finished / film).read_bytes()
+
+
+def test_what_stands_in_16_bits_is_evaluated_in_32_if_asked():
+    cfg = replace(twinbrain.Config(), frozen="bf16", dtype="bf16")
+    model = torch.nn.Linear(2, 2, dtype=torch.bfloat16)
+    asked = replace(cfg, eval_only="RUN", dtype="fp32", out="again")
+    asked.explicit = ("eval_only", "dtype", "out")
+    given = runs.begin(asked, ALONE, "twinbrain", twinbrain.FREE,
+                       lambda *_: SimpleNamespace(cfg=cfg, model=model))  # fmt: skip
+    assert given[0].dtype == "fp32" and given[2].model.weight.dtype == torch.float32
 
 
 def test_a_student_follows_the_teachers_features(finished, tmp_path, quick):

@@ -232,7 +232,7 @@ def rollout(policy, cfg, world, starts, film=0, crew=None):
             if over:
                 age[i] = None
         live = [i for i in live if age[i] is not None]
-    return reached, [draw(policy, scenes, actions) for scenes, actions in zip(films, taken)]
+    return reached, [draw(policy, cfg, *film) for film in zip(films, taken)]
 
 
 def film_stride(world):
@@ -243,14 +243,16 @@ def film_stride(world):
     return stride, max(8.0, World.fps / stride)
 
 
-def draw(policy, scenes, actions):
+def draw(policy, cfg, scenes, actions):
     """The frames of a film, from its scenes (observation, instruction, what was said before this
     plan, actions so far, how it ended (None: not yet)): the cameras, the policy's own view, the
     actions, the words."""
     frames, views = [], getattr(policy, "views", lambda *_: None)
-    for first in range(0, len(scenes), 16):
-        some = scenes[first : first + 16]
-        own = views([scene[0] for scene in some], [scene[1] for scene in some]) or [None] * 16
+    at_once = min(16, cfg.parallel)
+    for first in range(0, len(scenes), at_once):
+        some = scenes[first : first + at_once]
+        own = views([scene[0] for scene in some], [scene[1] for scene in some])
+        own = own or [None] * len(some)
         for (observation, words, said, step, success), extra in zip(some, own):
             shown = [*observation["images"].values()] + ([] if extra is None else [extra])
             scale = max(1, 256 // len(shown[0]))
