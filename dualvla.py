@@ -856,7 +856,7 @@ def train(cfg, dist, run, model, batches, meta, resumed, measure, teacher=None):
             common.synchronise(ddp, part + 1 == cfg.accumulate)
             with common.autocast(dist.device, cfg.dtype):
                 noise = draw_noise(cfg, step, action_dim, dist, part)  # [method]
-                noise = [x.to(dist.device) for x in noise]  # [method]
+                noise = common.to_device([*noise], dist.device)  # [method]
                 soft = teach(teacher, batch, noise, model)  # [method]
                 losses = ddp(batch, noise, soft)  # [method]
                 loss = total_loss(losses, cfg) / cfg.accumulate

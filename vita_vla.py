@@ -410,7 +410,7 @@ class Seer(nn.Module):
         x = self.embedding_layer_norm(x.flatten(1, 2))  # (B, S * n, H)
         x = F.dropout(x, cfg.embedding_dropout, self.training)
         how = cfg.goal, cfg.action_sees, cfg.hide_foresight if self.training else 0.0
-        mask = seer_mask(S, C, 2 * cfg.foresight, cfg.future, *how).to(x.device)
+        mask = seer_mask(S, C, 2 * cfg.foresight, cfg.future, *how).to(x.device, non_blocking=True)
         for block in self.transformer_backbone.h:
             x = block(x, mask)
         x = self.transformer_backbone.ln_f(x).unflatten(1, (S, -1))  # (B, S, n, H)

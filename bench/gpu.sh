@@ -8,7 +8,7 @@
 # A part that fails or takes too long is named with its last words, and the next one begins (the
 # exit status is 1 then); none may run beyond the ten minutes (LIMIT seconds), the last ones come
 # when there is time left. Peers that are compared where they are there:
-# `pip install liger-kernel torchao`.
+# `pip install liger-kernel torchao`. Triton, which comes with PyTorch, wants a C compiler.
 # PYTHON names the interpreter, LEROBOT_PYTHON one that has lerobot, RUNS run folders whose control
 # step is timed besides that of untrained models, NOTE is said beside the numbers.
 set -uo pipefail
@@ -48,7 +48,7 @@ part() { # name, seconds at most, command
     fi
     limit=$((limit < left ? limit : left))
     echo "=== $name"
-    timeout -k 5 "$limit" "$@" 2>&1 | tee "$log"
+    timeout -k 15 "$limit" "$@" 2>&1 | tee "$log"
     code=${PIPESTATUS[0]}
     case $code in
         0) ended+=("$name: done in $((SECONDS - began)) s") ;;
@@ -69,10 +69,10 @@ if [ "$have" = 1 ]; then
     part "latency" 150 "$python" bench/latency.py --random --repeats 3 --seconds 2 "${note[@]}"
     # only the files that have such tests: to collect them all takes longer than to run these
     part "tests on the GPU" 90 "$python" -m pytest -q -m gpu $(grep -l 'mark\.gpu' tests/*.py)
-    part "a step, VITA-1.5, stage 2" 60 "$python" bench/step.py --method vita_vla \
+    part "a step, VITA-1.5, stage 2" 90 "$python" bench/step.py --method vita_vla \
         --stage finetune --random --steps 3 "${note[@]}" --preset calvin --batch 4 --frozen bf16 \
         --grad-checkpoint
-    part "a step, VITA-1.5, stage 1" 60 "$python" bench/step.py --method vita_vla --stage align \
+    part "a step, VITA-1.5, stage 1" 90 "$python" bench/step.py --method vita_vla --stage align \
         --random --steps 3 "${note[@]}" --preset calvin --batch 8 --frozen bf16 --grad-checkpoint
     part "a step, Eagle2" 60 "$python" bench/step.py --method dualvla --random --steps 3 \
         "${note[@]}" --preset paper --frozen bf16

@@ -19,6 +19,7 @@ mask's rule, head and optimizer are ours, so the ratio is that of the form alone
 """
 
 import argparse
+import signal
 import statistics
 import sys
 import warnings
@@ -149,7 +150,7 @@ class Stepper:
                 h = self.teachers[0].hidden(batch)[0] if self.teachers else None
             return self.model(batch, h)
         noise = self.script.draw_noise(cfg, self.turn, 7, self.dist)
-        noise = [x.to(self.dist.device) for x in noise]
+        noise = common.to_device([*noise], self.dist.device)
         if self.method == "dualvla":
             with self.clock.part("teachers"):
                 soft = dualvla.teach(self.teachers, batch, noise, self.model)
@@ -199,9 +200,11 @@ class Stepper:
             with warnings.catch_warnings(record=True) as waits:
                 warnings.simplefilter("always")
                 torch.cuda.set_sync_debug_mode("warn")
-                self.backward(variant)
-                torch.cuda.set_sync_debug_mode("default")
-            facts["waits"] = sum("synchroniz" in str(w.message) for w in waits)
+                try:
+                    self.backward(variant)
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+            facts["waits"] = sum("called a synchroniz" in str(w.message) for w in waits)
             self.forget()
             torch.cuda.reset_peak_memory_stats()
             self.step(variant)
@@ -212,9 +215,13 @@ class Stepper:
 
 
 def measure(stepper, steps, wanted):
-    """-> {variant: facts}, {variant: [{part: seconds}]}, the variants taking turns."""
-    facts = {}
+    """-> {variant: facts}, {variant: [{part: seconds}]}, the variants taking turns. Who is told to
+    end (SIGTERM) has so far measured what it has."""
+    facts, ended = {}, []
+    signal.signal(signal.SIGTERM, lambda *_: ended.append(True))
     for variant in [v for v in stepper.variants if v in (wanted or stepper.variants)]:
+        if ended and facts:
+            break
         try:
             facts[variant] = stepper.warm(variant)
         except torch.OutOfMemoryError:
@@ -222,7 +229,9 @@ def measure(stepper, steps, wanted):
         stepper.forget()
         torch.cuda.empty_cache()
     times = {variant: [] for variant in facts}
-    for _ in range(steps):
+    for i in range(steps):
+        if ended and i:
+            break
         for variant, mine in times.items():
             mine.append(stepper.step(variant))
     return facts, times

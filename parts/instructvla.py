@@ -180,7 +180,7 @@ class FlowExpert(nn.Module):
         if self.state_in is not None:
             parts.append(self.state_in(state)[:, None])
         kind = [i for i, part in enumerate(parts) for _ in range(part.shape[1])]
-        kind = torch.tensor(kind, device=latents.device)
+        kind = torch.tensor(kind).to(latents.device, non_blocking=True)
         mask, keys = (kind[:, None] == kind)[None, None], []  # (1, 1, P, P)
         x = torch.cat(parts, dim=1)  # (B, P, width)
         for block in self.blocks:

@@ -296,7 +296,7 @@ class JointAttention(torch.autograd.Function):
         side = 64 if q.element_size() * D <= 256 else 32  # of a block, for shared memory
         ctx.sizes = heads, heads // kv_heads, T - T_R, T_R, scale, D, side, side
         grid = -(-T_R // side), B * heads
-        kernel(joint_forward)[grid](q, k, v, out, lse, first_L, first_R, *ctx.sizes, num_warps=8)
+        kernel(joint_forward)[grid](q, k, v, out, lse, first_L, first_R, *ctx.sizes, num_warps=4)
         ctx.save_for_backward(q, k, v, out, lse, first_L, first_R)
         return out
 

@@ -276,10 +276,10 @@ def orthogonal(x: torch.Tensor, group: dict) -> torch.Tensor:
 
 
 def to_device(batch, device: torch.device):
-    """Moves every tensor of a nested dict; back from a GPU it waits until they are there."""
+    """Moves every tensor of nested dicts and lists; it waits for those that leave a GPU."""
     if isinstance(batch, dict):
         return {name: to_device(item, device) for name, item in batch.items()}
-    if isinstance(batch, list):
+    if isinstance(batch, list | tuple):
         return [to_device(item, device) for item in batch]
     if isinstance(batch, torch.Tensor):
         return batch.to(device, non_blocking=device.type != "cpu")

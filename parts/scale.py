@@ -202,6 +202,8 @@ def enclose(block, cfg, gates=None):
     # all blocks have one code, of which torch keeps eight versions: a block's number makes another
     known = "isolate_recompiles" in inspect.signature(torch.compile).parameters
     apart = {"isolate_recompiles": True} if known else {}
+    if cfg.compile and not known:
+        torch._dynamo.config.recompile_limit = 256
     forward = torch.compile(block.forward, **apart) if cfg.compile else block.forward
 
     def recomputed(*args, **words):

@@ -5,6 +5,7 @@ import argparse
 import importlib
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -87,6 +88,25 @@ def test_a_step_has_its_parts(method, stage, parts):
     spent = stepper.step(stepper.variants[-2 if method == "twinbrain" else 0])
     assert parts | {"clip, optimizer", "head, backward"} <= spent.keys()
     assert all(spent[part] > 0 for part in parts)
+
+
+def test_who_is_told_to_end_has_measured_what_it_has():
+    class Stepper:
+        variants, turns = ["vanilla", "twin"], []
+        warm, forget = lambda self, name: {"tflop": 1}, lambda self: None
+
+        def step(self, name):
+            self.turns.append(name)
+            os.kill(os.getpid(), signal.SIGTERM)
+            return {"head": 1.0}
+
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        facts, times = step.measure(Stepper(), 5, None)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert Stepper.turns == ["vanilla", "twin"] and list(facts) == list(times) == Stepper.turns
+    assert times["twin"] == [{"head": 1.0}]
 
 
 def test_the_vanilla_variant_leaves_the_left_brain_out():
