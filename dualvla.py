@@ -99,7 +99,7 @@ class Config:
     ablation: str = ""  # a row of the paper's tables; `list` prints them all
     preset: str = ""  # a named configuration, see below; of a --backbone but tiny: larger
     describe: bool = False  # prints the parameters of each part, without weights, and leaves
-    export: str = ""  # run folder whose VLM becomes a Hugging Face checkpoint in --out
+    export: str = ""  # run of E or --tune full whose VLM becomes a Hugging Face checkpoint in --out
     show: str = ""  # pruning or pareto: prints a table, draws a picture, and leaves
     benchmark: str = ""  # a question file (VLMEvalKit's TSV) to answer after --eval-only
     episodes: int = 200  # evaluation episodes in each domain
@@ -162,7 +162,7 @@ class Config:
     # evaluation and logging
     domains: tuple[str, ...] = ("in",)  # what differs from training; empty: all the suite knows
     talk: int = 40  # words of reasoning at most, when acting (InstructVLA: 50)
-    speak: float = 0.15  # says why where some word is likelier than this (A10; 0.5: about greedy)
+    speak: float = 0.15  # says why where words together are likelier than this (A10; 0.5: greedy)
     execute: int = 2  # actions executed of each chunk
     ensemble: bool = False  # plan every step, blend the last 7 chunks (SimplerEnv)
     parallel: int = 100  # episodes acted side by side
@@ -454,7 +454,7 @@ class DualVLA(nn.Module):
     @torch.no_grad()
     def speak(self, batch, limit, stop, bar):
         """Greedy decoding behind a prompt; stop(ids) says which words end it -> lists of ids, and
-        the `Thread` to go on from. It begins where some word is likelier than `bar`."""
+        the `Thread` to go on from. It begins where words, all together, are likelier than `bar`."""
         thread = Thread(self, batch)
         live, said = torch.ones_like(thread.real[:, 0]), [[] for _ in thread.h]
         for i in range(limit):

@@ -76,7 +76,7 @@ class Config:
     data: str = ""  # recordings to train on, `bridge,fractal=2,FOLDER`; empty: the world's own
     skip_bad: bool = False  # leave out recordings that cannot be read, and list them
     robot: str = ""  # whose recordings to act like; empty: the first of --data
-    out: str = ""  # run folder; empty: runs/vita_vla-<time>, a folder for each stage
+    out: str = ""  # run folder; empty: runs/vita_vla-<seed>-<time>, one for each stage
     steps: int = 0  # optimizer steps of a stage; 0: see teacher-steps, align-steps, finetune-steps
     seed: int = 0  # everything random follows from it
     resume: str = ""  # run folder (stage's or chain's) to go on from; auto: --out's, or start it

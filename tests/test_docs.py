@@ -753,6 +753,13 @@ def test_seeds_that_are_not_paired():
     assert low == pytest.approx(gap - 12.706 * 0.1)
 
 
+def test_the_comparison_shown_is_the_one_printed(tmp_path, capsys):
+    _, _, shown = TEXT["ablation.md"].partition("`python bench/compare.py twinbrain:t1-twin")
+    compare.main(["twinbrain:t1-twin", "twinbrain:t1-vanilla", "--out", str(tmp_path)])
+    shown, printed = shown.split("```")[1].split("\n")[1:-1], capsys.readouterr().out.split("\n")
+    assert len(shown) == 5 and {*shown} <= {*printed}
+
+
 def test_one_seed_in_common_is_compared_alone():
     ours, theirs = {0: (0.5, 100)}, {0: (0.6, 100), 1: (0.9, 100), 2: (0.9, 100)}
     gap, low, high, how = compare.difference(ours, theirs)
