@@ -11,9 +11,8 @@
 Conventions: arm actions are normalised to [-1, 1] (`--normalise`) and leave the decoder through a
 tanh; the gripper's label is 1 for open (paper: closed; its code: open on CALVIN, closed on LIBERO).
 Steps are consecutive frames, oldest first. Letters: B batch, S steps of history, N = 3 future
-actions, T tokens, D width of the VLM, H width of Seer, P patches, A numbers of an action; of a
-teacher's step C tokens of context and G of foresight a picture. Words: docs/glossary.md.
-parts/seer.py holds Seer's layers, eyes and files, parts/history.py what is kept between steps.
+actions, T tokens, D width of the VLM, H width of Seer, A numbers of an action.
+Words: docs/glossary.md. parts/seer.py holds Seer, parts/history.py what is kept between steps.
 
 Equation map
   Eq. 1  [img][text][state][act][act][act] per step  -> chat()
@@ -273,162 +272,16 @@ def sense(samples, cfg, processor):
     return batch
 
 
-# --- Model: what teacher and student share --------------------------------------------------------
+# --- Model: the teacher ---------------------------------------------------------------------------
 
 
-def add_state_encoder(model, width, arm):
-    """Section 3.2: the arm and the gripper each through a linear layer, joined by a third."""
-    model.arm_state_encoder = nn.Linear(arm, width)
-    model.gripper_state_encoder = nn.Linear(2, width)
-    model.state_projector = nn.Linear(2 * width, width)
-
-
-def encode_state(model, state, how):
-    """Normalised state (..., numbers), the arm's first, the gripper's last -> (..., width)."""
-    gripper = state[..., -2:]
-    if how == "onehot":  # closed or open
-        gripper = F.one_hot((state[..., -1] > 0).long(), 2).to(state.dtype)
-    arm = model.arm_state_encoder.in_features
-    both = model.arm_state_encoder(state[..., :arm]), model.gripper_state_encoder(gripper)
-    return model.state_projector(torch.cat(both, dim=-1))
-
-
-def add_decoder(model, H, arm):
-    """Seer's action decoder, which the student takes over."""
-    half = H // 2
-    layers = nn.Linear(H, half), nn.ReLU(), nn.Linear(half, half), nn.ReLU()
-    model.action_decoder = nn.Sequential(*layers)
-    model.arm_action_decoder = nn.Sequential(nn.Linear(half, arm), nn.Tanh())
-    model.gripper_action_decoder = nn.Sequential(nn.Linear(half, 1))  # its sigmoid: in the loss
-
-
-def decode(model, h):
-    """(..., H) -> arm (..., A - 1) in [-1, 1], logit (...) that the gripper is to be open."""
-    h = model.action_decoder(h)
-    return model.arm_action_decoder(h).float(), model.gripper_action_decoder(h)[..., 0].float()
-
-
-STATE_ENCODER = ("arm_state_encoder", "gripper_state_encoder", "state_projector")
-DECODER = ("action_decoder", "arm_action_decoder", "gripper_action_decoder")
-
-
-# --- Model: the teacher, Seer ---------------------------------------------------------------------
-
-
-def seer_mask(S, context, foresight, actions, goal=0, action_sees="all", hide=0.0):
-    """(S * n, S * n) True where a token looks, n tokens a step: at the context (words, state,
-    pictures) of its own and earlier steps, an action token also at its step's foresight; nobody at
-    anything else, itself included.
-
-    As Seer pre-trains: with goal > 0, foresight sees the state (second token) of that many steps
-    ahead; of the context, actions see their own step's pictures only, or these and its state; and
-    a share `hide` of each step's foresight, drawn anew at each call, stays hidden from them."""
-    n = context + foresight + actions
-    step, kind = torch.arange(S * n) // n, torch.arange(S * n) % n
-    sees = (step[None] <= step[:, None]) & (kind < context)[None]
-    is_foresight = (kind >= context) & (kind < context + foresight)
-    is_action, same = (kind >= context + foresight)[:, None], step[None] == step[:, None]
-    if action_sees != "all":
-        first = 1 if action_sees == "pictures-state" else 2
-        sees &= ~is_action | (same & (kind >= first)[None])
-    shown = is_foresight.clone()
-    for i in range(S) if hide else ():
-        hidden = torch.randperm(foresight)[: int(hide * foresight)]
-        shown[i * n + context + hidden] = False
-    sees |= same & is_action & shown[None]
-    if goal:
-        sees |= is_foresight[:, None] & (kind == 1)[None] & (step[None] == step[:, None] + goal)
-    return sees
-
-
-class Seer(nn.Module):
-    """Seer: from pictures, words and state of S steps to three actions and the pictures to come."""
-
-    cameras = ("primary", "wrist")
-
-    def __init__(self, cfg, eyes, arm=6):
-        super().__init__()
-        H, self.cfg, self.eyes = cfg.width, cfg, eyes.requires_grad_(False)
-        E = eyes.picture_width
-        self.text_projector = nn.Linear(eyes.text_width, H)
-        add_state_encoder(self, H, arm)
-        if cfg.resampler:
-            self.perceiver_resampler = seer.PerceiverResampler(E, cfg.queries, cfg.resampler)
-        for camera in self.cameras:
-            self.add_module(f"image_{camera}_projector", nn.Linear(E, H))
-            self.add_module(f"cls_token_{camera}_projector", nn.Linear(E, H))
-        self.action_pred_token = nn.Parameter(torch.zeros(1, 1, cfg.future, H))
-        self.obs_tokens = nn.Parameter(torch.zeros(1, 1, 2 * cfg.foresight, H))
-        place = 0.02 * torch.randn(1, cfg.history, 1, H)
-        self.transformer_backbone_position_embedding = nn.Parameter(place)
-        self.embedding_layer_norm = nn.LayerNorm(H)
-        self.transformer_backbone = nn.Module()
-        self.transformer_backbone.h = nn.ModuleList(
-            seer.Block(H, cfg.heads, seer.Block.GPT2, cfg.dropout, cfg.attention_dropout)
-            for _ in range(cfg.depth)
-        )
-        self.transformer_backbone.ln_f = nn.LayerNorm(H)
-        add_decoder(self, H, arm)
-        self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, H))
-        self.image_decoder_obs_pred_projector = nn.Linear(H, H)
-        heads = 16 if cfg.eyes == "mae" else cfg.heads
-        blocks = (seer.Block(H, heads, seer.Block.TIMM) for _ in range(2))
-        self.image_decoder = nn.Sequential(*blocks)
-        self.image_decoder_norm = nn.LayerNorm(H)
-        self.image_decoder_pred = nn.Linear(H, 3 * cfg.patch**2)
-        self.untouched = {n for n in self.state_dict() if n.startswith("eyes.")}
-
-    def blocks(self):
-        """What is recomputed, compiled or sharded by itself."""
-        return [*self.transformer_backbone.h]
-
-    def context(self, batch):
-        """-> (B, S, C, H): words, state, Q (or all) tokens of each picture, a summary of each."""
-        steps = batch["steps"]  # (B, S)
-        with torch.no_grad():
-            features, words = self.eyes(batch, len(self.cameras))
-        text = self.text_projector(words)[:, None].expand(-1, steps.shape[1], -1)
-        state = encode_state(self, batch["state"], self.cfg.gripper_state)
-        tokens, summaries = [], []
-        for camera, x in zip(self.cameras, features):  # x (real steps, P, E)
-            summary, x = (x[:, :1], x[:, 1:]) if self.cfg.eyes == "mae" else (x.mean(1, True), x)
-            x = self.perceiver_resampler(x) if self.cfg.resampler else x
-            tokens.append(self.get_submodule(f"image_{camera}_projector")(x))
-            summaries.append(self.get_submodule(f"cls_token_{camera}_projector")(summary))
-        seen = torch.cat(tokens + summaries, dim=1)
-        out = seen.new_zeros(*steps.shape, *seen.shape[1:])
-        out[steps] = seen
-        return torch.cat([text[:, :, None].to(out.dtype), state[:, :, None].to(out.dtype), out], 2)
-
-    def hidden(self, batch):
-        """-> states after the last norm: action tokens (B, S, N, H), foresight (B, S, 2 G, H)."""
-        cfg, x = self.cfg, self.context(batch)
-        B, S, C, _ = x.shape
-        more = self.obs_tokens.expand(B, S, -1, -1), self.action_pred_token.expand(B, S, -1, -1)
-        x = torch.cat([x, *(m.to(x.dtype) for m in more)], dim=2)
-        x = x + self.transformer_backbone_position_embedding[:, :S]
-        x = self.embedding_layer_norm(x.flatten(1, 2))  # (B, S * n, H)
-        x = F.dropout(x, cfg.embedding_dropout, self.training)
-        how = cfg.goal, cfg.action_sees, cfg.hide_foresight if self.training else 0.0
-        mask = seer_mask(S, C, 2 * cfg.foresight, cfg.future, *how).to(x.device, non_blocking=True)
-        for block in self.transformer_backbone.h:
-            x = block(x, mask)
-        x = self.transformer_backbone.ln_f(x).unflatten(1, (S, -1))  # (B, S, n, H)
-        return x[:, :, -cfg.future :], x[:, :, C : -cfg.future]
-
-    def imagine(self, h, side):
-        """One camera's foresight states (n, G, H) -> its picture's patches (n, P, p * p * 3)."""
-        h = self.image_decoder_obs_pred_projector(h)
-        mask = self.mask_token.expand(len(h), side**2, -1)
-        width, own = h.shape[-1], math.isqrt(h.shape[1])
-        where = torch.cat([seer.grid_code(own, width), seer.grid_code(side, width)]).to(h)
-        h = self.image_decoder(torch.cat([h, mask.to(h.dtype)], dim=1) + where)
-        return self.image_decoder_pred(self.image_decoder_norm(h[:, -(side**2) :])).float()
+class Seer(seer.Seer):
+    """The teacher (parts/seer.py), and what it is trained by."""
 
     def forward(self, batch, h_teacher=None):
         """Losses of one step, by name; Seer's own, whatever the student's are."""
         h, foresight = self.hidden(batch)
-        losses = action_losses(decode(self, h), batch, "smooth")
+        losses = action_losses(seer.decode(self, h), batch, "smooth")
         errors = []
         for half, target in zip(foresight[batch["foresees"]].chunk(2, dim=1), batch["ahead"]):
             picture = self.imagine(half, math.isqrt(target.shape[1]))
@@ -461,7 +314,7 @@ class VitaVLA(nn.Module):
     def __init__(self, cfg, vlm, processor, arm=6):
         super().__init__()
         D, H, self.cfg, self.vlm, self.processor = vlm.width, cfg.width, cfg, vlm, processor
-        add_state_encoder(self, D, arm)
+        seer.add_state_encoder(self, D, arm)
         count = cfg.future if cfg.tokens == "separate" else 1
         std = vlm.language.get_input_embeddings().weight.std()  # at home among the words
         self.action_token = nn.Parameter(std * torch.randn(count, D))
@@ -470,7 +323,7 @@ class VitaVLA(nn.Module):
         else:
             layers = nn.Linear(D, H), nn.GELU(), nn.Linear(H, H), nn.GELU(), nn.Linear(H, H)
             self.mapper = nn.Sequential(*layers)
-        add_decoder(self, H, arm)
+        seer.add_decoder(self, H, arm)
         train_vlm = cfg.stage == "finetune" and not cfg.freeze_vlm
         vlm.language.requires_grad_(train_vlm and not cfg.lora)
         if train_vlm and cfg.lora:
@@ -479,9 +332,9 @@ class VitaVLA(nn.Module):
         own = ("vlm.language.", "vlm.model.language_model.") if train_vlm and not cfg.lora else ()
         names = [n for n in self.state_dict() if n.startswith("vlm.") and not n.startswith(own)]
         self.untouched = {n for n in names if not n.endswith((".down", ".up"))}
-        for name in DECODER:
+        for name in seer.DECODER:
             self.get_submodule(name).requires_grad_(cfg.stage == "finetune")
-        for name in STATE_ENCODER:
+        for name in seer.STATE_ENCODER:
             self.get_submodule(name).requires_grad_(cfg.state_input == "encoder")
 
     def blocks(self):
@@ -495,7 +348,7 @@ class VitaVLA(nn.Module):
         x = self.vlm.language.get_input_embeddings()(prompt["input_ids"])
         x = put(x, places, seen[0])
         if self.cfg.state_input == "encoder":
-            token = encode_state(self, state, self.cfg.gripper_state)
+            token = seer.encode_state(self, state, self.cfg.gripper_state)
             x = put(x, self.where(prompt, STATE), token)
         act = self.where(prompt, ACT)
         token = self.action_token.repeat(int(act.sum()) // len(self.action_token), 1)
@@ -523,7 +376,7 @@ class VitaVLA(nn.Module):
         h = self.mapper(self.hidden(batch))  # (B, S, N, H)
         if h_teacher is not None:
             return {"align": align_loss(h, h_teacher, batch["steps"], self.cfg.align_loss)}
-        return action_losses(decode(self, h), batch, self.cfg.arm_loss)
+        return action_losses(seer.decode(self, h), batch, self.cfg.arm_loss)
 
 
 def put(x, where, values):
@@ -636,7 +489,7 @@ class Policy:
         self.model.eval()
         with common.autocast(self.device, self.cfg.dtype):
             h = self.last_hidden(samples, observations)  # (n, N, H)
-            arm, gripper = decode(self.model, h)
+            arm, gripper = seer.decode(self.model, h)
         plans = torch.cat([arm, gripper.sigmoid()[..., None]], dim=-1).cpu().numpy()  # (n, N, A)
         now = np.stack([self.choose(o, plan) for o, plan in zip(observations, plans)])  # (n, A)
         now[:, -1] = np.where(now[:, -1] > 0.5, 1.0, -1.0)
@@ -849,7 +702,7 @@ def introduce(teacher, student, robots, cfg, resumed, device):
     else:
         runs.same_units("teacher", cfg.teacher, teacher.robots, robots, 4)
     if not resumed:
-        tensors = {n: t for n, t in teacher.state_dict().items() if n.startswith(DECODER)}
+        tensors = {n: t for n, t in teacher.state_dict().items() if n.startswith(seer.DECODER)}
         student.load_state_dict(tensors, strict=False)
     common.store_frozen(teacher, cfg, device)
 

@@ -1,8 +1,9 @@
-"""Seer (arXiv 2412.15109), the teacher of vita_vla.py: what the small model itself is made of.
+"""Seer (arXiv 2412.15109), the teacher of vita_vla.py: the small action model itself.
 
-Here: its layers, by the names of its released files; its frozen encoders, and what these read; a
-released checkpoint into `vita_vla.Seer`. Who sees whom, the losses and what is learned from it are
-in vita_vla.py. Letters: n pictures, P patches, Q resampled tokens, B batch, H width of Seer.
+Here: its layers, by the names of its released files; its frozen encoders, and what these read; who
+sees whom; the model; a released checkpoint into it. The losses, and what is learned from it, are in
+vita_vla.py. Letters: n pictures, P patches, Q resampled tokens, B batch, S steps, N actions, H
+width of Seer; of a step C tokens of context and G of foresight a picture.
 
 Three things of a released Seer are not as here, and none can be told from its file:
   - its eyes: MAE's encoder, `mae_pretrain_vit_base.pth`, of which no checkpoint holds a copy. Its
@@ -13,6 +14,7 @@ Three things of a released Seer are not as here, and none can be told from its f
     a label of 1 for closed, where ours and CALVIN's is 1 for open.
 """
 
+import math
 import re
 from functools import lru_cache
 
@@ -253,6 +255,159 @@ def mae_inputs(samples, released):
     words = [s["instruction"] for s in samples]
     ids = clip_tokenizer()(words, padding="max_length", truncation=True, return_tensors="pt")
     return {"seen": seen, "text": ids["input_ids"]}
+
+
+# --- What a student has too: the state's encoder, the decoder -------------------------------------
+
+
+def add_state_encoder(model, width, arm):
+    """Section 3.2: the arm and the gripper each through a linear layer, joined by a third."""
+    model.arm_state_encoder = nn.Linear(arm, width)
+    model.gripper_state_encoder = nn.Linear(2, width)
+    model.state_projector = nn.Linear(2 * width, width)
+
+
+def encode_state(model, state, how):
+    """Normalised state (..., numbers), the arm's first, the gripper's last -> (..., width)."""
+    gripper = state[..., -2:]
+    if how == "onehot":  # closed or open
+        gripper = F.one_hot((state[..., -1] > 0).long(), 2).to(state.dtype)
+    arm = model.arm_state_encoder.in_features
+    both = model.arm_state_encoder(state[..., :arm]), model.gripper_state_encoder(gripper)
+    return model.state_projector(torch.cat(both, dim=-1))
+
+
+def add_decoder(model, H, arm):
+    """Seer's action decoder, which the student takes over."""
+    half = H // 2
+    layers = nn.Linear(H, half), nn.ReLU(), nn.Linear(half, half), nn.ReLU()
+    model.action_decoder = nn.Sequential(*layers)
+    model.arm_action_decoder = nn.Sequential(nn.Linear(half, arm), nn.Tanh())
+    model.gripper_action_decoder = nn.Sequential(nn.Linear(half, 1))  # its sigmoid: in the loss
+
+
+def decode(model, h):
+    """(..., H) -> arm (..., A - 1) in [-1, 1], logit (...) that the gripper is to be open."""
+    h = model.action_decoder(h)
+    return model.arm_action_decoder(h).float(), model.gripper_action_decoder(h)[..., 0].float()
+
+
+STATE_ENCODER = ("arm_state_encoder", "gripper_state_encoder", "state_projector")
+DECODER = ("action_decoder", "arm_action_decoder", "gripper_action_decoder")
+
+
+# --- The model ------------------------------------------------------------------------------------
+
+
+def seer_mask(S, context, foresight, actions, goal=0, action_sees="all", hide=0.0):
+    """(S * n, S * n) True where a token looks, n tokens a step: at the context (words, state,
+    pictures) of its own and earlier steps, an action token also at its step's foresight; nobody at
+    anything else, itself included.
+
+    As Seer pre-trains: with goal > 0, foresight sees the state (second token) of that many steps
+    ahead; of the context, actions see their own step's pictures only, or these and its state; and
+    a share `hide` of each step's foresight, drawn anew at each call, stays hidden from them."""
+    n = context + foresight + actions
+    step, kind = torch.arange(S * n) // n, torch.arange(S * n) % n
+    sees = (step[None] <= step[:, None]) & (kind < context)[None]
+    is_foresight = (kind >= context) & (kind < context + foresight)
+    is_action, same = (kind >= context + foresight)[:, None], step[None] == step[:, None]
+    if action_sees != "all":
+        first = 1 if action_sees == "pictures-state" else 2
+        sees &= ~is_action | (same & (kind >= first)[None])
+    shown = is_foresight.clone()
+    for i in range(S) if hide else ():
+        hidden = torch.randperm(foresight)[: int(hide * foresight)]
+        shown[i * n + context + hidden] = False
+    sees |= same & is_action & shown[None]
+    if goal:
+        sees |= is_foresight[:, None] & (kind == 1)[None] & (step[None] == step[:, None] + goal)
+    return sees
+
+
+class Seer(nn.Module):
+    """Seer: from pictures, words and state of S steps to three actions and the pictures to come."""
+
+    cameras = ("primary", "wrist")
+
+    def __init__(self, cfg, eyes, arm=6):
+        super().__init__()
+        H, self.cfg, self.eyes = cfg.width, cfg, eyes.requires_grad_(False)
+        E = eyes.picture_width
+        self.text_projector = nn.Linear(eyes.text_width, H)
+        add_state_encoder(self, H, arm)
+        if cfg.resampler:
+            self.perceiver_resampler = PerceiverResampler(E, cfg.queries, cfg.resampler)
+        for camera in self.cameras:
+            self.add_module(f"image_{camera}_projector", nn.Linear(E, H))
+            self.add_module(f"cls_token_{camera}_projector", nn.Linear(E, H))
+        self.action_pred_token = nn.Parameter(torch.zeros(1, 1, cfg.future, H))
+        self.obs_tokens = nn.Parameter(torch.zeros(1, 1, 2 * cfg.foresight, H))
+        place = 0.02 * torch.randn(1, cfg.history, 1, H)
+        self.transformer_backbone_position_embedding = nn.Parameter(place)
+        self.embedding_layer_norm = nn.LayerNorm(H)
+        self.transformer_backbone = nn.Module()
+        self.transformer_backbone.h = nn.ModuleList(
+            Block(H, cfg.heads, Block.GPT2, cfg.dropout, cfg.attention_dropout)
+            for _ in range(cfg.depth)
+        )
+        self.transformer_backbone.ln_f = nn.LayerNorm(H)
+        add_decoder(self, H, arm)
+        self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, H))
+        self.image_decoder_obs_pred_projector = nn.Linear(H, H)
+        heads = 16 if cfg.eyes == "mae" else cfg.heads
+        blocks = (Block(H, heads, Block.TIMM) for _ in range(2))
+        self.image_decoder = nn.Sequential(*blocks)
+        self.image_decoder_norm = nn.LayerNorm(H)
+        self.image_decoder_pred = nn.Linear(H, 3 * cfg.patch**2)
+        self.untouched = {n for n in self.state_dict() if n.startswith("eyes.")}
+
+    def blocks(self):
+        """What is recomputed, compiled or sharded by itself."""
+        return [*self.transformer_backbone.h]
+
+    def context(self, batch):
+        """-> (B, S, C, H): words, state, Q (or all) tokens of each picture, a summary of each."""
+        steps = batch["steps"]  # (B, S)
+        with torch.no_grad():
+            features, words = self.eyes(batch, len(self.cameras))
+        text = self.text_projector(words)[:, None].expand(-1, steps.shape[1], -1)
+        state = encode_state(self, batch["state"], self.cfg.gripper_state)
+        tokens, summaries = [], []
+        for camera, x in zip(self.cameras, features):  # x (real steps, P, E)
+            summary, x = (x[:, :1], x[:, 1:]) if self.cfg.eyes == "mae" else (x.mean(1, True), x)
+            x = self.perceiver_resampler(x) if self.cfg.resampler else x
+            tokens.append(self.get_submodule(f"image_{camera}_projector")(x))
+            summaries.append(self.get_submodule(f"cls_token_{camera}_projector")(summary))
+        seen = torch.cat(tokens + summaries, dim=1)
+        out = seen.new_zeros(*steps.shape, *seen.shape[1:])
+        out[steps] = seen
+        return torch.cat([text[:, :, None].to(out.dtype), state[:, :, None].to(out.dtype), out], 2)
+
+    def hidden(self, batch):
+        """-> states after the last norm: action tokens (B, S, N, H), foresight (B, S, 2 G, H)."""
+        cfg, x = self.cfg, self.context(batch)
+        B, S, C, _ = x.shape
+        more = self.obs_tokens.expand(B, S, -1, -1), self.action_pred_token.expand(B, S, -1, -1)
+        x = torch.cat([x, *(m.to(x.dtype) for m in more)], dim=2)
+        x = x + self.transformer_backbone_position_embedding[:, :S]
+        x = self.embedding_layer_norm(x.flatten(1, 2))  # (B, S * n, H)
+        x = F.dropout(x, cfg.embedding_dropout, self.training)
+        how = cfg.goal, cfg.action_sees, cfg.hide_foresight if self.training else 0.0
+        mask = seer_mask(S, C, 2 * cfg.foresight, cfg.future, *how).to(x.device, non_blocking=True)
+        for block in self.transformer_backbone.h:
+            x = block(x, mask)
+        x = self.transformer_backbone.ln_f(x).unflatten(1, (S, -1))  # (B, S, n, H)
+        return x[:, :, -cfg.future :], x[:, :, C : -cfg.future]
+
+    def imagine(self, h, side):
+        """One camera's foresight states (n, G, H) -> its picture's patches (n, P, p * p * 3)."""
+        h = self.image_decoder_obs_pred_projector(h)
+        mask = self.mask_token.expand(len(h), side**2, -1)
+        width, own = h.shape[-1], math.isqrt(h.shape[1])
+        where = torch.cat([grid_code(own, width), grid_code(side, width)]).to(h)
+        h = self.image_decoder(torch.cat([h, mask.to(h.dtype)], dim=1) + where)
+        return self.image_decoder_pred(self.image_decoder_norm(h[:, -(side**2) :])).float()
 
 
 # --- Released checkpoints -------------------------------------------------------------------------

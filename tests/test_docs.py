@@ -28,7 +28,7 @@ import dualvla
 import twinbrain
 import vita_vla
 from bench import compare, diagram, memory
-from parts import scale
+from parts import scale, seer
 from worlds import calvin, serve
 
 ROOT, SCRIPTS = tables.ROOT, tables.SCRIPTS
@@ -344,7 +344,7 @@ def test_paths_links_and_flags_exist(name):
 
 def test_functions_named_in_the_guide_exist():
     start, *evenings = re.split(r"^## Evening", TEXT["guide.md"], flags=re.MULTILINE)
-    shared = [ROOT / "worlds" / f for f in ("events.py", "score.py")]
+    shared = [ROOT / f for f in ("worlds/events.py", "worlds/score.py", "parts/seer.py")]
     files = {name: [ROOT / f"{name}.py"] for name in SCRIPTS}
     files["all"] = [*(ROOT / f"{name}.py" for name in SCRIPTS), ROOT / "data.py"]
     assert len(evenings) == 4
@@ -531,7 +531,7 @@ def test_counts_of_the_masks():
     counts = [int(twinbrain.joint_mask(left, right, v).sum()) for v in ("all", "index")]
     assert counts == [22, 19] and "22 and 19." in TEXT["guide.md"]
     assert tables.joint_layers(4) == tables.joint_layers(8)  # the guide says so
-    assert int(vita_vla.seer_mask(2, 3, 2, 1).sum()) == 58 and "\n58. " in TEXT["guide.md"]
+    assert int(seer.seer_mask(2, 3, 2, 1).sum()) == 58 and "\n58. " in TEXT["guide.md"]
 
 
 def test_numbers_of_evening_two():

@@ -30,7 +30,7 @@ import data
 import dualvla
 import twinbrain
 import vita_vla
-from parts import checkpoints, scale
+from parts import checkpoints, scale, seer
 from worlds import serve
 
 SCRIPTS = {"twinbrain": twinbrain, "vita_vla": vita_vla, "dualvla": dualvla}
@@ -220,7 +220,7 @@ def test_stage_1_takes_its_teachers_decoder_when_it_is_sharded(tmp_path):
     words = ["--stage", "align", "--teacher", str(teacher), "--shard", "full"]
     run("vita_vla", tmp_path / "run", *words, "--steps", "1", processes=2)
     got, given = weights(tmp_path / "run", 1), weights(teacher, 1)
-    assert all(torch.equal(got[n], given[n]) for n in given if n.startswith(vita_vla.DECODER))
+    assert all(torch.equal(got[n], given[n]) for n in given if n.startswith(seer.DECODER))
 
 
 @pytest.fixture

@@ -96,7 +96,7 @@ def test_liberos_seer_says_closed_where_calvins_says_open(tmp_path):
         model = Seer(SEER, PictureStub()).eval()
         seer.load_seer(model, path, name)
         with torch.no_grad():
-            said[name] = vita_vla.decode(model, h)
+            said[name] = seer.decode(model, h)
     assert torch.equal(said["calvin"][0], said["libero"][0])
     assert torch.allclose(said["calvin"][1], -said["libero"][1], atol=1e-6)
     recorded = np.array([-1, 1])
@@ -130,7 +130,7 @@ def test_actions_stay_as_recorded(episodes):
     sample = policy.remember(seen | {"memory": {}}, episodes[0].instruction)
     with torch.no_grad():
         h = case.hidden(sense([sample], case.cfg, case.processor))
-        arm, logit = vita_vla.decode(case.model, h)
+        arm, logit = seer.decode(case.model, h)
     assert np.allclose(plan[:-1], arm[0, 0, 0], atol=1e-5)
     assert plan[-1] == gripper[int(logit[0, 0, 0] > 0)]
 

@@ -24,7 +24,7 @@ import data
 import vita_vla
 from parts import backbones
 from parts import seer as small_model
-from vita_vla import ABLATIONS, Config, Histories, Seer, VitaVLA, seer_mask, sense
+from vita_vla import ABLATIONS, Config, Histories, Seer, VitaVLA, sense
 from worlds import tabletop
 
 SMALL = Config(
@@ -363,7 +363,7 @@ def test_every_named_ablation_exists():
 ], ids=["goal 0", "goal 1"])  # fmt: skip
 def test_seers_mask(goal, want):
     """Two steps of words, state, picture, foresight and two actions; a row is a token's view."""
-    mask = seer_mask(2, context=3, foresight=1, actions=2, goal=goal)
+    mask = small_model.seer_mask(2, context=3, foresight=1, actions=2, goal=goal)
     rows = ["".join(".#"[int(see)] for see in row) for row in mask]
     assert "\n" + "\n".join(row[:6] + "|" + row[6:] for row in rows) == want
 
@@ -373,7 +373,7 @@ def test_seers_mask(goal, want):
 ])  # fmt: skip
 def test_seers_actions_may_see_their_own_steps_pictures_alone(action_sees, want):
     """Two steps of words, state, picture, two foresight tokens and an action, the last's view."""
-    mask, free = (seer_mask(2, 3, 2, 1, action_sees=a) for a in (action_sees, "all"))
+    mask, free = (small_model.seer_mask(2, 3, 2, 1, action_sees=a) for a in (action_sees, "all"))
     row = "".join(".#"[int(see)] for see in mask[11])
     assert row[:6] + "|" + row[6:] == want
     others = [i for i in range(12) if i % 6 != 5]
@@ -382,7 +382,7 @@ def test_seers_actions_may_see_their_own_steps_pictures_alone(action_sees, want)
 
 def test_part_of_the_foresight_stays_hidden_from_actions():
     torch.manual_seed(1)
-    free, half = (seer_mask(4, 3, 6, 2, hide=h) for h in (0.0, 0.5))
+    free, half = (small_model.seer_mask(4, 3, 6, 2, hide=h) for h in (0.0, 0.5))
     lost = (free & ~half).nonzero().tolist()
     assert {row % 11 for row, _ in lost} == {9, 10}
     assert {column % 11 for _, column in lost} <= {*range(3, 9)}
@@ -412,7 +412,8 @@ def test_gpt2s_dropouts_are_of_training_alone(flag, episodes):
 
 
 def test_goal_is_the_state_so_many_steps_ahead():
-    with_goal, without = seer_mask(6, 4, 2, 3, goal=4), seer_mask(6, 4, 2, 3)
+    masks = (small_model.seer_mask(6, 4, 2, 3, goal=goal) for goal in (4, 0))
+    with_goal, without = masks
     extra = (with_goal & ~without).nonzero().tolist()
     n = 9
     assert extra == [[i * n + 4 + f, (i + 4) * n + 1] for i in (0, 1) for f in (0, 1)]
@@ -793,7 +794,7 @@ def check_decoder(model, weights, h):
 
     x = linear("action_decoder.2", linear("action_decoder.0", h).clamp(min=0)).clamp(min=0)
     with torch.no_grad():
-        arm, gripper = vita_vla.decode(model, h)
+        arm, gripper = small_model.decode(model, h)
     assert torch.allclose(arm, linear("arm_action_decoder.0", x).tanh(), atol=1e-5)
     assert torch.allclose(gripper, linear("gripper_action_decoder.0", x)[..., 0], atol=1e-5)
 
@@ -1003,14 +1004,14 @@ def test_a_released_teacher_reads_states_as_recorded(how):
     raw = np.random.default_rng(0).uniform(low, high, (5, 8)).astype(np.float32)
     ours = torch.from_numpy(data.normalise(raw, stats))
     model = nn.Module()
-    vita_vla.add_state_encoder(model, 16, 6)
+    small_model.add_state_encoder(model, 16, 6)
     asked = torch.from_numpy(raw)
     if how == "onehot":  # open or closed, of either scale
         asked[:, -1] = ours[:, -1]
     with torch.no_grad():
-        want = vita_vla.encode_state(model, asked, how)
+        want = small_model.encode_state(model, asked, how)
         small_model.read_recorded(model, *data.bounds(stats), how)
-        assert torch.allclose(vita_vla.encode_state(model, ours, how), want, atol=1e-5)
+        assert torch.allclose(small_model.encode_state(model, ours, how), want, atol=1e-5)
 
 
 def test_a_released_file_is_a_teacher_beside_which_no_second_vlm_is_read(tmp_path, monkeypatch):
@@ -1502,7 +1503,7 @@ def test_actions_are_in_the_worlds_units(stage, episodes):
     h = case.hidden(batch)[:, -1]
     with torch.no_grad():
         h = h if stage == "teacher" else case.model.mapper(h)
-        arm, gripper = vita_vla.decode(case.model, h)
+        arm, gripper = small_model.decode(case.model, h)
     memories[0]["steps"].pop()
     got = policy.act([observation_of(episodes[0], 2, memories[0])], [sample["instruction"]], None)
     want = [*arm[0, 0].numpy(), 1.0 if gripper[0, 0] > 0 else -1.0]

@@ -432,7 +432,7 @@ def test_the_shipped_teacher_fits_the_defaults_and_foresees_the_expert():
     samples = [windows.get(i, np.random.default_rng(0)) for i in range(0, len(windows), 3)]
     batch = vita_vla.sense(samples, policy.cfg, policy.processor)
     with torch.no_grad():
-        arm, gripper = vita_vla.decode(policy.model, policy.model.hidden(batch)[0])
+        arm, gripper = seer.decode(policy.model, policy.model.hidden(batch)[0])
     real, action = batch["mask"], batch["action"][batch["mask"]]
     error = (arm[real] - action[:, :-1]).abs().mean()
     guess = (action[:, :-1].mean(0) - action[:, :-1]).abs().mean()
