@@ -568,15 +568,19 @@ class Mixture:
 
 
 class Batches:
-    """Item `step` is this process's batch of that step, `batch` samples from each mixture."""
+    """Item `step` is this process's batch of that step: `batch` samples from the first mixture and,
+    for `mix` of them or for all if that is fewer, one from the second. Which one follows from how
+    many came before, so that each is read once, however many processes share a step."""
 
-    def __init__(self, mixtures, collate, batch, rank=0, processes=1):
+    def __init__(self, mixtures, collate, batch, rank=0, processes=1, mix=1):
         self.mixtures, self.collate, self.batch = mixtures, collate, batch
-        self.rank, self.processes = rank, processes
+        self.rank, self.processes, self.mix = rank, processes, min(mix, batch)
 
     def __getitem__(self, step):
-        first = (step * self.processes + self.rank) * self.batch
-        return self.collate([m[i] for m in self.mixtures for i in range(first, first + self.batch)])
+        first, samples = (step * self.processes + self.rank) * self.batch, []
+        for mixture, n in zip(self.mixtures, (1, self.mix)):
+            samples += [mixture[i] for i in range(first // n, (first + self.batch) // n)]
+        return self.collate(samples)
 
 
 # --- What is there, and everything wrong with it --------------------------------------------------

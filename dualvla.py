@@ -45,9 +45,12 @@ Assumptions, where the paper is silent
   A6  The base model is InstructVLA: Eagle2, r-LoRA on every matrix of its language model, two gates
       a token from the hidden state of a pass without LoRA, here twice a softmax, so that G starts
       as E; the vision tower is frozen; E's flow expert is trained with E and frozen then. Ours:
-      LoRA on the gates of its MLPs too and without dropout; G and the student train the queries,
-      which begin amid the embeddings of words (begun elsewhere, E may stay on a plateau).
-  A7  The flow expert's eye is a small convolutional net in the place of DINOv2, with FiLM.
+      the prompts (TwinBrainVLA's, so that one recording reads alike in all three scripts); LoRA on
+      the gates of its MLPs too and without dropout; G and the student train the queries, which
+      begin amid the embeddings of words (begun elsewhere, E may stay on a plateau); of the queries
+      the first has a label; words are said anew with each plan.
+  A7  The flow expert's eye is a small convolutional net in the place of DINOv2, with FiLM; its
+      layers rotate no positions.
   A8  A specialist is not asked for reasoning: its RA is 1 and R leaves Eq. 8. Of who is asked, a
       trajectory without a word has R = RA = 0 from the offline judge, hence a score of 0.
   A9  A real VLM has read the words in which a robot explains itself, `tiny` has not (its questions
@@ -74,8 +77,8 @@ from torch import nn
 
 import common
 import data
-from parts import runs
-from parts.instructvla import FlowExpert, Thread, add_experts, export_expert
+from parts import instructvla, runs
+from parts.instructvla import BINS, FlowExpert, Thread
 from worlds import ablations, benchmarks, events, loop, pictures, reports, score
 
 # --- Config: the defaults are the laptop's run ----------------------------------------------------
@@ -162,7 +165,7 @@ class Config:
     # evaluation and logging
     domains: tuple[str, ...] = ("in",)  # what differs from training; empty: all the suite knows
     talk: int = 40  # words of reasoning at most, when acting (InstructVLA: 50)
-    speak: float = 0.15  # says why where words together are likelier than this (A10; 0.5: greedy)
+    speak: float = 0.15  # says why where words are likelier than this (A10; 0.5: about greedy)
     execute: int = 2  # actions executed of each chunk
     ensemble: bool = False  # plan every step, blend the last 7 chunks (SimplerEnv)
     parallel: int = 100  # episodes acted side by side
@@ -203,7 +206,7 @@ PAPER = dict(
     size=224, wrist_size=224, augment=0, state=False, execute=1, ensemble=True,
     repeats=1, workers=4,  # ours
     talk=50, new_words=False,
-    speak=0.5,  # ours: greedy, as InstructVLA decodes
+    speak=0.5,  # ours: about greedy, as InstructVLA decodes
 )  # fmt: skip
 LARGER = {k: PAPER[k] for k in ("optimizer", "lr", "lr_head", "rank", "queries", "width", "depth",
                                 "heads", "batch", "size", "wrist_size", "workers", "new_words",
@@ -248,22 +251,11 @@ USER = (
     "\nPredict the next action for the robot based on the observation, instruction and robot type."
 )
 FORMS = {"plain": "", "motion": " Name the move.", "reason": " Say why."}
-BINS = 256  # of an action's dimension, where actions are words
 
 
 def first_action(processor):
     """Id of <robot_action_0>: the first query, or the first of the 256 action words."""
     return processor.tokenizer.convert_tokens_to_ids("<robot_action_0>")
-
-
-def to_tokens(action, first):
-    """Normalised actions (H, A) -> ids, one word a dimension, the present action first."""
-    return tuple(int(i) for i in first + ((action + 1) / 2 * BINS).clip(0, BINS - 1).ravel())
-
-
-def from_tokens(ids, first, action_dim):
-    """(B, H * A) ids -> (B, H, A), the middles of the bins."""
-    return ((ids - first + 0.5) / BINS * 2 - 1).unflatten(-1, (-1, action_dim))
 
 
 def sense(samples, cfg, processor, form="", tail=True):
@@ -280,7 +272,7 @@ def sense(samples, cfg, processor, form="", tail=True):
         said = tuple(processor.tokenizer.encode(said, add_special_tokens=False))
         act = tuple(range(first, first + cfg.queries)) if cfg.actions == "flow" else ()
         if cfg.actions == "tokens" and "action" in sample:
-            act = to_tokens(sample["action"], first)
+            act = instructvla.to_tokens(sample["action"], first)
         answer = said + act if tail else ()
         pixels.append(patches)
         grids.append(grid)
@@ -334,12 +326,12 @@ class DualVLA(nn.Module):
         if cfg.tune == "lora":
             vlm.requires_grad_(False)
             layers, experts = vlm.model.language_model.layers, 1 if alone else 2
-            add_experts(layers, experts, cfg.rank, cfg.alpha, self.gates)
+            instructvla.add_experts(layers, experts, cfg.rank, cfg.alpha, self.gates)
             new = (".down.", ".up.", "embed_tokens.", "lm_head.")
             self.untouched = {n for n in self.state_dict() if not any(x in n for x in new)}
-            if alone:
-                self.learn_words(range(self.first, self.first + BINS))
-            else:
+            if alone or cfg.new_words:  # which ones G learns, `prepare()` finds  # ASSUMPTION A9
+                self.learn_words(range(self.first, self.first + BINS) if alone else ())
+            if not alone:
                 widths = [(D, 128), (128, 128), (128, 128), (128, 2)]  # four layers
                 parts = [m for i, o in widths for m in (nn.Linear(i, o), nn.ReLU())]
                 self.gate = nn.Sequential(*parts[:-1])
@@ -452,27 +444,6 @@ class DualVLA(nn.Module):
         return wrong.sum(1) == 0
 
     @torch.no_grad()
-    def speak(self, batch, limit, stop, bar):
-        """Greedy decoding behind a prompt; stop(ids) says which words end it -> lists of ids, and
-        the `Thread` to go on from. It begins where words, all together, are likelier than `bar`."""
-        thread = Thread(self, batch)
-        live, said = torch.ones_like(thread.real[:, 0]), [[] for _ in thread.h]
-        for i in range(limit):
-            logits = self.vlm.lm_head(thread.h)  # (B, V)
-            if i == 0:
-                ends = stop(torch.arange(logits.shape[-1], device=logits.device))  # (V,)
-                live = logits.float().softmax(-1)[:, ~ends].sum(-1) > bar
-                logits = logits.masked_fill(ends, -math.inf)
-            ids = logits.argmax(-1)  # (B,)
-            live = live & ~stop(ids)
-            if not live.any():
-                break
-            for words, word, more in zip(said, ids.tolist(), live.tolist()):
-                words += [word] if more else []
-            thread.go_on(self.vlm.get_input_embeddings()(ids[:, None]), live[:, None])
-        return said, thread
-
-    @torch.no_grad()
     def act(self, batch, x_0, form, limit):
         """Batch without actions, noise x_0 (B, H, A) -> chunks (B, H, A), ids of what was said."""
         cfg, said = self.cfg, [[] for _ in x_0]
@@ -480,22 +451,15 @@ class DualVLA(nn.Module):
             h = self.read(batch["prompt"], batch)  # nothing to say: one pass
         else:
             done = lambda ids: (ids >= self.first) | (ids == self.end)  # noqa: E731
-            said, thread = self.speak(batch, 0 if form == "plain" else limit, done, cfg.speak)
+            thread = Thread(self, batch)
+            said = thread.speak(0 if form == "plain" else limit, done, cfg.speak)
             if cfg.actions == "tokens":
-                return self.decode(thread), said
+                ids = thread.act(self.first, cfg.horizon * self.action_dim)
+                return instructvla.from_tokens(ids, self.first, self.action_dim), said
             queries = self.queries.to(thread.h.dtype).expand(len(x_0), -1, -1)
             h = thread.go_on(queries, torch.ones_like(queries[..., 0], dtype=torch.bool))
         keys = self.keys(h, batch)
         return integrate(lambda x, t: self.flow(x, t, keys), x_0, cfg.euler), said
-
-    def decode(self, thread):
-        """H * A action words, each the likeliest of its 256 -> (B, H, A)."""
-        words, ids = self.vlm.get_input_embeddings(), []
-        for _ in range(self.cfg.horizon * self.action_dim):
-            logits = self.vlm.lm_head(thread.h)[:, self.first : self.first + BINS]
-            ids.append(self.first + logits.argmax(-1, keepdim=True))  # (B, 1)
-            thread.go_on(words(ids[-1]), torch.ones_like(ids[-1], dtype=torch.bool))
-        return from_tokens(torch.cat(ids, dim=1), self.first, self.action_dim).float()
 
 
 def integrate(velocity, x_0, steps):
@@ -665,11 +629,14 @@ def keep_labels(episodes, cfg, say=print):
     ]
 
 
-def scene_labels(episodes, cfg, say=print):
+def marked(cfg):
+    """Demonstrations of the world that a detector of events learns from."""
     wanted = cfg.event_demos, cfg.seed + 500, cfg.size, cfg.wrist_size, cfg.noise
-    return events.scene_labels(
-        episodes, cfg, lambda: data.demonstrations(cfg.world, *wanted), say
-    )
+    return data.demonstrations(cfg.world, *wanted)
+
+
+def scene_labels(episodes, cfg, say=print):
+    return events.scene_labels(episodes, cfg, partial(marked, cfg), say)
 
 
 class Samples(data.Windows):
@@ -691,22 +658,6 @@ class Samples(data.Windows):
             form, said = "motion", events.move_name(events.hand(episode), t)
         said = said if kept or cfg.masking == "ignore" else ""  # ASSUMPTION A3
         return sample | {"form": form, "said": said, "learn": kept}
-
-
-class Batches(data.Batches):
-    """Robot samples and, for `mix` of them, one question: which ones follows from how many robot
-    samples came before, so that every question is read once, however many processes share a step.
-    A batch of fewer than `mix` has a question nevertheless."""
-
-    def __init__(self, mixtures, collate, batch, rank=0, processes=1, mix=0):
-        super().__init__(mixtures, collate, batch, rank, processes)
-        self.per = [1, min(mix, batch)] if mix else [1]  # robot samples for one of each mixture
-
-    def __getitem__(self, step):
-        first, samples = (step * self.processes + self.rank) * self.batch, []
-        for mixture, n in zip(self.mixtures, self.per):
-            samples += [mixture[i] for i in range(first // n, (first + self.batch) // n)]
-        return self.collate(samples)
 
 
 # --- Eval: acting with and without reasoning, answering, VLA Score --------------------------------
@@ -746,7 +697,8 @@ class Policy:
         with common.autocast(self.device, self.cfg.dtype), torch.no_grad():
             samples = [s | {"answer": ""} for s in samples]
             asked = common.to_device(common.ask(samples, self.processor, SYSTEM), self.device)
-            ids, _ = self.model.eval().speak(asked, limit, lambda ids: ids == self.model.end, 0.0)
+            thread = Thread(self.model.eval(), asked)
+            ids = thread.speak(limit, lambda ids: ids == self.model.end, 0.0)
         return [self.processor.tokenizer.decode(row).strip() for row in ids]
 
 
@@ -937,12 +889,19 @@ def teaching(cfg):
 
 
 def load_teachers(cfg, device):
-    """-> {"expert": E, "generalist": G}, those that teach, as frozen policies."""
-    return {name: load_policy(getattr(cfg, name), device) for name in teaching(cfg)}
+    """-> {"expert": E, "generalist": G}, those that teach, as frozen policies; they must read what
+    the student reads, and E act as it does."""
+    found, reads = {}, ("backbone", "size", "wrist_size")
+    for name in teaching(cfg):
+        found[name] = policy = load_policy(getattr(cfg, name), device)
+        same = reads + (("actions", "queries", "horizon") if name == "expert" else ())
+        runs.same_flags(name, getattr(cfg, name), policy.cfg, cfg, same)
+        common.store_frozen(policy.model, cfg, device)
+    return found
 
 
-def prepare(cfg, dist, run, resumed, teachers):
-    """Demonstrations, pruning, statistics, model -> Policy, batches, meta."""
+def prepare(cfg, dist, run, resumed, teachers, last):
+    """Demonstrations, pruning, statistics, model -> Policy, batches, meta. last: the chain's."""
     before = {"expert": "", "generalist": cfg.expert, "dual": cfg.generalist}[cfg.stage]
     start = resumed or (common.load_checkpoint(before, "dualvla") if before else None)
     acts, asks = data.recordings(cfg, dist, start)
@@ -956,9 +915,11 @@ def prepare(cfg, dist, run, resumed, teachers):
     episodes = [e for part in acts for e in part.episodes]
     bits = resumed.meta["kept"] if resumed else None
     if not resumed:
+        if cfg.data and dist.main and last.prune not in ("none", "action"):
+            events.check(episodes, last, partial(marked, last))  # now, not after E's and G's steps
         kept = keep_labels(episodes, cfg, run.say) if dist.main else []
         bits = dist.share(["".join(str(int(k)) for k in row) for row in kept])
-    if cfg.new_words and cfg.tune == "lora" and cfg.stage != "expert":  # ASSUMPTION A9
+    if cfg.new_words and cfg.tune == "lora" and cfg.stage != "expert":
         model.learn_words(events.all_words(episodes, processor.tokenizer))
         if cfg.stage == "generalist" and not resumed:
             common.redraw_untrained(model.vlm, model.words, only=model.words)
@@ -983,7 +944,7 @@ def prepare(cfg, dist, run, resumed, teachers):
         rows = [(s["images"], processor.words(row)) for s, row in zip(shown, ids)]
         pictures.contact_sheet(run.folder / "first_batch.png", rows)
     join = partial(collate, cfg=cfg, processor=processor)
-    batches = Batches(mixtures, join, cfg.batch, dist.rank, dist.processes, cfg.mix)
+    batches = data.Batches(mixtures, join, cfg.batch, dist.rank, dist.processes, cfg.mix)
     meta = {"method": "dualvla", "config": dataclasses.asdict(cfg), "robots": robots}
     meta |= {"kept": bits, "share": share}
     beside = {name: teacher.model for name, teacher in teachers.items()}
@@ -1045,8 +1006,9 @@ def staged(cfg, stage, folders):
     return made
 
 
-def run_stage(cfg, dist):
-    """Trains and evaluates one stage in its folder; what is done stays done."""
+def run_stage(cfg, dist, last):
+    """Trains and evaluates one stage in its folder; what is done stays done. last: the Config of
+    the chain's last stage."""
     resumed, standing = None, runs.standing(Path(cfg.out))
     if standing == "done":
         return
@@ -1062,7 +1024,7 @@ def run_stage(cfg, dist):
     needed = [replace(cfg, stage=name) for name in (cfg.stage, *teaching(cfg))]
     common.foresee(cfg, dist, *(lambda c=c: build(c, 8, 7)[0] for c in needed))
     frozen = load_teachers(cfg, dist.device)
-    policy, batches, meta = prepare(cfg, dist, run, resumed, frozen)
+    policy, batches, meta = prepare(cfg, dist, run, resumed, frozen, last)
     sets = data.question_sets(common.ABILITIES, cfg.questions, cfg.size, cfg.wrist_size)
     teachers = [frozen[name].model if name in frozen else None for name in ORDER[:2]]
     measure = partial(along_the_way, policy, cfg, sets)
@@ -1105,7 +1067,7 @@ def main(argv=None):
         return common.describe(cfg.backbone, common.load_backbone, builds)
     if cfg.export:
         policy = load_policy(cfg.export, torch.device("cpu"))
-        return export_expert(policy, cfg.export, cfg.out or f"{cfg.export}/export")
+        return instructvla.export_expert(policy, cfg.export, cfg.out or f"{cfg.export}/export")
     if cfg.show:
         return show(cfg)
     dist = common.setup(cfg)
@@ -1118,7 +1080,7 @@ def main(argv=None):
     folders = {n: folders[n] for n in ORDER[: ORDER.index(last_stage(cfg)) + 1]}
     for stage, folder in folders.items():
         if folder == out / stage:
-            run_stage(staged(cfg, stage, folders), dist)
+            run_stage(staged(cfg, stage, folders), dist, staged(cfg, last_stage(cfg), folders))
     if dist.main:
         reports.stages(runs.finish(out, folders))
         print(f"results, pictures, films and scores of each stage are in {out}")

@@ -26,7 +26,7 @@ Equation map
   Eq. 9   distillation of hidden states       -> feature_loss()
   Eq. 10  the student's objective             -> total_loss()
 Table map (`--ablation list`: the paper's number beside ours): Table 1 t1-*, Table 5 t5-*, Table 6
-t6-*, Table 9 t9-*, Figure 2 f2-*, Appendix C c-*; ours: visibility-index, no-deepstack, no-state.
+t6-*, Table 9 t9-*, Figure 2 f2-*, baselines c-*; ours: visibility-index, no-deepstack, no-state.
 
 Assumptions, where the paper is silent
   A1  The right brain sees every left token and is causal on itself (`--visibility all`); the only
@@ -99,7 +99,7 @@ class Config:
     attention: str = "library"  # library | kernel: of Eq. 6; bench/attention.py compares
     state: bool = True  # state token phi(s) in the right brain (Eq. 2; paper: off in simulation)
     # the action expert
-    head: str = "flow"  # flow | pi | oft | fast: the paper's DiT, or a baseline of Appendix C
+    head: str = "flow"  # flow | pi | oft | fast: the paper's DiT, or a baseline (App. C, Table 2)
     horizon: int = 8  # H, actions in a chunk (paper: 16, LIBERO 8)
     width: int = 128  # DiT width (paper: 768)
     depth: int = 4  # DiT blocks (paper: 16)
@@ -186,7 +186,7 @@ ABLATIONS = {
     "f2-twin": row(None, "Figure 2, measured on TwinBrainVLA", qa_every=100),
     "c-pi": row(None, "App. C, QwenPI (GR1: 43.9)", brain="vanilla", head="pi"),
     "c-oft": row(None, "App. C, QwenOFT (GR1: 48.8)", brain="vanilla", head="oft"),
-    "c-fast": row(None, "App. C, QwenFAST (GR1: 39.0)", brain="vanilla", head="fast"),
+    "c-fast": row(None, "Table 2, QwenFAST (GR1: 39.0)", brain="vanilla", head="fast"),
     "visibility-index": row(None, "ours: index-causal visibility", visibility="index"),
     "no-deepstack": row(None, "ours: without DeepStack", deepstack=False),
     "no-state": row(None, "ours: without phi(s)", state=False),
@@ -464,31 +464,15 @@ class TwinBrain(nn.Module):
         """What the right brain says after its prompt, as QwenFAST does."""
         out, cache = self.think(batch)
         real_L = batch["left"]["real"] if self.left is not None else batch["left"]["real"][:, :0]
-        return self.decode(self.right, out, cache, batch["right"], real_L, limit, end)
+        sees = partial(joint_mask, real_L, visibility=self.cfg.visibility)
+        return starvla.decode(self.right, out, cache, batch["right"], sees, limit, end)
 
     def write(self, vlm, asked, limit, end):
         """What one brain by itself says to questions."""
         prompt, cache = asked["prompt"], DynamicCache()
         mask = common.causal_mask(prompt["real"])
         out = self.look(vlm, embed(vlm, prompt), prompt, mask, cache, asked)
-        return self.decode(vlm, out, cache, prompt, prompt["real"][:, :0], limit, end)
-
-    def decode(self, vlm, out, cache, prompt, real_L, limit, end):
-        """Greedy decoding until all rows have said `end` -> (B, limit or less) ids."""
-        h, ids = out.last_hidden_state, []
-        real, position = prompt["real"], prompt["position_ids"][..., -1:]
-        while True:
-            ids.append(vlm.lm_head(h[:, -1:]).argmax(-1))  # (B, 1)
-            said = torch.cat(ids, dim=1)
-            if len(ids) == limit or (said == end).any(1).all():
-                return said
-            real, position = F.pad(real, (0, 1), value=True), position + 1
-            h = vlm.model(
-                inputs_embeds=vlm.get_input_embeddings()(ids[-1]),
-                attention_mask=joint_mask(real_L, real, self.cfg.visibility)[:, :, -1:],
-                position_ids=position,
-                **{common.CACHE: cache},
-            ).last_hidden_state
+        return starvla.decode(vlm, out, cache, prompt, common.causal_mask, limit, end)
 
 
 # --- Model: the flow-matching action expert (Section 4.2) -----------------------------------------
@@ -904,11 +888,8 @@ def load_teacher(cfg, device, robots):
     teacher = policy.model.requires_grad_(False)
     common.store_frozen(teacher, cfg, device)
     names = ["backbone", "head", "state", "deepstack", "size", "wrist_size"]
-    for name in names + ["horizon"] * (cfg.head in ("oft", "fast")):  # these have it in the prompt
-        mine, theirs = getattr(cfg, name), getattr(teacher.cfg, name)
-        if mine != theirs:
-            flag = "--" + name.replace("_", "-")
-            raise common.UserError(f"--distill {cfg.distill} has {flag} {theirs}, this run {mine}")
+    names += ["horizon"] * (cfg.head in ("oft", "fast"))  # these have it in the prompt
+    runs.same_flags("distill", cfg.distill, teacher.cfg, cfg, names)
     same = all(policy.robots.get(name) == stats for name, stats in robots.items())
     if not same and (cfg.state or cfg.head == "fast"):
         words = "normalises by other recordings: its --data, --demos and --seed, or --no-state"

@@ -433,13 +433,14 @@ class Histories:
         return int(self.starts[-1])
 
     def get(self, index, rng):
-        """-> "images" [n][cameras], "ahead", those N steps on, of the last steps, "instruction",
+        """-> "images" [n][cameras], "ahead", a teacher's: those N steps on, "instruction",
         "state" (n, numbers), "action" (n, N, A), "mask" (n, N), for n <= S steps."""
         cfg, e = self.cfg, int(np.searchsorted(self.starts, index, side="right")) - 1
         episode, t = self.episodes[e], index - int(self.starts[e])
         T = len(episode.action)
         now = np.arange(t, min(t + cfg.history, T))
         learned = now[: len(now) - cfg.goal]  # --goal: steps whose goal is in the window
+        foreseen = learned[-cfg.foresight_steps :] if cfg.stage == "teacher" else ()
         ahead = now[:, None] + np.arange(cfg.future)  # (n, N)
         cameras = list(episode.images.values())
         moves = rng.integers(-cfg.augment, cfg.augment + 1, (len(cameras), 2))
@@ -452,7 +453,7 @@ class Histories:
         action = episode.action[np.minimum(ahead, T - 1)]  # (n, N, A)
         return {
             "images": [look(t) for t in now],
-            "ahead": [look(t + cfg.future) for t in learned[-cfg.foresight_steps :]],
+            "ahead": [look(t + cfg.future) for t in foreseen],
             "instruction": episode.instruction,
             "state": data.normalise(episode.state[now], self.stats["state"]),
             "action": data.normalise(action, self.stats["action"]),
@@ -543,7 +544,7 @@ def make_optimizers(model, cfg):
         if p.requires_grad:
             peak = cfg.lr if name.startswith("vlm.") else cfg.lr_head
             peak = cfg.lr_teacher if cfg.stage == "teacher" else peak
-            tokens = any(word in name for word in ("embed", "token", "latents"))
+            tokens = any(word in name for word in ("embed", "token", "latents"))  # all about them
             rows.append((p, peak, cfg.weight_decay, p.dim() == 2 and not tokens))
     return common.optimizers(cfg, rows)
 
@@ -682,11 +683,10 @@ def load_teacher(cfg, device):
         theirs = common.resume_config(Config(), checkpoint.meta["config"])
         if theirs.stage != "teacher":
             raise common.UserError(f"--teacher {cfg.teacher} is a run of --stage {theirs.stage}")
-        for name in SHAPES + ("backbone",) * (cfg.eyes == "backbone"):
-            mine, its = getattr(cfg, name), getattr(theirs, name)
-            if mine != its and not (name == "history" and mine < its):
-                flag = "--" + name.replace("_", "-")
-                raise common.UserError(f"--teacher {cfg.teacher} has {flag} {its}, this run {mine}")
+        longer = theirs.history > cfg.history  # such a teacher knows shorter windows too
+        same = [n for n in SHAPES if not (n == "history" and longer)]
+        same += ["backbone"] * (cfg.eyes == "backbone")
+        runs.same_flags("teacher", cfg.teacher, theirs, cfg, same)
         model, _ = build(replace(theirs, goal=0), checkpoint)  # no student knows what lies ahead
         model.robots = checkpoint.meta["robots"]
     return model.to(device).eval().requires_grad_(False)
@@ -725,12 +725,15 @@ def prepare(cfg, dist, run, resumed, teacher=None):
     if asks:
         raise common.UserError(f"--data {asks[0].name} asks questions: VITA-VLA learns from none")
     robots = {part.name: part.stats for part in acts}
+    widths = {part.name: part.episodes[0].state.shape[1] for part in acts}
+    if len(set(widths.values())) > 1:  # the gripper's is the last number, or the last two
+        raise common.UserError(f"--data: states of different widths cannot be mixed here: {widths}")
     for name, stats in robots.items():
         if len(stats["cameras"]) != 2:
             raise common.UserError(f"{name}: VITA-VLA reads a static and a wrist camera, this has "
                                    f"{', '.join(stats['cameras'])}")  # fmt: skip
-        if cfg.normalise == "raw":
-            seer.as_recorded(name, stats)  # ASSUMPTION A11
+    if cfg.normalise == "raw":
+        seer.as_recorded(robots)  # ASSUMPTION A11
     model, processor = build(cfg, resumed, data.dims(robots)[1] - 1)
     windows = [Histories(part.episodes, part.stats, cfg) for part in acts]
     mixtures = [data.Mixture(windows, [part.weight for part in acts], cfg.seed)]
@@ -800,7 +803,8 @@ def check(cfg):
 
 
 def export(cfg):
-    """--export: the VLM of a student as an ordinary checkpoint, its head the backbone's own."""
+    """--export: the VLM of a student as an ordinary checkpoint, its head the backbone's own or,
+    where words are tied, that of its words."""
     policy = load_policy(cfg.export, torch.device("cpu"))
     if not isinstance(policy.model, VitaVLA):
         raise common.UserError(f"--export {cfg.export}: a teacher has no VLM; name a student's run")

@@ -149,7 +149,7 @@ def demonstrations(cfg, count=4):
 
 def batches(method, cfg, processor):
     """Batches as training reads them, of a few demonstrations."""
-    episodes, script = demonstrations(cfg), SCRIPTS[method]
+    episodes = demonstrations(cfg)
     stats = data.statistics(episodes)
     if method == "vita_vla":
         windows, join = vita_vla.Histories(episodes, stats, cfg), vita_vla.sense
@@ -160,12 +160,11 @@ def batches(method, cfg, processor):
         sides = cfg.size, cfg.wrist_size
         windows = data.Windows(episodes, stats, cfg.horizon, cfg.augment, sides)
         join = twinbrain.collate
-    mixtures, more = [data.Mixture([windows], seed=cfg.seed)], ()
-    if getattr(cfg, "mix", 0):
+    mixtures, mix = [data.Mixture([windows], seed=cfg.seed)], getattr(cfg, "mix", 0)
+    if mix:
         mixtures.append(data.Mixture([data.Questions(cfg.size, cfg.wrist_size)], seed=cfg.seed))
-        more = (0, 1, cfg.mix)
-    Batches = getattr(script, "Batches", data.Batches)
-    return Batches(mixtures, partial(join, cfg=cfg, processor=processor), cfg.batch, *more)
+    join = partial(join, cfg=cfg, processor=processor)
+    return data.Batches(mixtures, join, cfg.batch, mix=mix)
 
 
 def policy(method, cfg, random):

@@ -575,7 +575,7 @@ def plain_chat(tokenizer, system, user, answer):
 
 
 class EagleProcessor(VitaProcessor):
-    """One tile a picture (448 pixels, 256 tokens) and InstructVLA's prompts."""
+    """One tile a picture (448 pixels, 256 tokens), in Eagle2's markup."""
 
     image, mean, std = "<IMG_CONTEXT>", (0.5,) * 3, (0.5,) * 3
 

@@ -1,9 +1,9 @@
 """InstructVLA (arXiv 2507.17520), the base model of dualvla.py: what it is made of.
 
-Here: LoRA experts around matrices, decoding with the caches of two passes, the flow expert. Gates
-and queries, and what is learned of whom, are in dualvla.py. Letters: B batch, T and N tokens, n new
-ones, D width of the VLM, d of a head; of the flow expert R noise draws, H chunk, A action, S state,
-P tokens of its prefix.
+Here: LoRA experts around matrices, words for actions, decoding with the caches of two passes, the
+flow expert. Gates and queries, and what is learned of whom, are in dualvla.py. Letters: B batch, T
+and N tokens, n new ones, V vocabulary, D width of the VLM, d of a head; of the flow expert R noise
+draws, H chunk, A action, S state, P tokens of its prefix.
 """
 
 import math
@@ -71,6 +71,18 @@ def export_expert(policy, run, out):
 
 # --- Decoding -------------------------------------------------------------------------------------
 
+BINS = 256  # of an action's dimension, where actions are words
+
+
+def to_tokens(action, first):
+    """Normalised actions (H, A) -> ids, one word a dimension, the present action first."""
+    return tuple(int(i) for i in first + ((action + 1) / 2 * BINS).clip(0, BINS - 1).ravel())
+
+
+def from_tokens(ids, first, action_dim):
+    """(B, H * A) ids -> (B, H, A), the middles of the bins."""
+    return ((ids - first + 0.5) / BINS * 2 - 1).unflatten(-1, (-1, action_dim))
+
 
 class Thread:
     """Decoding in progress: caches of both passes, which tokens count, the newest hidden state.
@@ -93,6 +105,36 @@ class Thread:
         self.position = place[..., -1:]
         self.h = torch.where(use[:, -1:], h[:, -1], self.h)
         return h
+
+    def speak(self, limit, stop, bar):
+        """Greedy decoding, at most `limit` words; stop(ids) says which words end it -> lists of
+        ids. It begins where words, all together, are likelier than `bar`."""
+        vlm, said = self.model.vlm, [[] for _ in self.h]
+        live = torch.ones_like(self.real[:, 0])
+        for i in range(limit):
+            logits = vlm.lm_head(self.h)  # (B, V)
+            if i == 0:
+                ends = stop(torch.arange(logits.shape[-1], device=logits.device))  # (V,)
+                live = logits.float().softmax(-1)[:, ~ends].sum(-1) > bar
+                logits = logits.masked_fill(ends, -math.inf)
+            ids = logits.argmax(-1)  # (B,)
+            live = live & ~stop(ids)
+            if not live.any():
+                break
+            for words, word, more in zip(said, ids.tolist(), live.tolist()):
+                words += [word] if more else []
+            self.go_on(vlm.get_input_embeddings()(ids[:, None]), live[:, None])
+        return said
+
+    def act(self, first, count):
+        """So many action words, each the likeliest of its 256 -> ids (B, count)."""
+        vlm, ids = self.model.vlm, []
+        for _ in range(count):
+            logits = vlm.lm_head(self.h)[:, first : first + BINS]
+            ids.append(first + logits.argmax(-1, keepdim=True))  # (B, 1)
+            real = torch.ones_like(ids[-1], dtype=torch.bool)
+            self.go_on(vlm.get_input_embeddings()(ids[-1]), real)
+        return torch.cat(ids, dim=1)
 
 
 # --- The flow expert ------------------------------------------------------------------------------
@@ -136,7 +178,7 @@ class Eye(nn.Module):
 
 
 class Block(nn.Module):
-    """A layer as Llama has it; the attention itself is where the masks are."""
+    """A layer of Llama's kind, no positions rotated; attention itself is where the masks are."""
 
     def __init__(self, width, heads):
         super().__init__()

@@ -155,6 +155,15 @@ def finish(out, folders):
     return results
 
 
+def same_flags(name, given, theirs, cfg, flags):
+    """The run given by --name, of the Config `theirs`, must have these flags as this run has."""
+    for flag in flags:
+        mine, its = getattr(cfg, flag), getattr(theirs, flag)
+        if mine != its:
+            words = "--" + flag.replace("_", "-")
+            raise common.UserError(f"--{name} {given} has {words} {its}, this run {mine}")
+
+
 def same_units(name, given, theirs, robots, parts=20):
     """What the run given by --name reads and says lies between the bounds of its own recordings,
     `theirs`: of each of ours, one of them must have about the same, within one of so many parts of

@@ -455,15 +455,22 @@ def load_seer(model, path, released="calvin"):
     model.load_state_dict(tensors, strict=False)
 
 
-def as_recorded(name, stats):
-    """Changes the bounds of these recordings: the arm's actions stay as they are, in [-1, 1]; the
-    gripper and the state lie between their least and greatest."""
-    action, arm = stats["action"], len(stats["action"]["min"]) - 1
-    reach = max(map(abs, action["min"][:arm] + action["max"][:arm]))
-    if reach > 1:
-        raise UserError(f"--normalise raw: {name} has actions of {reach:.3g}, which is beyond 1")
-    action["min"][:arm], action["max"][:arm] = [-1.0] * arm, [1.0] * arm
-    action["how"] = stats["state"]["how"] = "minmax"
+def as_recorded(robots):
+    """Changes the bounds of {recordings: stats}: the arm's actions stay as they are, in [-1, 1];
+    the gripper lies between its least and greatest, a state between those of all recordings, which
+    Seer reads on one scale."""
+    for name, stats in robots.items():
+        action, arm = stats["action"], len(stats["action"]["min"]) - 1
+        reach = max(map(abs, action["min"][:arm] + action["max"][:arm]))
+        if reach > 1:
+            raise UserError(f"--normalise raw: {name} has actions of {reach:.3g}, beyond 1")
+        action["min"][:arm], action["max"][:arm] = [-1.0] * arm, [1.0] * arm
+        action["how"] = stats["state"]["how"] = "minmax"
+    states = [stats["state"] for stats in robots.values()]
+    low = np.min([s["min"] for s in states], axis=0).tolist()
+    high = np.max([s["max"] for s in states], axis=0).tolist()
+    for state in states:
+        state["min"], state["max"] = list(low), list(high)
 
 
 def read_recorded(model, low, high, how):

@@ -1,11 +1,15 @@
-"""starVLA (github.com/starVLA/starVLA), the framework of twinbrain.py: its QwenOFT (Appendix C).
+"""starVLA (github.com/starVLA/starVLA), the framework of twinbrain.py: its QwenOFT (Appendix C) and
+how its QwenFAST (Table 2) decodes.
 
-Its DiT is in twinbrain.py, as the paper's expert; the action tokens of its QwenFAST in common.py.
+Its DiT is in twinbrain.py, as the paper's expert; the action tokens of QwenFAST in common.py.
 Letters: B batch, T tokens, D width, H chunk, A action.
 """
 
+import torch
+import torch.nn.functional as F
 from torch import nn
 
+from parts.backbones import CACHE
 from parts.process import UserError
 
 SLOT = "🔍"  # an action is read where this stands
@@ -40,3 +44,22 @@ class OFT(nn.Module):
         for block in self.blocks:
             x = x + block(x)
         return self.leave(x)
+
+
+def decode(vlm, out, cache, prompt, sees, limit, end):
+    """Greedy decoding behind a prompt, whose pass gave `out` and filled the cache, until all rows
+    have said `end` -> (B, limit or less) ids. sees: real (B, T) -> mask, what a token sees."""
+    h, ids = out.last_hidden_state, []
+    real, position = prompt["real"], prompt["position_ids"][..., -1:]
+    while True:
+        ids.append(vlm.lm_head(h[:, -1:]).argmax(-1))  # (B, 1)
+        said = torch.cat(ids, dim=1)
+        if len(ids) == limit or (said == end).any(1).all():
+            return said
+        real, position = F.pad(real, (0, 1), value=True), position + 1
+        h = vlm.model(
+            inputs_embeds=vlm.get_input_embeddings()(ids[-1]),
+            attention_mask=sees(real)[:, :, -1:],
+            position_ids=position,
+            **{CACHE: cache},
+        ).last_hidden_state

@@ -184,6 +184,19 @@ def test_two_processes_read_what_one_would():
         assert whole == [m[i] for m in mixtures for i in range(6 * step, 6 * step + 6)]
 
 
+def test_a_question_comes_with_every_mix_robot_samples_however_a_step_is_split():
+    def read(batch, processes, steps, mix=7):
+        parts = [[("robot", i) for i in range(999)], [("asked", i) for i in range(999)]]
+        made = [data.Batches(parts, list, batch, r, processes, mix) for r in range(processes)]
+        return sorted(x for step in range(steps) for b in made for x in b[step])
+
+    whole = read(64, 1, 2)
+    assert len(whole) == len(set(whole)) == 128 + 18  # 128 // 7
+    assert whole == read(32, 2, 2) == read(16, 2, 4) == read(8, 8, 2)
+    few = read(4, 2, 3)  # a batch smaller than --mix has a question nevertheless
+    assert [kind for kind, _ in few].count("asked") == 6 == len(set(few)) - 24
+
+
 # --- the tabletop's own ---------------------------------------------------------------------------
 
 

@@ -18,13 +18,14 @@ import data
 import dualvla
 import twinbrain
 from dualvla import ABLATIONS, Config, acceleration_keyframes, keep
-from parts import runs
-from parts.instructvla import Mixture
+from parts import instructvla, runs
+from parts.instructvla import Mixture, Thread
 from worlds import events
 
 SMALL = replace(
     Config(), dtype="fp32", batch=4, horizon=4, width=32, depth=2, heads=2, queries=4, rank=4,
     repeats=2, augment=0, optimizer="adamw", mix=2, talk=12, events="phase",
+    new_words=False,
 )  # fmt: skip
 SMALL.explicit = ()
 FOLDERS = {stage: Path("nowhere") / stage for stage in dualvla.ORDER}
@@ -432,19 +433,6 @@ def test_episodes_without_reasoning_are_asked_plainly_and_keep_their_moves(episo
     assert all(bool(row["said"]) == (row["form"] == "motion") for row in rows)
 
 
-def test_a_question_comes_with_every_mix_robot_samples_however_a_step_is_split():
-    def read(batch, processes, steps, mix=7):
-        parts = [[("robot", i) for i in range(999)], [("asked", i) for i in range(999)]]
-        made = [dualvla.Batches(parts, list, batch, r, processes, mix) for r in range(processes)]
-        return sorted(x for step in range(steps) for b in made for x in b[step])
-
-    whole = read(64, 1, 2)
-    assert len(whole) == len(set(whole)) == 128 + 18  # 128 // 7
-    assert whole == read(32, 2, 2) == read(16, 2, 4) == read(8, 8, 2)
-    few = read(4, 2, 3)  # a batch smaller than --mix has a question nevertheless
-    assert [kind for kind, _ in few].count("asked") == 6 == len(set(few)) - 24
-
-
 # --- two teachers ---------------------------------------------------------------------------------
 
 
@@ -617,9 +605,9 @@ def test_who_trains_in_which_stage(episodes, stage, teachers):
 def test_action_words_come_back(case):
     actions = np.random.default_rng(0).uniform(-1, 1, (4, 7))
     actions[0, :2] = -1, 1
-    ids = dualvla.to_tokens(actions, 100)
+    ids = instructvla.to_tokens(actions, 100)
     assert len(ids) == 28 and min(ids) == 100 and max(ids) == 355
-    back = dualvla.from_tokens(torch.tensor([ids]), 100, 7)[0].numpy()
+    back = instructvla.from_tokens(torch.tensor([ids]), 100, 7)[0].numpy()
     assert np.abs(back - actions).max() <= 1 / 256 + 1e-9
 
 
@@ -638,7 +626,9 @@ def test_speaking_word_by_word_equals_one_pass(episodes, case, spelled, actions)
         count[0] += 1
         return torch.tensor([count[0] > n for n in stops])
 
-    said, thread = model.speak(batch, 9, stop, 0.0)
+    with torch.no_grad():
+        thread = Thread(model, batch)
+        said = thread.speak(9, stop, 0.0)
     assert [len(words) for words in said] == stops
     for b, (sample, words) in enumerate(zip(plain, said)):
         alone = dualvla.sense([sample], case.cfg, case.processor, form, tail=False)
@@ -660,7 +650,8 @@ def test_it_speaks_where_words_are_likelier_than_the_bar(case):
     ends = logits.argmax(-1).unique()  # if the likeliest words may not begin, all others decide
     p = 1 - logits.softmax(-1)[:, ends].sum(-1)  # (B,)
     bar = float(p.min() + p.max()) / 2
-    said, _ = case.model.speak(batch, 1, lambda ids: torch.isin(ids, ends), bar)
+    with torch.no_grad():
+        said = Thread(case.model, batch).speak(1, lambda ids: torch.isin(ids, ends), bar)
     assert [len(words) for words in said] == (p > bar).int().tolist()
     assert any(said) and not all(said) and not {i for row in said for i in row} & set(ends.tolist())
 
@@ -777,17 +768,28 @@ def replace_explicit(**flags):
 
 
 def test_g_learns_the_words_in_which_a_robot_explains_itself(episodes):
-    case = Case(episodes, "generalist")
-    tokenizer, weight = case.processor.tokenizer, case.model.vlm.get_input_embeddings().weight
+    weight = Case(episodes, "generalist").model.vlm.get_input_embeddings().weight
+    assert not weight.requires_grad, "as InstructVLA has it"
+    case = Case(episodes, "generalist", new_words=True)
+    tokenizer = case.processor.tokenizer
     ids = events.all_words(episodes, tokenizer)
     for text in (episodes[0].reasoning[5], "move left and close the fingers", "stop"):
         assert set(tokenizer.encode(text, add_special_tokens=False)) <= set(ids)
     assert tokenizer.encode("plate?")[-1] not in ids
-    assert not weight.requires_grad, "as InstructVLA has it, until it is asked"
     case.model.learn_words(ids)
     _, grads = case.step()
     moved = grads["vlm.model.language_model.embed_tokens.weight"].abs().sum(1) > 0
     assert moved.any() and set(moved.nonzero()[:, 0].tolist()) <= set(ids)
+
+
+def test_words_that_train_are_float32_whatever_stands_still_is_stored_in(episodes):
+    case = Case(episodes, "generalist", new_words=True, frozen="bf16")
+    case.model.learn_words(events.all_words(episodes, case.processor.tokenizer))
+    common.store_frozen(case.model, case.cfg, ALONE.device)  # float32 products: all of it is
+    assert {p.dtype for p in case.model.parameters()} == {torch.float32}
+    common.store_frozen(case.model, replace(case.cfg, dtype="bf16"), ALONE.device)
+    half = [n for n, p in case.model.named_parameters() if p.dtype == torch.bfloat16]
+    assert half and not any("embed_tokens" in n or "lm_head" in n for n in half)
 
 
 def test_of_the_words_to_say_those_that_no_text_trained_are_drawn_anew(episodes):

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -201,6 +204,25 @@ def test_another_models_weights_are_refused(finished, tmp_path, status):
     assert code == 2 and "does not fit tiny" in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("flags, names", [
+    ({"size": 32}, "has --size 64, this run 32"), ({"queries": 3}, "has --queries 2, this run 3"),
+    ({"actions": "tokens"}, "has --actions flow, this run tokens"),
+], ids=str)  # fmt: skip
+def test_a_teacher_reads_and_acts_as_its_student(finished, flags, names):
+    expert = str(finished / "expert")
+    cfg = common.load_checkpoint(finished / "dual", "dualvla").meta["config"]
+    cfg = replace(common.resume_config(dualvla.Config(), cfg), expert=expert, **flags)
+    with pytest.raises(common.UserError, match=f"--expert {expert} {names}"):
+        dualvla.load_teachers(cfg, torch.device("cpu"))
+
+
+def test_teachers_are_stored_as_frozen_says(finished):
+    cfg = common.load_checkpoint(finished / "dual", "dualvla").meta["config"]
+    cfg = replace(common.resume_config(dualvla.Config(), cfg), frozen="bf16", dtype="bf16")
+    for teacher in dualvla.load_teachers(cfg, torch.device("cpu")).values():
+        assert {p.dtype for p in teacher.model.parameters()} == {torch.bfloat16}
+
+
 def test_event_scores_of_another_detector(tmp_path, status):
     file = tmp_path / "scores.json"
     words = ["--show", "pruning", "--demos", "20", "--event-scores", str(file)]
@@ -246,7 +268,9 @@ def test_foreign_checkpoints_are_refused(copied, status):
     assert code == 2 and "is a checkpoint of twinbrain, not of dualvla" in err
 
 
-def test_recordings_without_a_state_are_pruned_and_trained_on(tmp_path, capsys):
+@pytest.fixture
+def blind(tmp_path):
+    """Flags for recordings with reasoning, without a state."""
     root = write_v2(tmp_path / "blind", False)
     about = json.loads((root / "meta/info.json").read_text())
     del about["features"]["observation.state"]
@@ -254,8 +278,28 @@ def test_recordings_without_a_state_are_pruned_and_trained_on(tmp_path, capsys):
     said = [{"episode": e, "reasoning": [f"step {t}" for t in range(T)]} for e, T in
             enumerate(LENGTHS[:-1])]  # fmt: skip
     (root / "reasoning.jsonl").write_text("\n".join(map(json.dumps, said)))
-    words = [*TINY, "--data", str(root), "--events", "similarity", "--out", str(tmp_path / "run")]
-    dualvla.main(words[: TINY.index("--domains")] + words[TINY.index("--domains") + 2 :])
+    at = TINY.index("--domains")
+    return [*TINY[:at], *TINY[at + 2 :], "--data", str(root), "--out", str(tmp_path / "run")]
+
+
+@pytest.mark.parametrize("words, names", [
+    (["--events", "ddm"], "--events ddm learns from a world's marks"),
+    (["--events", "phase"], "these recordings mark no sub-goals"),
+    (["--event-scores", "none.json"], "--event-scores none.json: not a JSON file of scores"),
+    (["--events", "ddm", "--world", "tabletop:bridge"], "tabletop:bridge, which has other cameras"),
+], ids=str)  # fmt: skip
+def test_events_that_cannot_be_found_are_known_before_e_trains(
+    blind, words, names, status, monkeypatch
+):
+    alone = [SimpleNamespace(images={"front": None})]
+    monkeypatch.setattr(dualvla, "marked", lambda cfg: alone)
+    code, _, err = status(dualvla.main, *blind, *words)
+    assert code == 2 and names in err and err.count("\n") == 1
+    assert not list(Path(blind[-1]).glob("*/checkpoints"))
+
+
+def test_recordings_without_a_state_are_pruned_and_trained_on(blind, tmp_path, capsys):
+    dualvla.main([*blind, "--events", "similarity"])
     *told, mute = common.load_checkpoint(tmp_path / "run" / "dual", "dualvla").meta["kept"]
     share = "".join(told).count("1") / sum(LENGTHS[:-1])
     assert 0 < share < 1 and "0" not in mute, "what was recorded without a word counts nowhere"

@@ -118,7 +118,7 @@ def test_actions_stay_as_recorded(episodes):
     case = Case(episodes, stage="teacher")
     case.stats = copy.deepcopy(case.stats)
     gripper = [case.stats["action"][key][-1] for key in ("min", "max")]
-    seer.as_recorded("tabletop", case.stats)
+    seer.as_recorded({"tabletop": case.stats})
     low, high = data.bounds(case.stats["action"])
     assert (low[:-1] == -1).all() and (high[:-1] == 1).all() and [low[-1], high[-1]] == gripper
     assert np.allclose(data.normalise(episodes[0].action, case.stats["action"])[:, :-1],
@@ -137,8 +137,23 @@ def test_actions_stay_as_recorded(episodes):
 
 def test_recordings_in_other_units_are_not_taken_as_they_are():
     many = {"min": [-3.0, 0.0], "max": [0.5, 1.0], "q01": [0, 0], "q99": [0, 0]}
-    with pytest.raises(common.UserError, match="raw: metres has actions of 3, which is beyond 1"):
-        seer.as_recorded("metres", {"action": many, "state": dict(many)})
+    with pytest.raises(common.UserError, match="raw: metres has actions of 3, beyond 1"):
+        seer.as_recorded({"metres": {"action": many, "state": dict(many)}})
+
+
+def test_a_released_seer_reads_the_states_of_all_recordings_alike():
+    """Its first layer takes one pair of bounds, so a pose has one number in all of them."""
+
+    def recorded(low, high):
+        state = {"min": [low] * 8, "max": [high] * 8, "q01": [low] * 8, "q99": [high] * 8}
+        action = {"min": [-1.0] * 6 + [0.0], "max": [1.0] * 7, "q01": [-1.0] * 7, "q99": [1.0] * 7}
+        return {"state": state, "action": action}
+
+    robots = {"spatial": recorded(-1.0, 0.5), "long": recorded(-0.2, 3.0)}
+    seer.as_recorded(robots)
+    pose = np.linspace(-0.1, 0.4, 8)
+    one, two = (data.normalise(pose, stats["state"]) for stats in robots.values())
+    assert np.allclose(one, two) and np.allclose(one, (pose + 1) / 2 - 1)
 
 
 def test_the_papers_presets_have_the_released_units():

@@ -977,7 +977,7 @@ def test_a_teacher_with_paper_eyes_trains(eyes, episodes, monkeypatch):
     monkeypatch.setattr(small_model, "clip_tokenizer", lambda: tokenizer)
     monkeypatch.setattr(eyes, "picture_width", 32, raising=False)
     monkeypatch.setattr(eyes, "text_width", 24, raising=False)
-    case = Case(episodes)  # its processor and samples
+    case = Case(episodes, stage="teacher")  # its processor and samples
     batch = sense(case.samples, cfg, case.processor)
     assert [x.shape for x in batch["seen"]] == [(8, 3, 48, 48)] * 2  # 3 + 3 + 2 steps
     assert [g.shape for g in batch["ahead"]] == [(8, 9, 768)] * 2
@@ -1356,7 +1356,8 @@ def test_windows_are_consecutive_steps(episodes):
     short = replace(episodes[0], images={k: v[:2] for k, v in episodes[0].images.items()},
                     state=episodes[0].state[:2], action=episodes[0].action[:2])  # fmt: skip
     some, stats = [episodes[1], short, episodes[2]], data.statistics(episodes)
-    windows, rng = Histories(some, stats, SMALL), np.random.default_rng(0)
+    teacher, rng = replace(SMALL, stage="teacher"), np.random.default_rng(0)
+    windows = Histories(some, stats, teacher)
     wanted = [(e, t) for e in some for t in range(max(1, len(e.action) - 3 + 1))]
     assert len(windows) == len(wanted)
     low, high = data.bounds(stats["action"])
@@ -1375,7 +1376,10 @@ def test_windows_are_consecutive_steps(episodes):
                     want = 2 * (e.action[s + j] - low) / (high - low) - 1
                     assert np.allclose(got["action"][i, j], want.clip(-1, 1), atol=1e-5)
     assert not windows.get(len(windows) - 1, rng)["mask"][2, 1:].any()
-    fewer = Histories(some, stats, replace(SMALL, foresight_steps=1)).get(4, rng)["ahead"]
+    student = Histories(some, stats, SMALL).get(4, rng)  # reads no picture that nobody looks at
+    assert student["ahead"] == []
+    assert np.array_equal(student["images"][2][0], windows.get(4, rng)["images"][2][0])
+    fewer = Histories(some, stats, replace(teacher, foresight_steps=1)).get(4, rng)["ahead"]
     assert len(fewer) == 1 and np.array_equal(fewer[0][0], windows.get(4, rng)["ahead"][2][0])
 
 

@@ -105,20 +105,21 @@ def from_file(path, episodes):
     return found
 
 
-def scene_labels(episodes, cfg, demonstrate, say=print):
-    """Event boundaries, from a file (--event-scores), marked or found (--events) -> labels (T,)
-    bool of each episode. demonstrate: () -> the labelled episodes that a detector learns from."""
-    told = any(e.reasoning for e in episodes)  # else there is nothing to look for boundaries for
+def told(episodes):
+    """Whether there is anything to look for boundaries for."""
+    return any(e.reasoning for e in episodes)
+
+
+def check(episodes, cfg, demonstrate):
+    """Refuses what --event-scores or --events cannot do for these episodes -> those that a detector
+    learns from, as `scene_labels()` takes them."""
     if cfg.event_scores:
-        found = from_file(cfg.event_scores, episodes)
-    elif cfg.events == "phase":
-        found = [boundaries(e.phase) for e in episodes]
-        if told and not any(found):
+        from_file(cfg.event_scores, episodes)
+    elif cfg.events == "phase" and told(episodes):
+        if not any(boundaries(e.phase) for e in episodes):
             raise common.UserError("--events phase: these recordings mark no sub-goals; take "
                                    "--events similarity or --event-scores FILE")  # fmt: skip
-    elif not told:
-        found = [[] for _ in episodes]
-    else:
+    elif told(episodes):
         if cfg.events == "ddm" and cfg.world == "none":
             raise common.UserError("--events ddm learns from a world's marks: take "
                                    "--events similarity or --event-scores FILE")  # fmt: skip
@@ -126,6 +127,21 @@ def scene_labels(episodes, cfg, demonstrate, say=print):
         if cfg.events == "ddm" and len(known[0].images) != len(episodes[0].images):
             raise common.UserError(f"--events ddm learns from --world {cfg.world}, which has other "
                                    "cameras than --data: take --events similarity")  # fmt: skip
+        return known
+    return []
+
+
+def scene_labels(episodes, cfg, demonstrate, say=print):
+    """Event boundaries, from a file (--event-scores), marked or found (--events) -> labels (T,)
+    bool of each episode. demonstrate: () -> the labelled episodes that a detector learns from."""
+    known = check(episodes, cfg, demonstrate)
+    if cfg.event_scores:
+        found = from_file(cfg.event_scores, episodes)
+    elif cfg.events == "phase":
+        found = [boundaries(e.phase) for e in episodes]
+    elif not told(episodes):
+        found = [[] for _ in episodes]
+    else:
         made = detector(cfg.events, known, cfg.seed, say)
         found = [made.boundaries(e) if e.reasoning else [] for e in episodes]
     return [dilate(f, len(e.action), cfg.reach) for f, e in zip(found, episodes)]
