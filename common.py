@@ -194,7 +194,8 @@ def parse(Config, presets: dict[str, dict], ablations: dict[str, dict], argv=Non
         chosen = {k: v for k, v in table.get(row, {}).items() if not k.startswith("_")}
         settings |= chosen
     settings |= given
-    if settings.get("data") and not re.search("tabletop|metaworld", settings["data"]):
+    own = r"(^|,)(tabletop|metaworld)([:=,]|$)"
+    if settings.get("data") and not re.search(own, settings["data"]):
         settings.setdefault("world", "none")  # who learns from other recordings acts elsewhere
     cfg = Config(**settings)
     cfg.explicit = tuple(chosen | given)  # chosen: of the ablation, which came last

@@ -63,7 +63,6 @@ Assumptions, where the paper is silent
   torchrun --nproc-per-node 8 dualvla.py --preset paper      # eight GPUs, the paper's settings
 """
 
-import dataclasses
 import math
 import time
 from dataclasses import dataclass, replace
@@ -906,6 +905,7 @@ def prepare(cfg, dist, run, resumed, teachers, last):
     start = resumed or (common.load_checkpoint(before, "dualvla") if before else None)
     acts, asks = data.recordings(cfg, dist, start)
     robots = {part.name: part.stats for part in acts}
+    loop.foresee(cfg, data.acting(robots, cfg.robot)[1])
     views = {name: stats["cameras"] for name, stats in robots.items()}
     if len({len(names) for names in views.values()}) > 1 or len(max(views.values(), key=len)) > 4:
         raise common.UserError(f"--data: as many cameras in each, at most 4, not {views}")
@@ -945,8 +945,7 @@ def prepare(cfg, dist, run, resumed, teachers, last):
         pictures.contact_sheet(run.folder / "first_batch.png", rows)
     join = partial(collate, cfg=cfg, processor=processor)
     batches = data.Batches(mixtures, join, cfg.batch, dist.rank, dist.processes, cfg.mix)
-    meta = {"method": "dualvla", "config": dataclasses.asdict(cfg), "robots": robots}
-    meta |= {"kept": bits, "share": share}
+    meta = runs.about("dualvla", cfg, robots, resumed) | {"kept": bits, "share": share}
     beside = {name: teacher.model for name, teacher in teachers.items()}
     model = common.place(model, cfg, dist, run.say, beside=beside)
     return Policy(model, cfg, processor, robots, dist.device), batches, meta
@@ -1015,9 +1014,8 @@ def run_stage(cfg, dist, last):
     if standing == "begun":
         resumed = common.load_checkpoint(cfg.out, "dualvla", dist=dist)
         teachers = cfg.expert, cfg.generalist  # where they are by now
-        cfg = common.resume_config(cfg, resumed.meta["config"], FREE)
+        cfg = runs.resume(cfg, resumed, dist, FREE)
         cfg.expert, cfg.generalist = teachers
-        cfg = common.same_samples(cfg, resumed, dist)
     common.seed_all(cfg.seed)
     run = common.Run(cfg, "dualvla", __file__, dist, cfg.steps, resumed)
     run.say(f"stage {cfg.stage}: {run.folder}; {dist.processes} process(es) on {dist.device}")

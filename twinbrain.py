@@ -52,10 +52,9 @@ parallel and trained with L1 (parts/starvla.py).
 """
 
 import copy
-import dataclasses
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -823,10 +822,13 @@ def load_policy(folder, device, robot=""):
 def prepare(cfg, dist, run, resumed):
     """Demonstrations, statistics, model -> Policy, batches, meta, the teacher if there is one."""
     if dist.processes == 1:
-        cfg = dataclasses.replace(cfg, shard="none")  # with LoRA both brains keep one copy then
+        cfg = replace(cfg, shard="none")  # with LoRA both brains keep one copy then
     common.foresee(cfg, dist, *[lambda: build(cfg, 8, 7)[0]] * (2 if cfg.distill else 1))
     acts, asks = data.recordings(cfg, dist, resumed)
     robots = {part.name: part.stats for part in acts}
+    loop.foresee(cfg, data.acting(robots, cfg.robot)[1])
+    if cfg.state and not data.dims(robots)[0]:
+        raise common.UserError(f"--data {cfg.data} holds no state of a robot: add --no-state")
     teacher = load_teacher(cfg, dist.device, robots) if cfg.distill else None
     model, processor = build(cfg, *data.dims(robots), resumed)
     if cfg.head in ("oft", "fast") and not (resumed or cfg.lora):
@@ -851,7 +853,7 @@ def prepare(cfg, dist, run, resumed):
         pictures.contact_sheet(run.folder / "first_batch.png", rows)
     join = partial(collate, cfg=cfg, processor=processor)
     batches = data.Batches(mixtures, join, cfg.batch, dist.rank, dist.processes)
-    meta = {"method": "twinbrain", "config": dataclasses.asdict(cfg), "robots": robots}
+    meta = runs.about("twinbrain", cfg, robots, resumed)
     meta |= {"fast": processor.fast.state} if cfg.head == "fast" else {}
     whole = model.left if cfg.replicate_left else None
     beside = {"teacher": teacher} if teacher else {}

@@ -48,7 +48,6 @@ observed and 3 future ones; Table 7's captions (b) and (c) are exchanged.
   torchrun --nproc-per-node 8 vita_vla.py --preset calvin --data calvin_abc_d --teacher seer.pth
 """
 
-import dataclasses
 import math
 import time
 from dataclasses import dataclass, replace
@@ -725,13 +724,8 @@ def prepare(cfg, dist, run, resumed, teacher=None):
     if asks:
         raise common.UserError(f"--data {asks[0].name} asks questions: VITA-VLA learns from none")
     robots = {part.name: part.stats for part in acts}
-    widths = {part.name: part.episodes[0].state.shape[1] for part in acts}
-    if len(set(widths.values())) > 1:  # the gripper's is the last number, or the last two
-        raise common.UserError(f"--data: states of different widths cannot be mixed here: {widths}")
-    for name, stats in robots.items():
-        if len(stats["cameras"]) != 2:
-            raise common.UserError(f"{name}: VITA-VLA reads a static and a wrist camera, this has "
-                                   f"{', '.join(stats['cameras'])}")  # fmt: skip
+    loop.foresee(cfg, data.acting(robots, cfg.robot)[1])
+    seer.check_recordings(acts)
     if cfg.normalise == "raw":
         seer.as_recorded(robots)  # ASSUMPTION A11
     model, processor = build(cfg, resumed, data.dims(robots)[1] - 1)
@@ -745,7 +739,7 @@ def prepare(cfg, dist, run, resumed, teacher=None):
         pictures.contact_sheet(run.folder / "first_batch.png", rows)
     join = partial(sense, cfg=cfg, processor=processor)
     batches = data.Batches(mixtures, join, cfg.batch, dist.rank, dist.processes)
-    meta = {"method": "vita_vla", "config": dataclasses.asdict(cfg), "robots": robots}
+    meta = runs.about("vita_vla", cfg, robots, resumed)
     if teacher:
         introduce(teacher, model, robots, cfg, resumed, dist.device)
     elif cfg.teacher and cfg.stage == "teacher" and not resumed:  # Seer's own goes on, or acts

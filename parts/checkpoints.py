@@ -305,7 +305,8 @@ def fill(model, checkpoint: Checkpoint, backbone: str, fresh: tuple[str, ...] = 
 def resume_auto(cfg, dist, *marks):
     """--resume auto, and every restart by torchrun: goes on with the run in --out, if there is one
     (a checkpoint, or a file of a chain, `marks`), else starts it; so one command does for both."""
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    # a node that begins again because another one failed does not count that
+    restarted = dist.any(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
     may = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
     if may > 0 and not (cfg.out or cfg.resume or cfg.eval_only):
         raise UserError(f"--max-restarts {may} would start anew each time: add --out DIR")

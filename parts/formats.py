@@ -584,7 +584,8 @@ class Calvin:
 
 class Libero:
     """LIBERO's .hdf5 files, made to look like the suites of SOURCES: cameras, pictures turned,
-    state (xyz, axis-angle, two fingers) and gripper."""
+    state (xyz, axis-angle, two fingers) and gripper. What LIBERO's own script wrote has beside an
+    action what was seen after it, so there the next action belongs to it."""
 
     gripper, fps, dims = "-1", 20.0, (8, 7)
     cameras = {"image": "agentview_rgb", "wrist_image": "eye_in_hand_rgb"}
@@ -596,21 +597,22 @@ class Libero:
                 with reading(path), h5py.File(path) as file:
                     words = json.loads(file["data"].attrs["problem_info"])["language_instruction"]
                     words = " ".join(words) if isinstance(words, list) else words.strip('"')
+                    late = int("macros_image_convention" in file["data"].attrs)  # its script's mark
                     for demo in sorted(file["data"], key=lambda name: int(name.split("_")[-1])):
-                        self.lengths.append(len(file[f"data/{demo}/actions"]))
-                        self.rows.append((path, demo, words))
+                        self.lengths.append(len(file[f"data/{demo}/actions"]) - late)
+                        self.rows.append((path, demo, words, late))
             except UserError as fault:
                 self.faults.append(str(fault))
-        self.names = [f"{path}, {demo}" for path, demo, _ in self.rows]
+        self.names = [f"{path}, {demo}" for path, demo, *_ in self.rows]
 
     def numbers(self, i):
-        path, demo, words = self.rows[i]
+        path, demo, words, late = self.rows[i]
         file = opened(need("h5py").File, path, os.getpid())[f"data/{demo}"]
-        state = [file[f"obs/{key}"][:] for key in ("ee_states", "gripper_states")]
-        return np.concatenate(state, 1), file["actions"][:], words
+        state = [file[f"obs/{key}"][: -late or None] for key in ("ee_states", "gripper_states")]
+        return np.concatenate(state, 1), file["actions"][late:], words
 
     def frames(self, i):
-        path, demo, _ = self.rows[i]
+        path, demo, *_ = self.rows[i]
         return {name: Frames(f"{path}, {demo}, field {key}", self.lengths[i],
                              partial(hdf5_picture, path, demo, key))
                 for name, key in self.cameras.items()}  # fmt: skip

@@ -164,7 +164,9 @@ def setup(cfg) -> Dist:
     if processes > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         store = next(torch.distributed.rendezvous("env://"))[0]
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun's restart finds the old addresses
+        # torchrun's restart finds the old addresses; of several nodes, whose counts may differ, all
+        # have TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, for a new store
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             store = torch.distributed.PrefixStore(f"attempt_{attempt}", store)
         # rank 0 may read a dataset for hours; torchrun ends who waits for a process that died
@@ -295,8 +297,6 @@ class Stop:
 
     def ask(self, number, frame) -> None:
         if os.getpid() != self.pid:  # a forked loader worker: the trainer decides when it ends
-            if number == signal.SIGTERM:
-                os._exit(143)
             return
         self.requested = True
         for each in self.before:

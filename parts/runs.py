@@ -33,8 +33,7 @@ def begin(cfg, dist, method, free, load_policy):
         raise common.UserError(words)
     if cfg.resume:
         resumed = common.load_checkpoint(cfg.resume, method, dist=dist)
-        cfg = common.resume_config(cfg, resumed.meta["config"], free)
-        cfg = common.same_samples(cfg, resumed, dist)
+        cfg = resume(cfg, resumed, dist, free)
     if cfg.eval_only:
         policy = load_policy(cfg.eval_only, dist.device, cfg.robot)
         free = (*free, "world", "seed", "dtype", "ablation")
@@ -45,6 +44,21 @@ def begin(cfg, dist, method, free, load_policy):
         if cfg.dtype == "fp32":
             policy.model.float()  # --frozen bf16 may have stored parts of it in 16 bits
     return cfg, resumed, policy
+
+
+def resume(cfg, resumed, dist, free):
+    """-> the Config to go on with: the run's, and flags in `free`. Flags may repeat the --batch and
+    --accumulate that the run was begun with; its own follow from the number of processes."""
+    saved = resumed.meta["config"] | resumed.meta.get("begun", {})
+    return common.same_samples(common.resume_config(cfg, saved, free), resumed, dist)
+
+
+def about(method, cfg, robots, resumed):
+    """What acting and going on need to know of a run beside its weights."""
+    begun = {"batch": cfg.batch, "accumulate": cfg.accumulate}
+    begun = resumed.meta.get("begun", begun) if resumed else begun
+    config = dataclasses.asdict(cfg)
+    return {"method": method, "config": config, "begun": begun, "robots": robots}
 
 
 def counted(acts, windows, model):

@@ -8,6 +8,7 @@ import inspect
 import math
 import os
 import re
+import signal
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -300,16 +301,19 @@ def clip(parameters, limit):
 
 
 def same_samples(cfg, resumed, dist):
-    """A Config resumed on another number of processes: the same samples in each step, by other
+    """A Config resumed: the same samples in each step, on another number of processes by other
     --batch and --accumulate."""
-    wrote, now = resumed.meta["processes"], dist.processes
-    total = cfg.batch * cfg.accumulate * wrote
-    if wrote == now:
+    saved, now, mix = resumed.meta["config"], dist.processes, getattr(cfg, "mix", 0)
+    cfg.batch, cfg.accumulate = saved["batch"], saved["accumulate"]
+    total = cfg.batch * cfg.accumulate * resumed.meta["processes"]
+    if resumed.meta["processes"] == now:
         return cfg
     if total % now:
         raise UserError(f"{total} samples a step do not divide among {now} processes")
     cfg.batch = math.gcd(cfg.batch, total // now)
     cfg.accumulate = total // now // cfg.batch
+    if cfg.batch < min(mix, saved["batch"]):
+        raise UserError(f"{cfg.batch} samples on each of {now} processes: fewer than --mix {mix}")
     return cfg
 
 
@@ -345,13 +349,19 @@ def adamw(groups, cfg):
     return AdamW8bit(groups, **settings)
 
 
+def outlive(worker):
+    """A loader's process goes on at SIGTERM, which torchrun sends it as well: the trainer has a
+    step to finish and ends it then."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def feed(batches, todo, workers):
     """The batches `todo`, in order; what goes wrong with them ends in one line."""
     # forked, whatever Python's default, the workers share what is in memory and mapped from files
     start = "fork" if workers and sys.platform == "linux" else None
     loader = DataLoader(  # with a generator of its own it leaves the global one alone: exact resume
         batches, batch_size=None, sampler=todo, num_workers=workers, generator=torch.Generator(),
-        multiprocessing_context=start,
+        multiprocessing_context=start, worker_init_fn=outlive,
     )  # fmt: skip
     try:
         yield from loader

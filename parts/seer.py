@@ -455,6 +455,32 @@ def load_seer(model, path, released="calvin"):
     model.load_state_dict(tensors, strict=False)
 
 
+def check_recordings(acts):
+    """Recordings (data.Part) must be such as Seer and its student can read: two cameras, a state of
+    the arm's numbers and, at its end, the gripper's. Sets the bounds of a gripper that is still."""
+    widths = {part.name: part.episodes[0].state.shape[1] for part in acts}
+    if len(set(widths.values())) > 1:
+        raise UserError(f"--data: states of different widths cannot be mixed here: {widths}")
+    for name, stats in ((part.name, part.stats) for part in acts):
+        arm, cameras = len(stats["action"]["min"]) - 1, stats["cameras"]
+        if len(cameras) != 2:
+            raise UserError(f"{name}: VITA-VLA reads a static and a wrist camera, this has "
+                            f"{', '.join(cameras)}")  # fmt: skip
+        if widths[name] <= arm:
+            raise UserError(f"{name}: VITA-VLA reads {arm} numbers of an arm's state and the "
+                            f"gripper's last, this has {widths[name]}")  # fmt: skip
+        open_and_closed(stats["action"])
+
+
+def open_and_closed(stats):
+    """Bounds of actions whose gripper hardly ever moves: what it does not do lies between them too,
+    else a hand that stays open would be one that is neither open nor closed."""
+    ends = (-1.0, 1.0) if stats["min"][-1] < -0.5 else (0.0, 1.0)
+    for low, high in (("q01", "q99"), ("min", "max")):
+        if stats[high][-1] - stats[low][-1] < 1e-6:
+            stats[low][-1], stats[high][-1] = ends
+
+
 def as_recorded(robots):
     """Changes the bounds of {recordings: stats}: the arm's actions stay as they are, in [-1, 1];
     the gripper lies between its least and greatest, a state between those of all recordings, which

@@ -5,7 +5,7 @@ import fnmatch
 import inspect
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -758,7 +758,7 @@ def test_config_of_the_stages():
     cfg = dualvla.staged(replace_explicit(prune="either"), "dual", FOLDERS)
     assert cfg.prune == "either" and cfg.generalist == "nowhere/generalist"
     assert cfg.steps == dualvla.STAGES["dual"]["steps"]
-    assert json.dumps(dualvla.dataclasses.asdict(cfg))
+    assert json.dumps(asdict(cfg))
 
 
 def replace_explicit(**flags):

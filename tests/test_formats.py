@@ -410,6 +410,20 @@ def test_libero(tmp_path):
         assert episode.state.shape == (7, 8) and (episode.state[:, 6:] == 1).all()
 
 
+def test_an_observation_has_the_action_that_follows_it(tmp_path):
+    """LIBERO's own script stores beside an action what was seen after it."""
+    as_stored = data.open_episodes(write_libero(tmp_path / "rewritten"))[1]
+    root = write_libero(tmp_path / "libero_goal")
+    for path in root.glob("*.hdf5"):
+        with pytest.importorskip("h5py").File(path, "a") as file:
+            file["data"].attrs["macros_image_convention"] = "opengl"  # which it writes
+    episode = data.open_episodes(root)[1]
+    assert len(episode.action) == len(episode.state) == len(episode.images["image"]) == 6
+    assert np.array_equal(episode.action, as_stored.action[1:])
+    assert np.array_equal(episode.state, as_stored.state[:6])
+    assert np.array_equal(episode.images["image"][5], as_stored.images["image"][5])
+
+
 def test_the_tabletop_by_name(tmp_path):
     episodes = [data.record("tabletop:bridge", seed, 32, 16, 0.3) for seed in range(2)]
     with open(tmp_path / "mine.npz", "wb") as file:

@@ -68,6 +68,31 @@ def test_training_on_recordings_and_acting_like_one_of_them(script, both, capsys
         script.main([*acting, "--robot", "wide"])
 
 
+def test_where_it_cannot_act_is_known_before_it_trains(both, tmp_path):
+    """And a folder that has a world's name in its own is not that world."""
+    folder = write_v2(tmp_path / "tabletop_metaworld", False, dims=(8, 5))
+    assert common.parse(twinbrain.Config, {}, {}, ["--data", str(folder)]).world == "none"
+    for script, flags in MORE.items():
+        words = ["--data", str(folder), "--world", "tabletop:bridge", "--out", str(tmp_path / "x")]
+        with pytest.raises(common.UserError, match="--world tabletop:bridge has 2 cameras"):
+            script.main([*TINY, *flags, *words])
+        assert not list((tmp_path / "x").glob("**/checkpoints"))
+        shutil.rmtree(tmp_path / "x")
+
+
+@pytest.mark.parametrize("script, cure", [
+    (twinbrain, "no state of a robot: add --no-state"), (vita_vla, "6 numbers of an arm's state"),
+], ids=str)  # fmt: skip
+def test_a_script_that_reads_states_says_so(script, cure, tmp_path):
+    root = write_v2(tmp_path / "blind", False)
+    about = json.loads((root / "meta/info.json").read_text())
+    del about["features"]["observation.state"]
+    (root / "meta/info.json").write_text(json.dumps(about))
+    words = [*TINY, *MORE[script], "--data", str(root), "--out", str(tmp_path / "run")]
+    with pytest.raises(common.UserError, match=cure):
+        script.main(words)
+
+
 def test_questions_that_nobody_would_answer_are_not_ignored(both):
     folder, spec = both
     words = f"{spec},{write_questions(folder / 'asked', 'json')}"

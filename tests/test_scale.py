@@ -15,6 +15,7 @@ import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import test_dualvla
@@ -30,7 +31,7 @@ import data
 import dualvla
 import twinbrain
 import vita_vla
-from parts import checkpoints, scale, seer
+from parts import checkpoints, runs, scale, seer
 from worlds import serve
 
 SCRIPTS = {"twinbrain": twinbrain, "vita_vla": vita_vla, "dualvla": dualvla}
@@ -731,6 +732,34 @@ def test_resume_auto_starts_goes_on_and_starts_anew(tmp_path):
         common.resume_auto(replace(cfg, resume="auto", out=""), ALONE)
 
 
+def test_a_node_that_begins_again_because_another_failed_goes_on_too(tmp_path):
+    """It counts no restart of its own, but whether to go on is asked of all at once."""
+    save(tmp_path, 1)
+    others = replace(ALONE)
+    others.any = lambda mine: True
+    cfg = replace(twinbrain.Config(), out=str(tmp_path))
+    assert common.resume_auto(cfg, others).resume == str(tmp_path)
+
+
+def test_the_command_that_began_a_run_goes_on_with_it_on_other_machines(monkeypatch):
+    def started(words, processes, meta):
+        cfg = common.parse(dualvla.Config, {}, {}, words)
+        dist, resumed = common.Dist(0, processes, ALONE.device), SimpleNamespace(meta=meta)
+        cfg = runs.resume(cfg, resumed, dist, dualvla.FREE) if meta else cfg
+        meta = runs.about("dualvla", cfg, {}, resumed if meta else None)
+        return meta | {"processes": processes}
+
+    words = ["--batch", "16", "--accumulate", "2", "--mix", "2"]
+    meta = started(words, 8, {})
+    for processes, want in ((4, (16, 4)), (16, (16, 1)), (32, (8, 1)), (8, (8, 4))):
+        meta = started(words, processes, meta)
+        assert (meta["config"]["batch"], meta["config"]["accumulate"]) == want
+    with pytest.raises(common.UserError, match="--batch 8 differs from 16 in the checkpoint"):
+        started(["--batch", "8"], 8, meta)
+    with pytest.raises(common.UserError, match="1 samples on each of 256 .* fewer than --mix 2"):
+        started(words, 256, meta)
+
+
 def test_restarts_that_would_start_anew_are_refused(monkeypatch):
     cfg = replace(twinbrain.Config())
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")  # torchrun's default
@@ -806,6 +835,21 @@ def test_data_that_fails_ends_in_one_line(status, how, workers, says):
     code, _, err = status(lambda: list(common.feed(Broken(how), range(2), workers)))
     (line,) = [line for line in err.splitlines() if line.startswith("error")]
     assert code == 2 and line.startswith("error: " + says) and "Traceback" not in err
+
+
+def test_a_loaders_process_outlives_the_sigterm_that_torchrun_sends_to_all():
+    class Pids:
+        def __getitem__(self, i):
+            return os.getpid()
+
+    stop = common.Stop()
+    try:
+        batches = common.feed(Pids(), range(9), 1)
+        worker = next(batches)
+        os.kill(worker, signal.SIGTERM)
+        assert list(batches) == [worker] * 8 and worker != os.getpid()
+    finally:
+        stop.restore()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forking is safe on Linux alone")

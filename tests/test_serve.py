@@ -320,6 +320,15 @@ def test_the_names_of_other_clients(sent, flags):
     assert np.allclose(seen["state"], [0.5] * 7 + [0.25])
 
 
+def test_a_policy_of_recordings_without_a_state_is_asked_without_one():
+    policy = Fake()
+    policy.stats["state"] = {name: [] for name in ("q01", "q99", "min", "max")}
+    sent = message()
+    del sent["observation/state"]
+    ((seen, _),) = reader(policy).rows(serve.decode(serve.encode(sent)))
+    assert seen["state"].shape == (0,)
+
+
 def test_a_checkpoint_tells_its_cameras_and_its_rate():
     policy, about = Fake(), serve.Config(images=("a", "b"))
     policy.stats |= {"cameras": ["image", "wrist_image"], "fps": 10.0}

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -139,6 +140,27 @@ def test_recordings_in_other_units_are_not_taken_as_they_are():
     many = {"min": [-3.0, 0.0], "max": [0.5, 1.0], "q01": [0, 0], "q99": [0, 0]}
     with pytest.raises(common.UserError, match="raw: metres has actions of 3, beyond 1"):
         seer.as_recorded({"metres": {"action": many, "state": dict(many)}})
+
+
+def test_recordings_of_another_shape_are_refused(episodes):
+    stats = data.statistics(episodes) | {"cameras": ["front"]}
+    one = SimpleNamespace(name="mine", episodes=episodes, stats=stats)
+    with pytest.raises(common.UserError, match="mine: VITA-VLA reads a static and a wrist camera"):
+        seer.check_recordings([one])
+
+
+@pytest.mark.parametrize("gripper", [[1.0] * 400, [0.0] * 400, [1.0] * 399 + [0.0]], ids=len)
+def test_a_hand_that_hardly_ever_moves_is_open_or_closed_as_it_is(episodes, gripper):
+    T = len(gripper)
+    action = np.zeros((T, 7), np.float32)
+    action[:, -1], still = gripper, {n: v[:1].repeat(T, 0) for n, v in episodes[0].images.items()}
+    episode = replace(episodes[0], images=still, action=action, state=np.zeros((T, 8), np.float32))
+    stats = data.statistics([episode])
+    seer.open_and_closed(stats["action"])
+    said = Histories([episode], stats, SMALL).get(0, np.random.default_rng(0))["action"][..., -1]
+    assert ((said > 0) == (gripper[0] > 0.5)).all()  # the label of the gripper's loss
+    executed = data.unnormalise(np.array([[0.0] * 6 + [1.0], [0.0] * 6 + [-1.0]]), stats["action"])
+    assert executed[:, -1].tolist() == [1.0, 0.0]
 
 
 def test_a_released_seer_reads_the_states_of_all_recordings_alike():

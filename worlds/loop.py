@@ -185,6 +185,22 @@ def suits(stats, name, cameras, width):
         raise common.UserError(f"--world {name} has {there}, the policy was trained with {here}")
 
 
+def foresee(cfg, stats):
+    """Before a policy learns from other recordings of these statistics: whether it can act."""
+    if cfg.data and cfg.world != "none":
+        domain = domains_of(cfg.world, cfg.domains)[0]
+        (start,) = starts_of(cfg.world, domain, 1, cfg.seed)
+        with Crew(cfg.world, 1, cfg.size, cfg.wrist_size) as crew:
+            crew.ask({0: begin(start)})
+            suits(stats, cfg.world, *crew.ask({0: (measures,)})[0])
+
+
+def begin(start):
+    """How an episode of starts_of() begins in its world."""
+    seed, task, domain = start
+    return ("chain", seed) if task == "chain" else ("reset", seed, task, domain)
+
+
 def rollout(policy, cfg, world, starts, film=0, crew=None):
     """Acts in one world per start until success or the world's step limit.
 
@@ -195,8 +211,7 @@ def rollout(policy, cfg, world, starts, film=0, crew=None):
         with Crew(world, len(starts), cfg.size, cfg.wrist_size) as crew:
             return rollout(policy, cfg, world, starts, film, crew)
     n, rng, stride = len(starts), np.random.default_rng(cfg.seed), film_stride(world)[0]
-    begin = (("chain", s) if task == "chain" else ("reset", s, task, d) for s, task, d in starts)
-    crew.ask(dict(enumerate(begin)))
+    crew.ask(dict(enumerate(map(begin, starts))))
     if stats := getattr(policy, "stats", None):
         suits(stats, world, *crew.ask({0: (measures,)})[0])
     chunks, used = [[] for _ in starts], [0] * n  # plans; actions taken of the newest

@@ -281,7 +281,8 @@ class Reader:
         low, high = (np.array(policy.stats["state"][name]) for name in ("min", "max"))
         self.width, used = len(low), np.flatnonzero((low != 0) | (high != 0))
         self.least = int(used[-1]) + 1 if len(used) else 1  # zeros fill up to another robot's width
-        self.blind = method != "vita_vla" and not policy.cfg.state  # it reads no state
+        reads = method == "vita_vla" or policy.cfg.state
+        self.blind = not (reads and self.width)  # it reads no state
         self.words = set(policy.processor.tokenizer.get_added_vocab())
         self.default, self.most = cfg.default_prompt, cfg.batch
         names, n = CLIENTS[cfg.client], len(self.sides)

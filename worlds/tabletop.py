@@ -163,7 +163,7 @@ class Tabletop:
         if suite not in SUITES:
             raise LookupError(suite, list(SUITES))
         more = {"abc_d": ("chain",), "franka": ("pick_all",)}.get(suite, ())
-        pair = ("pair",) if suite not in ("long", "abc_d", "franka") else ()  # they have every pair
+        pair = ("pair",) if suite not in ("long", "abc_d", "franka") else ()  # these put all in all
         return TRAIN_TASKS[suite], ("in", "look", "colour", "shape", *pair, "wording", *more)
 
     @staticmethod
