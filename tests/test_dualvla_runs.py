@@ -112,6 +112,7 @@ def test_a_teacher_of_another_stage_is_refused(finished, tmp_path, status):
     assert code == 2 and err.count("\n") == 1 and "is a run of --stage generalist" in err
 
 
+@pytest.mark.slow  # the twin's is asked each time
 def test_evaluation_alone_repeats_the_runs_own(copied, tmp_path):
     words = ["--eval-only", str(copied / "dual"), "--gifs", "1", "--out", str(tmp_path / "again")]
     dualvla.main(words)

@@ -151,11 +151,16 @@ EACH = ["twinbrain", *(pytest.param(name, marks=SLOW) for name in ("vita_vla", "
 
 
 @pytest.mark.parametrize("name", EACH)
-def test_two_processes_with_copies_or_shards_are_one(alone, tmp_path, name):
-    run(name, tmp_path / "ddp", "--batch", "2", "--accumulate", "2", processes=2)
-    assert_close(tmp_path / "ddp", alone / name)
-    run(name, tmp_path / "fsdp", "--batch", "4", "--shard", "full", processes=2)
-    assert_close(tmp_path / "fsdp", alone / name)
+def test_two_processes_with_copies_are_one(alone, tmp_path, name):
+    run(name, tmp_path / "run", "--batch", "2", "--accumulate", "2", processes=2)
+    assert_close(tmp_path / "run", alone / name)
+
+
+@SLOW
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_two_processes_with_shards_are_one(alone, tmp_path, name):
+    run(name, tmp_path / "run", "--batch", "4", "--shard", "full", processes=2)
+    assert_close(tmp_path / "run", alone / name)
 
 
 @SLOW
@@ -401,6 +406,7 @@ def test_compiled_blocks_give_the_same_gradients(episodes, monkeypatch):
     assert all(torch.allclose(want[n], got[n], atol=1e-6) for n in want if want[n] is not None)
 
 
+@SLOW
 @pytest.mark.skipif("isolate_recompiles" not in inspect.signature(torch.compile).parameters,
                     reason="an older torch keeps eight versions for all blocks")  # fmt: skip
 def test_every_layer_is_compiled_however_many_there_are(episodes, monkeypatch):
@@ -671,7 +677,9 @@ def killed_at(moment, act):
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
 
-@pytest.mark.parametrize("steps, next_step", [((1, 2), 3), ((2, 3), 3), ((2, 5), 3)])
+@pytest.mark.parametrize("steps, next_step", [
+    ((1, 2), 3), pytest.param((2, 3), 3, marks=SLOW), pytest.param((2, 5), 3, marks=SLOW),
+])  # fmt: skip
 def test_killed_at_any_moment_of_saving_a_checkpoint_is_whole(tmp_path, steps, next_step):
     moment, killed = 0, True
     while killed:
@@ -705,6 +713,7 @@ def first_kill(script):
         script.total_loss = loss
 
 
+@SLOW
 def test_a_process_killed_in_mid_step_loses_no_step(alone, tmp_path):
     folder = tmp_path / "run"
     words = ["--batch", "4", "--resume", "auto"]

@@ -229,6 +229,7 @@ def test_only_finetune_has_the_teachers_decoder_and_no_stage_one(chained, tmp_pa
         assert torch.allclose(got[n], held[n], atol=1e-6), n
 
 
+@pytest.mark.slow  # the twin's is asked each time
 def test_evaluation_alone_repeats_the_runs_own(chained, copied):
     """And keeping the history's keys changes nothing. What it was trained on is the checkpoint's
     to say: here by two processes, whatever --steps is now."""

@@ -193,7 +193,9 @@ OWN = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("script", [twinbrain, vita_vla, dualvla], ids=list(OWN))
+@pytest.mark.parametrize("script", [
+    twinbrain, *(pytest.param(s, marks=pytest.mark.slow) for s in (vita_vla, dualvla)),
+], ids=list(OWN))  # fmt: skip
 def test_a_script_takes_its_sizes_from_the_world(floors, script, tmp_path):
     """Three numbers of action and of state, where the tabletop has seven and eight."""
     script.main([*SMALL, *OWN[script.__name__], "--out", str(tmp_path / "run")])
