@@ -543,7 +543,7 @@ def make_optimizers(model, cfg):
         if p.requires_grad:
             peak = cfg.lr if name.startswith("vlm.") else cfg.lr_head
             peak = cfg.lr_teacher if cfg.stage == "teacher" else peak
-            tokens = any(word in name for word in ("embed", "token", "latents"))  # all about them
+            tokens = any(word in name for word in ("embed", "token", "latents"))  # cls_token_*, too
             rows.append((p, peak, cfg.weight_decay, p.dim() == 2 and not tokens))
     return common.optimizers(cfg, rows)
 

@@ -750,7 +750,7 @@ def test_a_node_that_begins_again_because_another_failed_goes_on_too(tmp_path):
     assert common.resume_auto(cfg, others).resume == str(tmp_path)
 
 
-def test_the_command_that_began_a_run_goes_on_with_it_on_other_machines(monkeypatch):
+def test_the_command_that_began_a_run_goes_on_with_it_on_other_machines():
     def started(words, processes, meta):
         cfg = common.parse(dualvla.Config, {}, {}, words)
         dist, resumed = common.Dist(0, processes, ALONE.device), SimpleNamespace(meta=meta)

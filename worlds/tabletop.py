@@ -163,7 +163,8 @@ class Tabletop:
         if suite not in SUITES:
             raise LookupError(suite, list(SUITES))
         more = {"abc_d": ("chain",), "franka": ("pick_all",)}.get(suite, ())
-        pair = ("pair",) if suite not in ("long", "abc_d", "franka") else ()  # these put all in all
+        everywhere = ("long", "abc_d", "franka")  # anything is put on or in anything
+        pair = ("pair",) if suite not in everywhere else ()
         return TRAIN_TASKS[suite], ("in", "look", "colour", "shape", *pair, "wording", *more)
 
     @staticmethod
