@@ -148,7 +148,7 @@ def demonstrations(world, episodes=1000, seed=0, size=64, wrist_size=32, noise=0
                 bar.update(len(block))
     tqdm.write(f"demonstrations of {world}: {expert_rates(made)}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary = path.with_suffix(f".{os.urandom(4).hex()}.tmp")
     with open(temporary, "wb") as file:
         save_demonstrations(file, made)
     os.replace(temporary, path)
@@ -207,6 +207,7 @@ class Episodes:
         if isinstance(reader, Store):
             self.store, self.kept = reader, range(len(reader.names))
             self.source = Source(normalise=reader.normalise)
+        self.gripper = self.source.gripper or reader.gripper
         said = (path if path.is_dir() else path.parent) / "reasoning.jsonl"  # a line an episode
         self.reasoning = {}
         with reading(f"{said}, fields episode, reasoning", MEND):
@@ -249,9 +250,8 @@ class Episodes:
             if absent or not frames:
                 there = ", ".join(frames) or "none"
                 raise ValueError(f"no camera {(absent or ['at all'])[0]}; there are {there}")
-        sign = None if self.store else self.source.gripper or self.reader.gripper
-        if sign in ("+1", "-1"):
-            action[:, -1] = (1 + float(sign) * action[:, -1]) / 2
+        if self.gripper in ("+1", "-1") and not self.store:
+            action[:, -1] = (1 + float(self.gripper) * action[:, -1]) / 2
         frames = {name: frames[name] for name in self.source.cameras or frames}
         return Episode(frames, state, action, words, self.reader.fps, said)
 
@@ -332,6 +332,7 @@ def fill_store(folder, episodes, pictures, side, every, skip_bad):
         (folder / kind).touch()  # that nothing whole is left is worth remembering as well
         stats[kind] = summary(flat(folder / kind, "f4", (T, width))) if T else {}
     index |= {"stats": stats, "normalise": episodes.source.normalise}
+    index |= {"gripper": "1" if episodes.gripper else ""}
     (folder / "index.json").write_text(json.dumps(index))
 
 
@@ -401,10 +402,9 @@ def load(spec, skip_bad=False, demonstrate=demonstrations):
 
 
 def recordings(cfg, dist, resumed=None):
-    """What --data names, or else the world's own demonstrations -> parts to act like, parts to
-    answer like. Their stats are the checkpoint's if there is one, say how to normalise ("how"), are
-    as wide as the widest robot's, and name the "cameras" in their order and the steps in a second
-    ("fps"). Rank 0 reads first; its error is everybody's."""
+    """What --data names, or else the world's demonstrations -> parts to act like, parts to answer
+    like. Their stats, the checkpoint's if there is one, are as wide as the widest robot's and tell
+    "how" to normalise, "cameras", "fps", "gripper". Rank 0 reads; its error is everybody's."""
 
     def demonstrate(world):
         return demonstrations(world, cfg.demos, cfg.seed, cfg.size, cfg.wrist_size, cfg.noise)
@@ -423,8 +423,8 @@ def recordings(cfg, dist, resumed=None):
             | {"how": part.normalise if cfg.normalise == "auto" else cfg.normalise}
             for kind, s in part.stats.items()
         }
-        first = part.episodes[0]
-        stats |= {"cameras": list(first.images), "fps": first.fps}
+        first, unit = part.episodes[0], getattr(part.episodes, "gripper", "") and "unit"
+        stats |= {"cameras": list(first.images), "fps": first.fps, "gripper": unit}
         known = resumed.meta["robots"] if resumed else {}
         acts[i] = part._replace(stats=known.get(part.name, stats))
     return acts, asks
@@ -470,12 +470,13 @@ def statistics(episodes):
 
 
 def bounds(stats):
-    """-> (low, high) float32, q01 and q99, or min and max where stats["how"] is "minmax"; one to
-    either side of what never moves."""
-    low, high = ("min", "max") if stats.get("how") == "minmax" else ("q01", "q99")
-    low, high = np.array(stats[low], np.float32), np.array(stats[high], np.float32)
+    """-> (low, high) float32, q01 and q99, or min and max where stats["how"] is "minmax" or where
+    hardly anything moves; one to either side of what never does."""
+    q01, q99, low, high = (np.array(stats[k], np.float32) for k in ("q01", "q99", "min", "max"))
+    tails = (stats.get("how") != "minmax") & (q99 - q01 >= 1e-6)
+    low, high = np.where(tails, q01, low), np.where(tails, q99, high)
     still = high - low < 1e-6
-    return np.where(still, low - 1, low), np.where(still, high + 1, high)
+    return low - still, high + still
 
 
 def normalise(x, stats, clip=1.0):
@@ -494,9 +495,10 @@ def squeeze(x, low, high, clip=1.0):
 
 
 def unnormalise(x, stats):
-    """The inverse of `normalise` inside the bounds."""
+    """The inverse of `normalise` inside the bounds; what never moved stays where it was."""
     low, high = bounds(stats)
-    return (np.asarray(x) + 1) / 2 * (high - low) + low
+    still = np.subtract(stats["max"], stats["min"]) < 1e-6
+    return (np.where(still, 0, x) + 1) / 2 * (high - low) + low
 
 
 # --- Windows and mixtures -------------------------------------------------------------------------

@@ -892,7 +892,11 @@ def load_teacher(cfg, device, robots):
     names = ["backbone", "head", "state", "deepstack", "size", "wrist_size"]
     names += ["horizon"] * (cfg.head in ("oft", "fast"))  # these have it in the prompt
     runs.same_flags("distill", cfg.distill, teacher.cfg, cfg, names)
-    same = all(policy.robots.get(name) == stats for name, stats in robots.items())
+    same = all(
+        policy.robots.get(name, {}).get(kind) == stats[kind]
+        for name, stats in robots.items()
+        for kind in ("state", "action")
+    )
     if not same and (cfg.state or cfg.head == "fast"):
         words = "normalises by other recordings: its --data, --demos and --seed, or --no-state"
         raise common.UserError(f"--distill {cfg.distill} {words}")

@@ -469,7 +469,7 @@ class Policy:
     def __init__(self, model, cfg, processor, robots, device):
         """robots: {what was trained on: its statistics}; --robot says like which to act."""
         self.model, self.cfg, self.processor, self.device = model, cfg, processor, device
-        self.stats = data.acting(robots, cfg.robot)[1]
+        self.robots, self.stats = robots, data.acting(robots, cfg.robot)[1]
 
     def remember(self, observation, words):
         """Adds the observation to its world's memory -> sample of the last S steps."""

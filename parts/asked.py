@@ -95,7 +95,7 @@ class QuestionFile:
             except UserError as fault:
                 bad[number] = str(fault)
         folder.mkdir(parents=True, exist_ok=True)
-        draft = kept.with_suffix(f".{os.getpid()}.tmp")
+        draft = kept.with_suffix(f".{os.urandom(4).hex()}.tmp")
         draft.write_text(json.dumps(bad))
         os.replace(draft, kept)
         return bad

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from parts.process import UserError, files_of, nearest, stamp
-from worlds import loop
+from worlds import libero, loop
 
 DATA = Path(os.environ.get("ONEFILE_VLA_DATA", Path.home() / ".cache" / "onefile-vla" / "data"))
 
@@ -374,7 +374,7 @@ def whole(arrays, text):
 
 def fingerprint(path, source):
     """Of all that is in a dataset, and of how it is read."""
-    return stamp(files_of(path), f"2 {source} {path.resolve()}")
+    return stamp(files_of(path), f"3 {source} {path.resolve()}")
 
 
 # --- Pictures -------------------------------------------------------------------------------------
@@ -406,7 +406,7 @@ def scaled(images, sides):
 class LeRobot:
     """LeRobot v2.0, v2.1 and v3.0, pictures in videos or parquet; GR1's modality.json."""
 
-    gripper = "1"
+    gripper = ""  # not known
 
     def __init__(self, root, source):
         self.root, self.info, meta = root, read_json(root / "meta/info.json"), root / "meta"
@@ -431,8 +431,9 @@ class LeRobot:
             width = {kind: feature["shape"][0] for kind, feature in shapes.items()}
             self.cameras = {}
             for key, feature in features.items():
-                about = feature.get("info") or feature.get("video_info") or {}
-                if feature["dtype"] in ("video", "image") and not about.get("video.is_depth_map"):
+                about = (feature.get("video_info") or {}) | (feature.get("info") or {})
+                depth = about.get("is_depth_map") or about.get("video.is_depth_map")
+                if feature["dtype"] in ("video", "image") and not depth:
                     name = key.rpartition(".")[2]
                     if name not in source.cameras:
                         name = called.get(key, name)
@@ -585,7 +586,8 @@ class Calvin:
 class Libero:
     """LIBERO's .hdf5 files, made to look like the suites of SOURCES: cameras, pictures turned,
     state (xyz, axis-angle, two fingers) and gripper. What LIBERO's own script wrote has beside an
-    action what was seen after it, so there the next action belongs to it."""
+    action what was seen after it, so there the next action belongs to it. The instruction is the
+    benchmark's, which is the file's name: the one inside names things otherwise."""
 
     gripper, fps, dims = "-1", 20.0, (8, 7)
     cameras = {"image": "agentview_rgb", "wrist_image": "eye_in_hand_rgb"}
@@ -595,8 +597,12 @@ class Libero:
         for path in sorted(root.glob("**/*.hdf5")) if root.is_dir() else [root]:
             try:
                 with reading(path), h5py.File(path) as file:
-                    words = json.loads(file["data"].attrs["problem_info"])["language_instruction"]
-                    words = " ".join(words) if isinstance(words, list) else words.strip('"')
+                    if path.stem.endswith("_demo"):
+                        words = libero.sentence(path.stem.removesuffix("_demo"))
+                    else:
+                        words = file["data"].attrs["problem_info"]
+                        words = json.loads(words)["language_instruction"]
+                        words = " ".join(words) if isinstance(words, list) else words.strip('"')
                     late = int("macros_image_convention" in file["data"].attrs)  # its script's mark
                     for demo in sorted(file["data"], key=lambda name: int(name.split("_")[-1])):
                         self.lengths.append(len(file[f"data/{demo}/actions"]) - late)
@@ -658,8 +664,6 @@ def sweep(parent):
 class Store:
     """What `write_store` left: numbers of whole episodes in flat files, pictures too if asked."""
 
-    gripper = "1"
-
     def __init__(self, root, source=None):
         index = read_json(root / "index.json")
         with reading(root / "index.json"):
@@ -667,6 +671,7 @@ class Store:
             self.dims, self.stats, self.kept = index["dims"], index["stats"], index["kept"]
             self.text, self.faults, sizes = index["text"], index["faults"], index["sizes"]
             self.starts, self.normalise = np.cumsum([0, *self.lengths]), index["normalise"]
+            self.gripper = index.get("gripper", "")  # "1": read as open 1, closed 0
             shapes = {"state": (self.dims[0],), "action": (self.dims[1],)}
             shapes |= {camera: tuple(size) for camera, size in sizes.items()}
             if any("/" in name for name in shapes):

@@ -71,6 +71,21 @@ def test_what_never_moves_becomes_zero():
     there = data.normalise(still.action, stats)
     assert not there[:, 1].any() and there[:, 0].any()
     assert np.allclose(data.unnormalise(there, stats)[:, 1], 0.25)
+    guess = data.unnormalise(np.full((1, len(stats["min"])), 0.3), stats)
+    assert guess[0, 1] == np.float32(0.25)  # what a policy makes of it moves nothing
+
+
+def test_what_hardly_ever_moves_has_its_least_and_greatest_as_bounds():
+    rare = made_up(400)
+    rare.action[:, 1] = 0.0
+    rare.action[7, 1] = 0.5
+    stats = data.statistics([rare])["action"]
+    assert stats["q01"][1] == stats["q99"][1] == 0
+    low, high = data.bounds(stats)
+    assert (low[1], high[1]) == (0, 0.5) and low[0] == np.float32(stats["q01"][0])
+    there = data.normalise(rare.action, stats)
+    assert there[7, 1] == 1 and there[8, 1] == -1
+    assert np.allclose(data.unnormalise(there, stats)[:, 1], rare.action[:, 1])
 
 
 def test_a_narrower_robot_is_filled_with_zeros():

@@ -402,12 +402,54 @@ def test_libero(tmp_path):
     root = write_libero(tmp_path / "libero_goal")
     for path, count in ((root, 4), (root / "task_0_demo.hdf5", 2)):
         episodes = data.open_episodes(path)
-        assert [e.instruction for e in episodes] == sorted(TASKS * 2, reverse=True)[:count]
+        assert [e.instruction for e in episodes] == ["task 0", "task 0", "task 1", "task 1"][:count]
         episode = episodes[1]
         assert list(episode.images) == ["image", "wrist_image"]
         assert np.array_equal(episode.images["image"][3], picture(1, 3)[::-1, ::-1])
         assert episode.action[:, -1].tolist() == [1, 1, 0, 0, 0, 0, 0]  # 1 open
         assert episode.state.shape == (7, 8) and (episode.state[:, 6:] == 1).all()
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["", "no problem_info"])
+def test_liberos_words_are_the_benchmarks(inside, tmp_path):
+    """They are the file's name; the file names things otherwise, or (rewritten ones) not at all."""
+    root = write_libero(tmp_path / "libero_goal")
+    name = "KITCHEN_SCENE3_put_the_bowl_on_top_of_the_cabinet"
+    (root / "task_0_demo.hdf5").rename(root / f"{name}_demo.hdf5")
+    (root / "task_1_demo.hdf5").rename(root / "mine.hdf5")
+    if not inside:
+        with pytest.importorskip("h5py").File(root / f"{name}_demo.hdf5", "a") as file:
+            del file["data"].attrs["problem_info"]
+    words = {e.instruction for e in data.open_episodes(root)}
+    assert words == {"put the bowl on top of the cabinet", TASKS[1]}
+
+
+@pytest.mark.parametrize("mark", ["is_depth_map", "video.is_depth_map"])
+@pytest.mark.parametrize("place", ["info", "video_info"])
+def test_depth_is_no_camera(mark, place, tmp_path):
+    root = write_v2(tmp_path / "deep", False)
+    about = json.loads((root / "meta/info.json").read_text())
+    about["features"][KEYS[1]] |= {"info": {"video.fps": 10}} | {place: {mark: True}}
+    (root / "meta/info.json").write_text(json.dumps(about))
+    assert list(data.open_episodes(root)[0].images) == ["front"]
+
+
+def test_whether_a_gripper_is_known(tmp_path, monkeypatch):
+    """Of a LeRobot dataset only a row of SOURCES knows; a store knows what its dataset knew."""
+    root = write_v2(tmp_path / "signed", False)
+    cfg = SimpleNamespace(data="", world="", skip_bad=False, normalise="auto")
+
+    def known():
+        (part,), _ = data.recordings(cfg, Dist(0, 1, None))
+        return part.stats["gripper"]
+
+    for sign, want in (("", ""), ("-1", "unit")):
+        monkeypatch.setitem(data.SOURCES, "mine", data.Source("me/signed", gripper=sign))
+        cfg.data = str(root)
+        assert known() == want
+        cfg.data = str(tmp_path / f"store{sign}")
+        data.write_store(data.open_episodes(root), Path(cfg.data), True)
+        assert known() == want
 
 
 def test_an_observation_has_the_action_that_follows_it(tmp_path):

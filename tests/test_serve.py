@@ -71,6 +71,7 @@ class Fake:
         self.processor = SimpleNamespace(
             tokenizer=SimpleNamespace(get_added_vocab=lambda: {"<|image_pad|>": 7})
         )
+        self.robots = {"tabletop:bridge": self.stats}
         self.batches, self.go, self.begun = [], threading.Event(), threading.Event()
 
     def act(self, observations, instructions, rng):
@@ -348,13 +349,15 @@ def test_the_gripper_speaks_the_clients_way():
     for spec, closed, open_ in (("", -1, 1), ("bridge", 0, 1)):
         policy.cfg.data = spec
         for want, said in serve.GRIPPERS.items():
-            scale, offset = serve.gripper(policy.cfg, want)
+            scale, offset = serve.gripper(policy, want)
             assert (scale * closed + offset, scale * open_ + offset) == said
-    assert serve.gripper(policy.cfg, "") == (1, 0)
+    assert serve.gripper(policy, "") == (1, 0)
     policy.cfg.data = "my/folder"
     with pytest.raises(common.UserError, match="does not tell what its last number means"):
-        serve.gripper(policy.cfg, "minus")
-    policy.cfg.data = ""
+        serve.gripper(policy, "minus")
+    policy.stats["gripper"] = "unit"  # its reader knew
+    assert serve.gripper(policy, "minus") == (-2, 1)
+    policy.cfg.data, policy.stats["gripper"] = "", ""
     with serving(policy, gripper="minus") as s, Caller(s.port) as c:
         got = c.ask(message())["actions"]
     want = np.random.default_rng(0).standard_normal((4, 7), np.float32)
@@ -544,6 +547,67 @@ def test_starvlas_messages(loaded):
         failed = c.ask({"examples": [{"image": rows[0]["image"], "lang": "x"}], "request_id": 9})
         assert not failed["ok"] and failed["request_id"] == 9
         assert "lacks state (state, 8 numbers" in failed["error"]["message"]
+
+
+def test_a_robot_of_another_name_is_not_answered():
+    policy = Fake()
+    policy.robots = {"bridge_orig": policy.stats, "fractal20220817_data": policy.stats}
+    policy.cfg.data = "bridge_orig,fractal20220817_data"
+    shots = [np.zeros((8, 8, 3), np.uint8)] * 2
+    sent = {"examples": [{"image": shots, "lang": "x", "state": np.zeros(8)}]}
+    for robot, good, bad in (("", "oxe_bridge", "oxe_rt1"),
+                             ("fractal20220817_data", "oxe_rt1", "oxe_bridge")):  # fmt: skip
+        policy.cfg.robot = robot
+        for key in (good, None, robot or "bridge_orig"):
+            assert len(reader(policy).rows(sent | {"unnorm_key": key})) == 1
+        for key in (bad, "nonsense", 3):
+            with pytest.raises(common.UserError, match="unnorm_key .*: this server acts like"):
+                reader(policy).rows(sent | {"unnorm_key": key})
+
+
+def test_bars_are_cut_off():
+    inside = np.random.default_rng(0).integers(0, 256, (18, 32, 3), np.uint8)
+    square, tall = np.zeros((32, 32, 3), np.uint8), np.zeros((32, 32, 3), np.uint8)
+    square[7:25], tall[:, 7:25] = inside, inside.transpose(1, 0, 2)
+    want = serve.picture(inside, "x", 16)
+    assert np.array_equal(serve.picture(square, "x", 16, 16 / 9), want)
+    assert np.array_equal(serve.picture(inside, "x", 16, 16 / 9), want)  # it came without
+    assert np.array_equal(serve.picture(tall, "x", 16, 9 / 16), want.transpose(1, 0, 2))
+    assert not np.array_equal(serve.picture(square, "x", 16), want)
+    seen, _ = reader(aspect=2.0).rows(message(side=32))[0]
+    shot = message(side=32)["observation/image"]
+    assert np.array_equal(seen["images"]["static"], serve.formats.resized(shot[8:24], 8))
+
+
+def test_a_pause_begins_an_episode(monkeypatch):
+    """openpi's and starVLA's clients send no reset between their episodes."""
+    policy, kept = Fake(), []
+    monkeypatch.setattr(serve.Client, "reset", lambda self: kept.append(self.requests))
+    for forget in (0.3, 0.0):
+        with serving(policy, forget=forget) as s, Caller(s.port) as c:
+            c.ask(message()), c.ask(message()), time.sleep(0.5), c.ask(message())
+    assert kept == [2]
+
+
+@pytest.mark.parametrize(
+    "method, flags, data, said, unsaid",
+    [
+        ("twinbrain", {}, "", "1 open, -1 closed", "remembers"),
+        ("twinbrain", {"gripper": "minus"}, "", "-1 open, 1 closed", "openpi"),
+        ("twinbrain", {"client": "droid"}, "", "takes 8 numbers, not 7", "LIBERO"),
+        ("twinbrain", {"ensemble": True}, "my/folder", "its recordings know", "1 open"),
+        ("vita_vla", {"forget": 2.0}, "bridge", "--gripper minus", "remembers"),
+        ("vita_vla", {}, "bridge", "--forget 2 begins", "DROID"),
+    ],
+)
+def test_what_a_client_should_know_is_said(method, flags, data, said, unsaid):
+    policy, lines = Fake(), []
+    policy.cfg.data = data
+    cfg = serve.Config(**flags)
+    about = serve.describe(policy, method, cfg, reader(policy))
+    serve.hint(cfg, about, lines.append)
+    text = "\n".join(lines)
+    assert said in text and unsaid not in text
 
 
 def test_ensemble_answers_with_one_blended_action():
@@ -759,9 +823,10 @@ def test_the_command_serves_until_a_signal(number, runs, status):
     assert code == 0 and out == [(8, 7), 1001]
     lines = said.splitlines()
     assert "8 actions of 7 numbers; reads observation/exterior_image_1_left" in lines[0]
-    assert lines[1].startswith(f"listening on ws://127.0.0.1:{port}, health on http://127.0.0.1:")
-    assert lines[2].startswith("client 1 127.0.0.1:") and lines[2].endswith("(1 here)")
-    assert lines[3].startswith("client 1 left (1001): 1 requests, median ")
+    assert "1 open, -1 closed" in lines[1] and "takes 8 numbers, not 7" in lines[2]
+    assert lines[3].startswith(f"listening on ws://127.0.0.1:{port}, health on http://127.0.0.1:")
+    assert lines[4].startswith("client 1 127.0.0.1:") and lines[4].endswith("(1 here)")
+    assert lines[5].startswith("client 1 left (1001): 1 requests, median ")
 
 
 @pytest.mark.slow
@@ -769,8 +834,8 @@ def test_the_script_runs_from_anywhere(runs):
     words = [sys.executable, str(Path(serve.__file__)), "--checkpoint", str(runs["twinbrain"])]
     child = subprocess.Popen([*words, "--port", "0"], stdout=subprocess.PIPE, text=True, cwd="/",
                              env=os.environ | {"PYTHONPATH": ""})  # fmt: skip
-    lines = [child.stdout.readline() for _ in range(2)]
-    with Caller(int(lines[1].rsplit(":", 1)[1].split("/")[0])) as caller:
+    line = next(line for line in child.stdout if line.startswith("listening"))
+    with Caller(int(line.rsplit(":", 1)[1].split("/")[0])) as caller:
         assert caller.ask(message())["actions"].shape == (8, 7)
     child.send_signal(signal.SIGTERM)
     assert child.wait(20) == 0 and "1 requests, median" in child.stdout.read()

@@ -231,6 +231,16 @@ def test_films_show_the_first_goals(tmp_path):
     assert green > 120 > max(red, blue)  # reached
 
 
+def test_a_gripper_of_unknown_sign_is_asked_for(served):
+    about = {"server": "onefile-vla", "gripper": "trained", "action_low": [-0.1] * 6 + [-1.0]}
+    for opens in ("unit", "plus"):
+        client.Server(served.start(None, about | {"opens": opens}))
+    address = served.start(None, about | {"opens": ""})
+    with pytest.raises(common.UserError, match="--gripper plus or minus says it"):
+        client.Server(address)
+    client.Server(address, gripper="minus")
+
+
 def test_out_names_a_file(tmp_path):
     for out in (tmp_path, tmp_path / "none" / "r.json"):
         with pytest.raises(common.UserError, match="--out .*: a file's name is needed"):

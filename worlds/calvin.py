@@ -141,7 +141,9 @@ def kept_chains(root):
     print("drawing the thousand chains (minutes, once; then cached)", flush=True)
     rows = chains(root)
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(rows))
+    draft = path.with_suffix(f".{os.urandom(4).hex()}.tmp")
+    draft.write_text(json.dumps(rows))
+    os.replace(draft, path)
     return rows
 
 

@@ -98,6 +98,11 @@ class Server:
         said = self.metadata.get("gripper")
         if said in OPEN and said != gripper:
             raise UserError(f"the policy server {address} has --gripper {said}: say so here too")
+        low = self.metadata.get("action_low") or [0.0]
+        if gripper == "unit" and low[-1] < -0.5 and not self.metadata.get("opens", "said"):
+            words = "begins at -1, and its recordings do not say whether that is open"
+            raise UserError(f"the policy server {address}: the gripper {words}: --gripper plus or "
+                            "minus says it")  # fmt: skip
 
     def read(self):
         """The server's next message, a map; what it says in words is an error."""

@@ -14,9 +14,10 @@ a map and gets one answer:
   {"examples": [{"image", "lang", "state"}]}  starVLA's answer, {"data": {"actions" (B, H, A)}, ...}
   {"reset": True}, alone or with the above    a new episode: what the policy remembers is forgotten
   {"stop": True}                              the same, and "actions" (0, A): nothing more to do
-What a policy remembers belongs to one connection, and ends with a reset, another prompt, or the
-connection. A text frame is an error: one line that says what the message lacks; the connection
-stays open. Only an error of the server's own closes it (1011). GET /healthz answers OK.
+What a policy remembers belongs to one connection, and ends with a reset, another prompt, a pause
+of --forget seconds, or the connection. A text frame is an error: one line that says what the
+message lacks; the connection stays open. Only an error of the server's own closes it (1011).
+GET /healthz answers OK.
 
 Nothing is unpickled, arrays are numbers of a known size, pages in a browser are refused, and a
 client that is slow, silent, too loud or gone holds up nobody else.
@@ -74,10 +75,11 @@ class Config:
     images: tuple[str, ...] = ()  # keys of the pictures, in the order of the policy's cameras
     state: tuple[str, ...] = ()  # keys of the state's parts, joined in this order
     prompt: str = ""  # key of the instruction
+    aspect: float = 0.0  # pictures come with bars: width / height inside; 0: without (droid: 1.78)
     default_prompt: str = ""  # the instruction where a message has none
     # how the policy answers
     robot: str = ""  # whose recordings to act like; empty: as the run was evaluated
-    gripper: str = ""  # unit | plus | minus: open is 1 (closed 0), +1 or -1; empty: as trained
+    gripper: str = ""  # unit | plus | minus | closed: open is 1 (closed 0), +1, -1, or 0 (closed 1)
     execute: int = 0  # actions sent of each chunk (receding horizon); 0: all of them
     ensemble: bool = False  # one action, blended from the last 7 chunks: for asking at every step
     form: str = ""  # plain | reason: how DualVLA is asked, at once or with words before
@@ -90,6 +92,7 @@ class Config:
     max_clients: int = 16  # connected at once
     timeout: float = 60.0  # seconds for a ping to be answered, a plan to be made, a reply taken
     idle: float = 3600.0  # seconds that a client may stay without a message
+    forget: float = 0.0  # pause in seconds after which an episode is new; 0: when it says so
     device: str = "auto"  # auto | cpu | cuda
     threads: int = 0  # CPU threads; 0: torch's choice
 
@@ -120,7 +123,12 @@ CLIENTS = {
 
 MAX_TEXT = 4096  # bytes of a word in a message
 MAX_PROMPT = 500  # characters of an instruction: a longer one would slow the whole batch
-GRIPPERS = {"unit": (0.0, 1.0), "plus": (-1.0, 1.0), "minus": (1.0, -1.0)}  # closed, open
+GRIPPERS = {  # closed, open
+    "unit": (0.0, 1.0), "plus": (-1.0, 1.0), "minus": (1.0, -1.0), "closed": (1.0, 0.0),
+}  # fmt: skip
+UNNORM_KEYS = {  # starVLA's names of recordings
+    "oxe_bridge": ("bridge", "bridge_orig"), "oxe_rt1": ("fractal", "fractal20220817_data"),
+}  # fmt: skip
 MAX_SIDE = 8192  # pixels of a picture
 MAX_VALUES = 20_000  # maps, lists and what they hold; an array counts as one
 NUMBER = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248])")
@@ -214,9 +222,9 @@ def find(message, key):
     return find(message.get(head), rest) if rest else None
 
 
-def picture(value, key, side):
+def picture(value, key, side, aspect=0.0):
     """A client's picture, (h, w, 3) or (3, h, w), uint8 or 0..1 -> (side, side, 3) uint8, resized
-    as for training."""
+    as for training. aspect: width / height of what is inside its bars."""
     shape = value.shape if isinstance(value, np.ndarray) else ()
     if len(shape) != 3 or 3 not in (shape[0], shape[2]) or max(shape) > MAX_SIDE:
         has = f"{value.dtype} {shape}" if shape else short(value)
@@ -229,6 +237,11 @@ def picture(value, key, side):
         value = np.rint(255 * value.astype(np.float32)).astype(np.uint8)
     if value.dtype != np.uint8:
         raise UserError(f"{key} is {value.dtype}: pictures are uint8, or floats from 0 to 1")
+    if aspect:
+        h, w = value.shape[:2]
+        rows, columns = min(h, round(w / aspect)), min(w, round(h * aspect))
+        top, left = (h - rows) // 2, (w - columns) // 2
+        value = value[top : top + rows, left : left + columns]
     return formats.resized(np.ascontiguousarray(value), side)
 
 
@@ -260,13 +273,19 @@ def cameras(policy, images):
     return {camera: cfg.wrist_size if i else cfg.size for i, camera in enumerate(names)}
 
 
-def gripper(cfg, want):
+def opens(policy):
+    """How the last number of an action says open, as trained: a key of GRIPPERS, "": not known."""
+    name, row = source(policy.cfg)
+    known = "plus" if name == "tabletop" else "unit" if row and row.gripper else ""
+    return policy.stats.get("gripper") or known
+
+
+def gripper(policy, want):
     """--gripper -> (scale, offset) for the last number of an action as trained."""
     if not want:
         return 1.0, 0.0
-    name, row = source(cfg)
-    own = "plus" if name == "tabletop" else "unit" if row and row.gripper else ""
-    if not own:
+    if not (own := opens(policy)):
+        name = source(policy.cfg)[0]
         raise UserError(f"--gripper {want}: {name} does not tell what its last number means")
     (closed, open_), (to_closed, to_open) = GRIPPERS[own], GRIPPERS[want]
     scale = (to_open - to_closed) / (open_ - closed)
@@ -284,7 +303,9 @@ class Reader:
         reads = method == "vita_vla" or policy.cfg.state
         self.blind = not (reads and self.width)  # it reads no state
         self.words = set(policy.processor.tokenizer.get_added_vocab())
-        self.default, self.most = cfg.default_prompt, cfg.batch
+        self.default, self.most, self.aspect = cfg.default_prompt, cfg.batch, cfg.aspect
+        self.robots = [*policy.robots]
+        self.robot = policy.cfg.robot or self.robots[0]
         names, n = CLIENTS[cfg.client], len(self.sides)
         images = cfg.images or names.images[:n]
         self.keys = Keys(images, cfg.state or names.state, cfg.prompt or names.prompt)
@@ -306,7 +327,7 @@ class Reader:
         images, state = {}, np.zeros(self.width, np.float32)
         for (camera, side), key in zip(self.sides.items(), keys.images):
             value = self.get(message, key, f"camera {camera}", "images", keys)
-            images[camera] = picture(value, key, side)
+            images[camera] = picture(value, key, side, self.aspect)
         if not self.blind:
             what = f"state, {self.width} numbers in all"
             parts = [self.get(message, key, what, "state", keys) for key in keys.state]
@@ -335,7 +356,11 @@ class Reader:
         payload = message.get("payload", message)
         if not isinstance(payload, dict) or "examples" not in payload:
             return [self.observation(message, self.keys)]
-        examples, n = payload["examples"], len(self.sides)
+        examples, n, name = payload["examples"], len(self.sides), payload.get("unnorm_key")
+        known = UNNORM_KEYS.get(name, (name,)) if isinstance(name, str) else (None,)
+        if len(self.robots) > 1 and name is not None and self.robot not in known:
+            words = f"this server acts like {self.robot}, of {', '.join(self.robots)} (--robot)"
+            raise UserError(f"unnorm_key {short(name)}: {words}")
         if not isinstance(examples, list) or not 1 <= len(examples) <= self.most:
             raise UserError(f"examples is no list of 1 to {self.most} maps (--batch)")
         for example in examples:
@@ -390,7 +415,7 @@ class Planner(threading.Thread):
         super().__init__(name="planner", daemon=True)
         self.policy, self.cfg, self.crowd = policy, cfg, crowd
         self.queue, self.stopping = queue.SimpleQueue(), False
-        self.scale, self.offset = gripper(policy.cfg, cfg.gripper)
+        self.scale, self.offset = gripper(policy, cfg.gripper)
 
     def stop(self):
         """The batch that runs is finished, what waits behind it is not begun."""
@@ -464,6 +489,7 @@ class Client:
         self.number, self.socket, self.seed = number, socket, seed
         self.episodes, self.busy, self.due = [], False, 0.0  # due: when it may be read again
         self.requests, self.errors, self.times, self.last = 0, 0, [], None  # last: seconds
+        self.heard = math.inf  # when it was answered
 
     def reset(self):
         self.episodes = [Episode(episode.rng) for episode in self.episodes]
@@ -531,6 +557,8 @@ class Server:
         await asyncio.sleep(client.due - clock())
         raw = await asyncio.wait_for(socket.recv(), self.cfg.idle)
         client.busy, began = True, clock()
+        if 0 < self.cfg.forget < began - client.heard:
+            client.reset()
         try:
             reply = await self.answer(client, raw)
             await asyncio.wait_for(socket.send(reply), self.cfg.timeout)
@@ -545,8 +573,8 @@ class Server:
             await socket.send(f"error in the server: {type(error).__name__}")
             return await socket.close(1011, "an error in the server, named in the frame before")
         finally:
-            client.busy = False
-        client.last = clock() - began
+            client.busy, client.heard = False, clock()
+        client.last = client.heard - began
         client.times = [*client.times[-999:], client.last]
         client.requests += 1
 
@@ -660,7 +688,7 @@ def describe(policy, method, cfg, reader):
     H = getattr(theirs, "horizon", 1)
     H = 1 if cfg.ensemble else min(cfg.execute or H, H)
     low, high = data.bounds(policy.stats["action"])
-    scale, offset = gripper(theirs, cfg.gripper)
+    scale, offset = gripper(policy, cfg.gripper)
     low[-1], high[-1] = sorted((scale * low[-1] + offset, scale * high[-1] + offset))
     seen = zip(reader.sides.items(), keys.images)
     return {
@@ -670,6 +698,7 @@ def describe(policy, method, cfg, reader):
         "execute": min(theirs.execute, H), "ensemble": cfg.ensemble,
         "action_low": low.tolist(), "action_high": high.tolist(),
         "normalise": policy.stats["action"].get("how", "q99"), "gripper": cfg.gripper or "trained",
+        "opens": cfg.gripper or opens(policy), "remembers": cfg.ensemble or method == "vita_vla",
         "cameras": {name: {"key": key, "side": side} for (name, side), key in seen},
         "state_dim": 0 if reader.blind else reader.width, "state_keys": list(keys.state),
         "prompt_key": keys.prompt, "control_hz": policy.stats.get("fps"),
@@ -683,7 +712,7 @@ def check(cfg):
         raise UserError("serving needs websockets and msgpack: pip install 'onefile-vla[serve]'")
     if not cfg.checkpoint:
         raise UserError("--checkpoint RUN is needed: a run folder")
-    for name in ("wait_ms", "execute", "port", "seed"):
+    for name in ("wait_ms", "execute", "port", "seed", "aspect", "forget"):
         if not 0 <= getattr(cfg, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: at least 0, finite")
     for name in ("batch", "max_message_mb", "max_rate", "max_clients", "timeout", "idle"):
@@ -695,6 +724,20 @@ def check(cfg):
     if not (token.isascii() and token.isprintable()):
         raise UserError("--token: printable ASCII characters")
     return dataclasses.replace(cfg, token=token)
+
+
+def hint(cfg, about, say):
+    """What a client must know of the policy, and openpi's do not."""
+    kind = about["opens"]
+    ends = "{1:g} open, {0:g} closed".format(*GRIPPERS[kind]) if kind else "its recordings know"
+    say(f"the last number of an action, the gripper: {ends} (--gripper)")
+    if cfg.client == "libero" and about["action_dim"] == 7 and kind != "minus":
+        say("openpi's LIBERO client hands it to the simulator as it is: --gripper minus")
+    if cfg.client == "droid" and about["action_dim"] != 8:
+        say(f"openpi's DROID client takes 8 numbers, not {about['action_dim']}: one of your own")
+    if about["remembers"] and not cfg.forget:
+        say('it remembers until {"reset": True}, which clients of openpi and starVLA do not send: '
+            "--forget 2 begins an episode after two seconds without a message")  # fmt: skip
 
 
 def warn(cfg, say):
@@ -753,6 +796,7 @@ def main(argv=None):
     about, keys = server.metadata, server.reader.keys
     say(f"{method} {cfg.checkpoint}: {about['action_horizon']} actions of {about['action_dim']} "
         f"numbers; reads {', '.join(keys.images + keys.state)}, {keys.prompt}")  # fmt: skip
+    hint(cfg, about, say)
     warn(cfg, say)
     asyncio.run(until_asked(server))
 
