@@ -101,8 +101,9 @@ def locate(spec):
     if source is None and path.exists():
         rows = reversed(SOURCES.values())  # the first of a name wins
         known = {row.hub.rpartition("/")[2].removesuffix(".zip"): row for row in rows}
-        mine = [known[p.name] for p in (path.resolve(), path.resolve().parent) if p.name in known]
-        return path, (mine + [Source()])[0]
+        here = path.resolve()  # its folder may be one of several inside, or a snapshot of the hub's
+        names = [p.name.rpartition("--")[2] for p in (here, *list(here.parents)[:2])]
+        return path, ([known[name] for name in names if name in known] + [Source()])[0]
     if source is None and not re.fullmatch(r"[\w.-]+/[\w.-]+", spec):
         names = [*SOURCES, *GROUPS, *loop.WORLDS]
         raise UserError(f"no dataset or path {spec!r} (did you mean {nearest(spec, names)}?)")

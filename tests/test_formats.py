@@ -542,6 +542,14 @@ def test_the_table_holds_what_the_papers_trained_on():
     assert all(row.hub and row.cameras and row.action for row in data.SOURCES.values())
 
 
+def test_a_known_dataset_in_another_place_is_read_as_its_row(tmp_path):
+    row, name = data.SOURCES["libero_goal"], "libero_goal_no_noops_1.0.0_lerobot"
+    hub = f"datasets--IPEC-COMMUNITY--{name}/snapshots/0123abc"
+    for place, want in ((name, row), (f"{name}/sub", row), (hub, row), ("other/one", data.Source())):
+        (tmp_path / place).mkdir(parents=True, exist_ok=True)
+        assert formats.locate(str(tmp_path / place)) == (tmp_path / place, want)
+
+
 @pytest.mark.parametrize("spec, words", [
     ("bridge", "hf download IPEC-COMMUNITY/bridge_orig_lerobot --repo-type dataset --local-dir"),
     ("libero", "hf download IPEC-COMMUNITY/libero_spatial_no_noops_1.0.0_lerobot"),
