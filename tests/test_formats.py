@@ -545,7 +545,8 @@ def test_the_table_holds_what_the_papers_trained_on():
 def test_a_known_dataset_in_another_place_is_read_as_its_row(tmp_path):
     row, name = data.SOURCES["libero_goal"], "libero_goal_no_noops_1.0.0_lerobot"
     hub = f"datasets--IPEC-COMMUNITY--{name}/snapshots/0123abc"
-    for place, want in ((name, row), (f"{name}/sub", row), (hub, row), ("other/one", data.Source())):
+    none = data.Source()
+    for place, want in ((name, row), (f"{name}/sub", row), (hub, row), ("other/one", none)):
         (tmp_path / place).mkdir(parents=True, exist_ok=True)
         assert formats.locate(str(tmp_path / place)) == (tmp_path / place, want)
 
