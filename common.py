@@ -213,7 +213,8 @@ def resume_config(cfg, saved: dict, free: tuple[str, ...] = ()):
         value, before = getattr(cfg, name), getattr(merged, name)
         if value != before and name in saved and name not in (*free, "resume"):
             flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} {value} differs from {before} in the checkpoint")
+            words = f"differs from {before!r} in the run: leave it out, or start a new run"
+            raise UserError(f"{flag} {value} {words}")
         setattr(merged, name, value)
     return merged
 

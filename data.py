@@ -103,7 +103,7 @@ def record(world, seed, size, wrist_size, noise, tries=20):
             break
         failed.append(world.task)
     else:
-        raise RuntimeError(f"the expert failed {tries} times at seed {seed}: {', '.join(failed)}")
+        raise UserError(f"the expert failed {tries} times at seed {seed}: lower --noise {noise}")
     cameras = steps[0][0]["images"]
     return Episode(
         images={name: np.stack([o["images"][name] for o, _ in steps]) for name in cameras},
@@ -354,7 +354,7 @@ def open_episodes(spec, skip_bad=False, every=None, again=False):
     found = (Reader for mark, Reader in marks if path.is_dir() and any(path.glob(mark)))
     Reader = Libero if path.suffix in (".hdf5", ".h5") else next(found, None)
     if Reader is None:
-        words = "LeRobot, CALVIN, LIBERO .hdf5, .json, .jsonl, .tsv; pickles are never read"
+        words = "LeRobot: meta/info.json, CALVIN: ep_start_end_ids.npy, .hdf5, .json, .jsonl, .tsv"
         raise UserError(f"{path}: no dataset is recognised here ({words})")
     episodes = Episodes(path, source, Reader(path, source))
     if skip_bad or episodes.reader.faults:
@@ -415,7 +415,7 @@ def recordings(cfg, dist, resumed=None):
         tqdm.write("\n".join(f"left out: {f}" for f in faults) + f"\n{len(faults)} faults left out")
     acts, asks = ([p for p in parts if bool(p.stats) == act] for act in (True, False))
     if not acts:
-        raise UserError(f"--data {cfg.data}: questions alone; name recordings of a robot as well")
+        raise UserError(f"--data {cfg.data}: no recordings of a robot, name some as well")
     S = max(len(p.stats["state"]["q01"]) for p in acts)
     for i, part in enumerate(acts):
         stats = {

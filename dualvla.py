@@ -51,16 +51,16 @@ Assumptions, where the paper is silent
       the first has a label; words are said anew with each plan.
   A7  The flow expert's eye is a small convolutional net in the place of DINOv2, with FiLM; its
       layers rotate no positions.
-  A8  A specialist is not asked for reasoning: its RA is 1 and R leaves Eq. 8. Of who is asked, a
+  A8  A specialist is not asked for reasoning: its RA is 1 and R leaves Eq. 8. Of those that are, a
       trajectory without a word has R = RA = 0 from the offline judge, hence a score of 0.
   A9  A real VLM has read the words in which a robot explains itself, `tiny` has not (its questions
       are about scenes), so G and the student learn those, drawn anew (`--no-new-words`).
   A10 When to reason is not said. Of the steps that a student learned from, five in six are silent,
-      and a greedy one hardly ever speaks: it does where words are likelier than `--speak`.
+      and a greedy one hardly speaks: ours does where words in sum are likelier than `--speak`.
 
   python dualvla.py                                          # laptop: E, G, DualVLA, evaluation
   torchrun dualvla.py --backbone Eagle2-2B                   # one GPU, the embedded world
-  torchrun --nproc-per-node 8 dualvla.py --preset paper      # eight GPUs, the paper's settings
+  torchrun --nproc-per-node 8 dualvla.py --preset paper      # eight GPUs, in the embedded world
 """
 
 import math
@@ -319,7 +319,7 @@ class DualVLA(nn.Module):
         self.end = processor.tokenizer.eos_token_id
         vlm.model.language_model.config._attn_implementation = "short"
         D, alone = vlm.config.get_text_config().hidden_size, cfg.stage == "expert"
-        self.gates, self.gate = SimpleNamespace(now=None), None
+        self.gates, self.gate = SimpleNamespace(now=None), None  # now (B, T, experts): see look()
         self.words = []  # those whose embeddings train; none where all or no weights do
         self.untouched = set()  # weights that stay the backbone's own: no checkpoint holds them
         if cfg.tune == "lora":
@@ -374,7 +374,7 @@ class DualVLA(nn.Module):
         return batch["seen"]
 
     def look(self, x, mask, position_ids, seen=None, caches=(None, None)):
-        """(B, T, D) embedded tokens -> last hidden states (B, T, D), the gates set on the way."""
+        """Embedded tokens -> last states (B, T, D). caches: of the passes without LoRA and with."""
         words = dict(inputs_embeds=x, attention_mask=mask, position_ids=position_ids)
         words["use_cache"] = caches[1] is not None
         words |= {"mm_encoder_outputs": {"image": seen}} if seen is not None else {}
@@ -535,13 +535,13 @@ def token_losses(head, h, labels, first):
 
 
 def vla_loss(losses):
-    """Hard labels: reasoning and action of robot data, answers of (o, i, r, no action)."""
+    """Hard labels: reasoning and action on robot data, the answer on questions (no action)."""
     return losses["text"] + losses["action"] + losses.get("answer", 0.0)  # Eq. (3)
 
 
 def action_distillation(teacher, v_t, h, weight, mask, cfg):
-    """The action teacher, asked without reasoning, on a student that has reasoned. teacher: its
-    velocities (B, R, H, A), or its states at the action words (n, D) and head (V, D)."""
+    """KL from E, asked without reasoning, to a student that has reasoned. teacher: E's velocities,
+    as v_t (B, R, H, A), or its states at action words and head, as h (n, D) and weight (V, D)."""
     if cfg.actions == "flow":  # ASSUMPTION A4
         return masked_mean((v_t - teacher.detach()) ** 2, mask) / (2 * cfg.sigma**2)
     # T^2 KL(pi_E(a | o, i) || pi(a | o, i, r))
@@ -550,7 +550,7 @@ def action_distillation(teacher, v_t, h, weight, mask, cfg):
 
 
 def reason_distillation(h_teacher, head_teacher, h, weight, cfg):
-    """The student's own beginning, on questions: states (n, D) at the answers' words, heads."""
+    """KL from G, which the student was, on questions: h (n, D) at the answers' words, heads."""
     kl = common.linear_kl(h, weight, h_teacher, head_teacher, cfg.temperature)
     return cfg.temperature**2 * kl  # T^2 KL(pi_G(r | o, i) || pi(r | o, i))  # Eq. (6)
 
@@ -760,7 +760,7 @@ def make_optimizers(model, cfg):
     for name, p in model.named_parameters():
         if p.requires_grad:
             peak = cfg.lr if name.startswith("vlm.") else cfg.lr_head
-            matrix = p.dim() == 2 and name.endswith(("weight", ".0", ".1"))
+            matrix = p.dim() == 2 and name.endswith(("weight", ".0", ".1"))  # .0, .1: LoRA's
             words = "embed" in name or "lm_head" in name
             # where some words train alone (`forget_words()`), decay would shrink all others
             decay = 0.0 if words and model.words else cfg.weight_decay
@@ -861,7 +861,7 @@ def build(cfg, state_dim, action_dim, checkpoint=None):
     model = common.widen(DualVLA(cfg, vlm, processor, state_dim, action_dim))
     if checkpoint:
         fresh = ()  # G's second expert and its gates
-        if checkpoint.meta["config"]["stage"] == "expert" != cfg.stage:
+        if checkpoint.meta["config"]["stage"] == "expert" and cfg.stage != "expert":
             gate = [n for n in model.state_dict() if n.startswith("gate.")]
             fresh = (".down.1", ".up.1", *gate)
         common.fill(model, checkpoint, cfg.backbone, fresh)
@@ -915,7 +915,7 @@ def prepare(cfg, dist, run, resumed, teachers, last):
     episodes = [e for part in acts for e in part.episodes]
     bits = resumed.meta["kept"] if resumed else None
     if not resumed:
-        if cfg.data and dist.main and last.prune not in ("none", "action"):
+        if (cfg.data or cfg.event_scores) and dist.main and last.prune not in ("none", "action"):
             events.check(episodes, last, partial(marked, last))  # now, not after E's and G's steps
         kept = keep_labels(episodes, cfg, run.say) if dist.main else []
         bits = dist.share(["".join(str(int(k)) for k in row) for row in kept])
@@ -953,7 +953,7 @@ def prepare(cfg, dist, run, resumed, teachers, last):
 
 def check(cfg):
     """What no type can say about the flags, before anything is spent on them."""
-    runs.check(cfg, "repeats", "queries", "rank", "euler", "depth", "heads")
+    runs.check(cfg, "repeats", "queries", "rank", "euler", "depth", "heads", "horizon")
     score.check(cfg)
     benchmarks.check(cfg)
     common.refuse({
@@ -961,14 +961,13 @@ def check(cfg):
             cfg.width % 8 or cfg.width % cfg.heads,
         f"--queries {cfg.queries}: at most {BINS}": cfg.queries > BINS,
         f"--event-demos {cfg.event_demos}: at least 2": cfg.event_demos < 2,
-        "--reach and --score-episodes: at least 0": min(cfg.reach, cfg.score_episodes) < 0,
         f"--execute {cfg.execute}: from 1 to --horizon {cfg.horizon}":
             not 1 <= cfg.execute <= cfg.horizon,
         f"--speak {cfg.speak}: a probability, from 0 to below 1": not 0 <= cfg.speak < 1,
         f"--temperature {cfg.temperature}: above 0": cfg.temperature <= 0,
         f"--sigma {cfg.sigma}: above 0": cfg.sigma <= 0,
-        "--reason and --motion are shares, --mix a number of samples":
-            cfg.reason + cfg.motion > 1 or min(cfg.reason, cfg.motion, cfg.mix) < 0,
+        f"--reason {cfg.reason} and --motion {cfg.motion}: shares, together at most 1":
+            cfg.reason + cfg.motion > 1,
         f"--show {cfg.show}: pruning or pareto": cfg.show not in ("", "pruning", "pareto"),
     })  # fmt: skip
 

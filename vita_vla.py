@@ -28,7 +28,7 @@ Assumptions and decisions, where paper and released code differ or are silent
       `smooth`. Neither paper says where gradients are clipped: at 1 (Seer's code: 0.1).
   A3  The gripper term counts, 0.05 on the laptop; in the released code it is lost (`no-gripper`).
   A4  One causal chat of S turns, in words of ours: a step sees all before it, act_2 sees act_1.
-  A5  History grows from one step, as at an episode's start in training; nothing is repeated.
+  A5  History grows from one step, as in every window of training; nothing is repeated.
   A6  Actions past an episode's end leave the losses; foresight shows its last picture there.
   A7  Executed is the prediction for now (`--act-index 0`; a teacher's always); released, the next.
   A8  The teacher stands still in stage 1: no dropout, no gradient (the released code drops out).
@@ -361,6 +361,7 @@ class VitaVLA(nn.Module):
     def hidden(self, batch):
         """-> a_h (B, S, N, D), zero at steps that are not there."""
         prompt, steps = batch["prompt"], batch["steps"]
+        # in stage 1 the teacher, whose eyes are the same, has left what it saw in the batch
         seen = batch.get("features") or self.vlm.see(batch["pixel_values"], batch["image_grid_thw"])
         places = prompt["real"] & (prompt["input_ids"] == self.processor.image_token_id)
         x = self.embed(prompt, seen, batch["state"][steps], places)
@@ -432,7 +433,7 @@ class Histories:
         return int(self.starts[-1])
 
     def get(self, index, rng):
-        """-> "images" [n][cameras], "ahead", a teacher's: those N steps on, "instruction",
+        """-> "images" [n][cameras], "ahead" (a teacher's): those N steps later, "instruction",
         "state" (n, numbers), "action" (n, N, A), "mask" (n, N), for n <= S steps."""
         cfg, e = self.cfg, int(np.searchsorted(self.starts, index, side="right")) - 1
         episode, t = self.episodes[e], index - int(self.starts[e])
@@ -753,7 +754,8 @@ def prepare(cfg, dist, run, resumed, teacher=None):
 
 def check(cfg):
     """What no type can say about the flags, before anything is spent on them."""
-    runs.check(cfg, "history", "future", "width", "heads", "patch", "foresight")
+    runs.check(cfg, "history", "future", "heads", "patch", "foresight", "depth", "queries",
+               "teacher_steps", "align_steps", "finetune_steps")  # fmt: skip
     begun = cfg.resume or cfg.eval_only or cfg.describe
     first = STAGES[cfg.recipe][1] if cfg.stage == "chain" else cfg.stage
     common.refuse({
@@ -775,8 +777,6 @@ def check(cfg):
         f"--goal {cfg.goal} is of a teacher's training: --stage teacher":
             cfg.goal and cfg.stage in ("align", "finetune") and not begun,
         f"--goal {cfg.goal}: from 0 to {cfg.history - 1}": not 0 <= cfg.goal < cfg.history,
-        f"--hide-foresight {cfg.hide_foresight}: a share, from 0 to 1":
-            not 0 <= cfg.hide_foresight <= 1,
         "--ensemble blends what is said about now: no --act-index beside it":
             cfg.ensemble and cfg.act_index,
         "--execute is 1 here: the history is made of every step": cfg.execute != 1,

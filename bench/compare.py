@@ -452,6 +452,8 @@ def check(made, rows):
         if term not in made.curves:
             found.append((term, "not logged by this run", True))
             continue
+        if sum(math.isfinite(value) for _, value in made.curves[term]) < 3:
+            raise common.UserError(f"{term}: fewer than three values logged, it cannot be told")
         left, share = left_at(made.curves[term], lines)
         words = f"within the band ({share:.0%} of its points outside)"
         if left:

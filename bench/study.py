@@ -18,6 +18,7 @@ the lines of `ours` are there and its folders are not, `python dualvla.py --seed
 """
 
 import argparse
+import importlib
 import json
 import os
 import platform
@@ -88,7 +89,8 @@ def run(method, arm, seed, flags, args):
         calm = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
         done = subprocess.run(command, env=calm, stdout=subprocess.PIPE, text=True)
         print(f"=== {arm}, seed {seed}\n{done.stdout}", flush=True)
-        done.check_returncode()
+        if done.returncode:
+            raise common.UserError(f"{shlex.join(command)} ended with status {done.returncode}")
         places = (out / name for name in ("frozen", "finetune", ""))  # a chain's last stage
         last = next(place for place in places if (place / "result.json").exists())
         result = json.loads((last / "result.json").read_text())
@@ -142,6 +144,11 @@ def main():
     args = parser.parse_args(own)
     if args.after and not (args.keep and args.method in SHARED):
         parser.error("--after ARM needs --keep DIR, and a method of several stages")
+    known = importlib.import_module(args.method).ABLATIONS
+    if strange := [arm for arm in args.arms if arm not in known]:
+        parser.error(f"{args.method} has no arm {strange[0]}: {', '.join(known)}")
+    if min(args.seeds, args.parallel) < 1:
+        parser.error("--seeds and --parallel: at least 1")
     file = ROOT / "assets" / "results" / f"{args.method}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = common.result_lines(args.method)
@@ -163,4 +170,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    common.run_main(main)

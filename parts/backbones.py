@@ -114,9 +114,12 @@ def find_backbone(name) -> str:
 
 
 def check_weights(name):
-    """Before demonstrations are made: a backbone's folder has its weights, none cut short."""
+    """Before demonstrations are made: a backbone's folder has its weights, none cut short; the hub
+    can be reached, or what came from it is here."""
     path = find_backbone(name)
     if not Path(path).is_dir():
+        with loading(name, path):
+            cached_file(path, "config.json")
         return
     index = Path(path, "model.safetensors.index.json")
     with loading(name, path):

@@ -246,6 +246,7 @@ def load_checkpoint(path, method: str, dist: Dist | None = None, hint: str = "")
     found = sorted(meta.parent for place in places for meta in Path(path).glob(place))
     if not found:
         reason = "" if Path(path).exists() else ": no such folder"
+        reason = ": a file, name the run's folder" if Path(path).is_file() else reason
         if (Path(path) / "metrics.jsonl").exists():  # it was stopped before its first
             reason = f"; --resume auto --out {path} begins it again"
         raise UserError(f"no checkpoint in {path}{reason}{hint}")

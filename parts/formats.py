@@ -459,8 +459,10 @@ class LeRobot:
         else:
             self.rows, tasks = read_lines(meta / "episodes.jsonl"), read_lines(meta / "tasks.jsonl")
         with reading(f"{meta}, tasks", MEND):
-            text = [next(v for k, v in task.items() if k != "task_index") for task in tasks]
-            self.tasks = {task["task_index"]: words for task, words in zip(tasks, text)}
+            text = [[v for k, v in task.items() if k != "task_index"] for task in tasks]
+            if [] in text:
+                raise ValueError(f"task {tasks[text.index([])]['task_index']} has no words")
+            self.tasks = {task["task_index"]: words for task, (words, *_) in zip(tasks, text)}
         self.first = {}  # v3.0: data file -> number of its first row in the whole dataset
         with reading(f"{meta}, episodes", MEND):
             self.numbered = [int(row["episode_index"]) for row in self.rows]

@@ -3,6 +3,7 @@
 of its own. S + A are the numbers of a state and an action."""
 
 import dataclasses
+import math
 import time
 from pathlib import Path
 
@@ -12,15 +13,32 @@ import common
 import data
 from worlds import loop
 
+ABOVE = ("lr", "lr_head", "lr_teacher", "min_lr", "warmup", "weight_decay", "noise", "augment",
+         "workers", "gifs", "qa_every", "cotrain", "distill_weight", "kd_weight", "alpha", "talk",
+         "gripper_weight", "foresight_weight", "foresight_steps", "resampler", "mix", "reason",
+         "motion", "steps", "interval", "lora", "future", "reach", "score_episodes")  # fmt: skip
+SHARES = ("dropout", "attention_dropout", "embedding_dropout", "min_lr", "hide_foresight")
+
 
 def check(cfg, *counts):
-    """What no type can say about the flags that all scripts have, and that `counts`, flags of this
-    one, are at least 1."""
+    """What no type can say about the flags that a script has: `counts` and their like are at least
+    1, ABOVE at least 0, SHARES at most 1."""
+    common.positive(cfg, "batch", "accumulate", "demos", "episodes", "parallel", "log_every",
+                    "save_every", "size", "wrist_size", "width", *counts)  # fmt: skip
+    most = dict.fromkeys(ABOVE, math.inf) | dict.fromkeys(SHARES, 1.0)
+    for name, end in most.items():
+        value, flag = getattr(cfg, name, 0), "--" + name.replace("_", "-")
+        if not 0 <= value <= end or value == math.inf:
+            words = "at least 0" + (f", at most {end:g}" if end < math.inf else ", finite")
+            raise common.UserError(f"{flag} {value}: {words}")
+    if not cfg.clip > 0:
+        raise common.UserError(f"--clip {cfg.clip}: above 0; inf clips nothing")
+    scores = getattr(cfg, "event_scores", "")
+    if scores and not (cfg.resume or cfg.eval_only or Path(scores).is_file()):
+        raise common.UserError(f"--event-scores {scores}: no such file")
     loop.check(cfg)
     data.named(cfg.data)
     common.find_backbone(cfg.backbone)
-    common.positive(cfg, "batch", "accumulate", "demos", "episodes", "parallel", "log_every",
-                    "save_every", *counts)  # fmt: skip
 
 
 def begin(cfg, dist, method, free, load_policy):
@@ -50,7 +68,11 @@ def resume(cfg, resumed, dist, free):
     """-> the Config to go on with: the run's, and flags in `free`. Flags may repeat the --batch and
     --accumulate that the run was begun with; its own follow from the number of processes."""
     saved = resumed.meta["config"] | resumed.meta.get("begun", {})
-    return common.same_samples(common.resume_config(cfg, saved, free), resumed, dist)
+    cfg = common.resume_config(cfg, saved, free)
+    if 0 < cfg.steps < resumed.step:
+        words = f"this run has trained {resumed.step}; --eval-only acts with it"
+        raise common.UserError(f"--steps {cfg.steps}: {words}")
+    return common.same_samples(cfg, resumed, dist)
 
 
 def about(method, cfg, robots, resumed):
@@ -105,13 +127,16 @@ def chain_of(folder):
     return folder.parent if known and folder.name in known else None
 
 
+KEPT = ("metrics.jsonl", "result.json", "*/metrics.jsonl", "*/result.json")  # what a run has done
+
+
 def begin_chain(cfg, dist, method, free, check):
     """A new chain's folder, or --resume's with its own flags -> Config, the folder. A stage that
     was stopped before its first checkpoint will begin again."""
     new = time.strftime(f"runs/{method}-{cfg.seed}-%Y%m%d-%H%M%S")
     out = chain_of(cfg.resume) if cfg.resume else Path(cfg.out or new)
     if not out:
-        raise common.UserError(f"--resume {cfg.resume}: no run in this folder")
+        raise common.UserError(f"--resume {cfg.resume}: no run of {method} in this folder")
     out = Path(dist.share(str(out)))
     if cfg.resume:
         saved = common.read_json(out / "chain.json", "method", "config")
@@ -122,7 +147,7 @@ def begin_chain(cfg, dist, method, free, check):
         for log in out.glob("*/metrics.jsonl") if dist.main else ():
             if standing(log.parent) == "new":
                 log.unlink()
-    elif dist.share(any((out / name).exists() for name in ("chain.json", "config.json"))):
+    elif dist.share(any(f.stat().st_size for name in KEPT for f in out.glob(name))):
         raise common.UserError(f"{out} holds a run: --resume {out}, or another --out")
     return cfg, out
 
@@ -191,4 +216,4 @@ def same_units(name, given, theirs, robots, parts=20):
         if not any(a.shape == ours.shape and (abs(a - ours) <= near).all() for a in others):
             words = f"--{name} {given} learned from {', '.join(theirs)}, whose bounds of state and"
             raise common.UserError(f"{words} action are not those of {recordings}: more --demos, "
-                                   f"or train one on it, --stage {name}")  # fmt: skip
+                                   "its --data and --seed, or train one on these")  # fmt: skip

@@ -127,7 +127,7 @@ def test_resume_keeps_the_saved_settings():
     cfg = common.resume_config(parse("--resume", "x", "--steps", "20"), saved, free=("steps",))
     assert (cfg.lr, cfg.suites, cfg.steps, cfg.resume) == (0.5, ("b", "c"), 20, "x")
     assert common.resume_config(Config(), saved) == parse("--lr", "0.5", "--suites", "b,c")
-    with pytest.raises(common.UserError, match="--lr 0.1 differs from 0.5 in the checkpoint"):
+    with pytest.raises(common.UserError, match="--lr 0.1 differs from 0.5 in the run"):
         common.resume_config(parse("--lr", "0.1"), saved, free=("steps",))
     with pytest.raises(common.UserError, match="of another version: width"):
         common.resume_config(parse(), {**saved, "width": 3})

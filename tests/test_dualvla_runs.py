@@ -158,18 +158,22 @@ def test_a_chain_that_never_acted_has_a_summary_too():
     (["--temperature", "0"], "--temperature 0.0: above 0"),
     (["--sigma", "0"], "--sigma 0.0: above 0"),
     (["--expert", "nowhere"], "no checkpoint in nowhere: no such folder"),
-    (["--resume", "nowhere"], "--resume nowhere: no run in this folder"),
+    (["--resume", "nowhere"], "--resume nowhere: no run of dualvla in this folder"),
     (["--eval-only", "nowhere"], "no checkpoint in nowhere: no such folder"),
     (["--judge", "gpt"], "--judge gpt: offline, http(s)://..., or local:BACKBONE"),
-    (["--reason", "0.9", "--motion", "0.2"], "--reason and --motion are shares"),
+    (["--reason", "0.9", "--motion", "0.2"], "0.9 and --motion 0.2: shares, together at most 1"),
     (["--questions", "3"], "--questions 3"),
     (["--rank", "0"], "--rank 0: at least 1"),
     (["--width", "36"], "--width 36: a multiple of 8 and of --heads 2"),
     (["--queries", "300"], "--queries 300: at most 256"),
     (["--event-demos", "1"], "--event-demos 1: at least 2"),
-    (["--reach", "-1"], "--reach and --score-episodes: at least 0"),
-    (["--score-episodes", "-3"], "--reach and --score-episodes: at least 0"),
+    (["--reach", "-1"], "--reach -1: at least 0"),
+    (["--score-episodes", "-3"], "--score-episodes -3: at least 0"),
     (["--judge", "local:nowhere"], "unknown --backbone nowhere"),
+    (["--mix", "-1"], "--mix -1: at least 0, finite"),
+    (["--steps", "-1"], "--steps -1: at least 0"),
+    (["--kd-weight", "-1"], "--kd-weight -1.0: at least 0"),
+    (["--event-scores", "nowhere.json"], "--event-scores nowhere.json: no such file"),
 ])  # fmt: skip
 def test_bad_flags_end_in_one_line(words, names, status, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -188,6 +192,7 @@ def test_a_finished_folder_is_not_written_over(copied, status):
 def test_a_chain_begins_in_no_folder_of_another_run(tmp_path, status):
     """Nor does it go on with another script's chain, or with a run that lies in it by chance."""
     (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
     code, _, err = status(dualvla.main, *TINY, "--out", str(tmp_path))
     assert code == 2 and f"holds a run: --resume {tmp_path}" in err
     (tmp_path / "config.json").rename(tmp_path / "chain.json")

@@ -763,7 +763,7 @@ def test_the_command_that_began_a_run_goes_on_with_it_on_other_machines():
     for processes, want in ((4, (16, 4)), (16, (16, 1)), (32, (8, 1)), (8, (8, 4))):
         meta = started(words, processes, meta)
         assert (meta["config"]["batch"], meta["config"]["accumulate"]) == want
-    with pytest.raises(common.UserError, match="--batch 8 differs from 16 in the checkpoint"):
+    with pytest.raises(common.UserError, match="--batch 8 differs from 16 in the run"):
         started(["--batch", "8"], 8, meta)
     with pytest.raises(common.UserError, match="1 samples on each of 256 .* fewer than --mix 2"):
         started(words, 256, meta)

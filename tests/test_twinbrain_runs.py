@@ -129,7 +129,7 @@ def test_a_student_follows_the_teachers_features(finished, tmp_path, quick):
 def test_a_student_and_its_teacher_read_alike(finished, tmp_path, status):
     words = [*TINY, "--ablation", "t9-student", "--distill", str(finished), "--out", str(tmp_path)]
     for flags, said in (
-        (["--demos", "19"], "normalises by other recordings: its --data, --demos and --seed"),
+        (["--demos", "19"], "learned from tabletop:bridge, whose bounds of state"),
         (["--head", "oft"], "has --head flow, this run oft"),
     ):
         code, _, err = status(twinbrain.main, *words, *flags)
@@ -206,7 +206,20 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, monkeypatch, status, num
     (["--episodes", "0"], "--episodes 0"),
     (["--batch", "0"], "--batch 0"),
     (["--depth", "0"], "--depth 0: at least 1"),
-    (["--interval", "-2"], "--interval, --lora and --future are at least 0"),
+    (["--horizon", "0"], "--horizon 0: at least 1"),
+    (["--size", "0"], "--size 0: at least 1"),
+    (["--width", "0"], "--width 0: at least 1"),
+    (["--clip", "0"], "--clip 0.0: above 0; inf clips nothing"),
+    (["--lr", "inf"], "--lr inf: at least 0, finite"),
+    (["--lr", "nan"], "--lr"),
+    (["--warmup", "-5"], "--warmup -5: at least 0"),
+    (["--min-lr", "2"], "--min-lr 2.0: at least 0, at most 1"),
+    (["--dropout", "2"], "--dropout 2.0: at least 0, at most 1"),
+    (["--augment", "-1"], "--augment -1: at least 0"),
+    (["--noise", "-1"], "--noise -1.0: at least 0"),
+    (["--seed", "99999999999999999999"], "--seed 99999999999999999999: from 0 to 2147483647"),
+    (["--threads", "-1"], "--threads -1: at least 0"),
+    (["--interval", "-2"], "--interval -2: at least 0"),
     (["--heads", "3"], "--width 32: even, and a multiple of --heads 3"),
 ])  # fmt: skip
 def test_bad_flags_end_in_one_line(words, names, status, tmp_path, monkeypatch):
@@ -271,7 +284,7 @@ def test_foreign_checkpoints_are_refused(copied, status, tmp_path):
 
 def test_resume_refuses_other_settings(copied, status):
     code, _, err = status(twinbrain.main, "--resume", str(copied), "--lr", "1")
-    want = f"--lr 1.0 differs from {twinbrain.Config().lr} in the checkpoint"
+    want = f"--lr 1.0 differs from {twinbrain.Config().lr} in the run"
     assert code == 2 and want in err
 
 

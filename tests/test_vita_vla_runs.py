@@ -299,7 +299,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path, quick):
     (["--stage", "finetune"], "--stage finetune needs --student RUN"),
     (["--stage", "frozen"], "--stage finetune needs --student RUN"),
     (["--stage", "align", "--recipe", "only-finetune", "--teacher", "x"], "has no --stage align"),
-    (["--hide-foresight", "2"], "--hide-foresight 2.0: a share"),
+    (["--hide-foresight", "2"], "--hide-foresight 2.0: at least 0, at most 1"),
     (["--goal", "2"], "--goal 2: from 0 to 1"),
     (["--stage", "align", "--teacher", "x", "--goal", "1"], "--goal 1 is of a teacher's training"),
     (["--stage", "teacher", "--teacher", "x"], "or goes on with Seer's own file"),
@@ -311,6 +311,10 @@ def test_two_processes_take_the_steps_of_one(tmp_path, quick):
     (["--stage", "chain", "--freeze-vlm"], "a chain: --recipe freeze-vlm"),
     (["--foresight", "5"], "--foresight 5: a square number"),
     (["--history", "0"], "--history 0: at least 1"),
+    (["--align-steps", "0"], "--align-steps 0: at least 1"),
+    (["--steps", "-2"], "--steps -2: at least 0"),
+    (["--queries", "0"], "--queries 0: at least 1"),
+    (["--embedding-dropout", "1.5"], "--embedding-dropout 1.5: at least 0, at most 1"),
     (["--save-every", "0"], "--save-every 0: at least 1"),
     (["--heads", "0"], "--heads 0: at least 1"),
     (["--foresight", "-1"], "--foresight -1: at least 1"),
@@ -407,7 +411,7 @@ def test_resuming_executes_nothing_of_a_checkpoint(copied, tmp_path, status, qui
 def test_resume_refuses_other_settings(copied, status, quick):
     for folder in (copied, copied / "finetune"):
         code, _, err = status(vita_vla.main, "--resume", str(folder), "--lr", "1")
-        want = f"--lr 1.0 differs from {vita_vla.Config().lr} in the checkpoint"
+        want = f"--lr 1.0 differs from {vita_vla.Config().lr} in the run"
         assert code == 2 and want in err
 
 

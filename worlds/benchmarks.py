@@ -363,7 +363,7 @@ def check(cfg):
     """What no type can say about the flags of scripts that answer questions."""
     common.refuse({
         f"--benchmark {cfg.benchmark} needs --eval-only RUN": cfg.benchmark and not cfg.eval_only,
-        f"--questions {cfg.questions}: an even number, MME asks in pairs":
+        f"--questions {cfg.questions}: an even number, at least 2 (MME asks in pairs)":
             cfg.questions < 2 or cfg.questions % 2,
     })  # fmt: skip
 
