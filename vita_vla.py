@@ -350,7 +350,7 @@ class VitaVLA(nn.Module):
             token = seer.encode_state(self, state, self.cfg.gripper_state)
             x = put(x, self.where(prompt, STATE), token)
         act = self.where(prompt, ACT)
-        token = self.action_token.repeat(int(act.sum()) // len(self.action_token), 1)
+        token = self.action_token.repeat(len(state) * self.cfg.future // len(self.action_token), 1)
         return put(x, act, token)
 
     def where(self, prompt, word):

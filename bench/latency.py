@@ -60,7 +60,17 @@ def keys_anew(head, prepare):
     return changed(head, **words)
 
 
-def variants(method, policy):
+@contextmanager
+def reasoning(policy, random):
+    """It reasons first; with random weights, which name no word more than another, all the way."""
+    model, cfg = policy.model, policy.cfg
+    talks = {"speak": 0.0} if random else {}
+    with changed(policy, form="reason"), changed(cfg, **talks):
+        with changed(model, **({"first": 1 << 30, "end": -1} if random else {})):
+            yield
+
+
+def variants(method, policy, random):
     """-> {name: a function that makes the context in which the policy acts so}."""
     model, usual = policy.model, {"as it acts": nullcontext}
     if method == "twinbrain":
@@ -70,7 +80,7 @@ def variants(method, policy):
         return {
             "no reasoning": nullcontext,
             "no reasoning, keys anew": lambda: keys_anew(model.flow, "prefix"),
-            "reasons first": lambda: changed(policy, form="reason"),
+            "reasons first": lambda: reasoning(policy, random),
         }
     if policy.cfg.stage == "teacher":
         return usual
@@ -94,7 +104,7 @@ def latency(method, policy, args):
     """-> {variant: {part: median ms}} of one world, "all" among the parts."""
     world, clock = place(policy.cfg), methods.Clock(args.busy)
     methods.watch(method, policy.model, clock)
-    observation, ways = world.reset(0), variants(method, policy)
+    observation, ways = world.reset(0), variants(method, policy, args.random)
     times, words = {name: [] for name in ways}, {}
     for _ in range(args.repeats + 1):
         for name, way in ways.items():
@@ -179,7 +189,8 @@ def report(method, name, policy, args):
     cfg = policy.cfg
     about = {"method": method, "stage": getattr(cfg, "stage", ""), "backbone": cfg.backbone}
     about |= {"random": args.random, "trained": bool(args.runs), "execute": cfg.execute}
-    about |= {"busy": args.busy, "note": args.note}
+    kinds = {str(p.dtype)[6:] for p in policy.model.parameters()}
+    about |= {"weights": ", ".join(sorted(kinds)), "busy": args.busy, "note": args.note}
     for variant, row in found.items():
         spent = {part: row.get(part, 0.0) for part in parts if part != "all"}
         row = {"variant": variant, "ms": row["all"], "parts_ms": spent, "words": row.get("words")}

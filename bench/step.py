@@ -218,7 +218,13 @@ def measure(stepper, steps, wanted):
     """-> {variant: facts}, {variant: [{part: seconds}]}, the variants taking turns. Who is told to
     end (SIGTERM) has so far measured what it has."""
     facts, ended = {}, []
-    signal.signal(signal.SIGTERM, lambda *_: ended.append(True))
+
+    def end(*_):
+        ended.append(True)
+        if not facts:
+            sys.exit("ended before a step was warm")
+
+    signal.signal(signal.SIGTERM, end)
     for variant in [v for v in stepper.variants if v in (wanted or stepper.variants)]:
         if ended and facts:
             break
@@ -283,7 +289,8 @@ def report(args, stepper, facts, times):
     about |= {"busy": args.busy, "note": args.note}
     for row in rows.values():
         append("step", row | {"loader_ms": round(1000 * loader, 1)} | about)
-    print(f"{cfg.backbone}, batch {cfg.batch}, {cfg.optimizer}; {machine()}; {args.note}")
+    how = f"{cfg.optimizer}, LoRA {about['lora'] or 'none'}" + ", compiled" * cfg.compile
+    print(f"{cfg.backbone}, batch {cfg.batch}, {how}; {machine()}; {args.note}")
 
 
 def arguments(words):

@@ -113,13 +113,18 @@ def find_backbone(name) -> str:
     return path
 
 
+def ask_hub(name):
+    """Before demonstrations are made: the hub can be reached, or what came from it is here."""
+    path = find_backbone(name)
+    with loading(name, path):
+        if not Path(path).is_dir():
+            cached_file(path, "config.json")
+
+
 def check_weights(name):
-    """Before demonstrations are made: a backbone's folder has its weights, none cut short; the hub
-    can be reached, or what came from it is here."""
+    """Before demonstrations are made: a backbone's folder has its weights, none cut short."""
     path = find_backbone(name)
     if not Path(path).is_dir():
-        with loading(name, path):
-            cached_file(path, "config.json")
         return
     index = Path(path, "model.safetensors.index.json")
     with loading(name, path):

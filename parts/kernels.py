@@ -6,6 +6,8 @@ interpreter (TRITON_INTERPRET=1). Letters: B batch, T tokens, D width of a head.
 
 import importlib.util
 import os
+import shutil
+import sysconfig
 from functools import lru_cache
 
 import torch
@@ -225,7 +227,15 @@ def kernel(function):
 
 @lru_cache
 def has_triton():
-    return importlib.util.find_spec("triton") is not None
+    """Whether Triton is there and, unless it interprets, what it builds its launcher with."""
+    there = importlib.util.find_spec("triton") is not None
+    if not there or os.environ.get("TRITON_INTERPRET") == "1":
+        return there
+    compiler = os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang", "cc")))
+    builds = compiler and os.path.exists(sysconfig.get_paths()["include"] + "/Python.h")
+    if not builds:
+        print("Triton lacks a C compiler or Python.h (python3-dev): its kernels stay unused")
+    return bool(builds)
 
 
 def triton_runs(x):

@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from parts.backbones import check_weights
+from parts.backbones import ask_hub, check_weights
 from parts.checkpoints import torchao, write_state
 from parts.process import Muon, UserError, in_bf16, size, to_device
 
@@ -124,6 +124,7 @@ def foresee(cfg, dist, build, *others):
         raise UserError(f"{size(loaded)} of weights, which each process loads first, do not fit in "
                         f"this machine's free {size(free)}; what helps: a smaller --backbone, "
                         "fewer processes on a machine")  # fmt: skip
+    ask_hub(cfg.backbone)
 
 
 def shares(cfg, dist):

@@ -585,8 +585,12 @@ def measured(name):
 
 def newest(name, *keys):
     """The last line of each kind, on each kind of machine."""
-    keys += ("machine",)
-    return list({tuple(x.get(k) for k in keys): x for x in measured(name)}.values())
+    keys, usual = keys + ("machine",), {"weights": "float32", "lora": 0, "compile": False}
+    return list({tuple(x.get(k, usual.get(k)) for k in keys): x for x in measured(name)}.values())
+
+
+def how_trained(x):
+    return f", LoRA {x['lora']}" * bool(x.get("lora")) + ", compiled" * x.get("compile", False)
 
 
 def script_cell(x):
@@ -616,11 +620,12 @@ def guide_table(evening):
 def latency_table():
     """A plan's milliseconds and its parts' shares."""
     body = []
-    for x in newest("latency", "method", "stage", "variant", "backbone"):
+    for x in newest("latency", "method", "stage", "variant", "backbone", "weights"):
         if x["variant"] != "rollouts":
             parts = sorted(x["parts_ms"].items(), key=lambda part: -part[1])
             shares = ", ".join(f"{name} {ms / x['ms']:.0%}" for name, ms in parts)
-            own = [script_cell(x), x["backbone"], x["variant"], f"{x['ms']:.1f}", shares]
+            how = x["variant"] + ", in bfloat16" * (x.get("weights") == "bfloat16")
+            own = [script_cell(x), x["backbone"], how, f"{x['ms']:.1f}", shares]
             body.append([*own, machine_cell(x)])
     return rows(["script, stage", "backbone", "how", "ms", "of which", "machine"], body)
 
@@ -628,7 +633,7 @@ def latency_table():
 def rollouts_table():
     """Episodes a minute of one world and of several."""
     body = []
-    for x in newest("latency", "method", "stage", "variant", "backbone"):
+    for x in newest("latency", "method", "stage", "variant", "backbone", "weights"):
         if x["variant"] == "rollouts":
             rates = {int(k.split("_")[-1]): n for k, n in x.items() if k.startswith("episodes_a")}
             (_, alone), (count, many) = sorted(rates.items())
@@ -639,9 +644,10 @@ def rollouts_table():
 
 def steps_table():
     body = []
-    for x in newest("step", "method", "stage", "variant", "backbone", "batch"):
+    for x in newest("step", "method", "stage", "variant", "backbone", "batch", "lora", "compile"):
         over = [f"{n} of the {k[5:]}'s" for k, n in x.items() if k.startswith("over_")]
-        own = [script_cell(x), x["variant"], x["backbone"], x["batch"], f"{x['ms']:.0f}"]
+        how = x["variant"] + how_trained(x)
+        own = [script_cell(x), how, x["backbone"], x["batch"], f"{x['ms']:.0f}"]
         body.append([*own, f"{x['samples_s']:.3g}", ", ".join(over), machine_cell(x)])
     head = ["script, stage", "model", "backbone", "batch", "ms", "samples/s", "time", "machine"]
     return rows(head, body)
@@ -709,7 +715,8 @@ def speed(backbone):
     found = {}
     for x in measured("step"):
         if (x["backbone"], x["variant"]) == (backbone, "twin") and not x["busy"]:
-            found[x["machine"]] = f"{x['samples_s']:.0f} ({x['machine']})"
+            kind = x["machine"] + how_trained(x)
+            found[kind] = f"{x['samples_s']:.0f} ({kind})"
     return "; ".join(found.values()) or "not run"
 
 

@@ -28,6 +28,7 @@ import step  # noqa: E402
 import study  # noqa: E402
 
 import common  # noqa: E402
+import dualvla  # noqa: E402
 import twinbrain  # noqa: E402
 from parts import backbones, process  # noqa: E402
 
@@ -183,6 +184,19 @@ def test_keys_made_anew_lead_to_the_same_actions(method, head, prepare, monkeypa
     assert np.allclose(*plans, atol=1e-5)
 
 
+def test_random_weights_reason_to_the_end():
+    """Among a real VLM's words nearly all come after the first action's: none would be said."""
+    policy = methods.policy("dualvla", methods.config("dualvla", TINY, "generalist"), False)
+    world = latency.place(policy.cfg)
+    seen, first = world.reset(0), policy.model.first
+    policy.model.first = 5
+    for random, said in ((False, False), (True, True)):
+        with latency.reasoning(policy, random):
+            policy.act([seen | {"memory": {}}], [world.instruction], np.random.default_rng(0))
+        assert bool(policy.said[0]) == said and policy.model.first == 5 < first
+    assert policy.cfg.speak == dualvla.Config().speak
+
+
 def test_a_rate_counts_the_plans_of_all_worlds():
     class Policy:
         cfg, now = replace(twinbrain.Config(), execute=4), 0.0
@@ -229,6 +243,10 @@ def test_gpu_sh_fails_when_a_part_does():
     command = ["bash", ROOT / "bench" / "gpu.sh", "--cpu"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 1 and "a step, tiny: failed (1)" in done.stdout
+    environment |= {"PYTHON": "true", "LIMIT": "35"}  # of 80, 60, 80, 80 and 60 seconds
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "joint attention: done" in done.stdout
+    assert "a step, tiny: skipped, it may take 80 s, 3" in done.stdout
 
 
 def test_drawn_weights_are_never_looked_for():

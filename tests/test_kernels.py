@@ -1,5 +1,6 @@
 """Fused losses and kernels: torch's form, Triton's in its interpreter, a GPU where there is one."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -221,3 +222,16 @@ def test_the_kernel_takes_the_place_of_the_library_in_the_twin(form):
         given = module, q, k[:, :, -T:], v[:, :, -T:], mask, 0.25
         ours, library = twinbrain.kernel_attention(*given)[0], twinbrain.joint_attention(*given)[0]
         same([ours], [library], 1e-2 if form == "cuda" else 1e-5)
+
+
+def test_triton_stays_unused_where_it_cannot_build(monkeypatch, capsys, tmp_path):
+    kernels.has_triton.cache_clear()
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(kernels.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    assert not kernels.has_triton()
+    assert "Python.h" in capsys.readouterr().out or not importlib.util.find_spec("triton")
+    kernels.has_triton.cache_clear()
+    (tmp_path / "Python.h").write_text("")
+    monkeypatch.setenv("CC", "cc")
+    assert kernels.has_triton() == (importlib.util.find_spec("triton") is not None)
+    kernels.has_triton.cache_clear()

@@ -31,7 +31,7 @@ import data
 import dualvla
 import twinbrain
 import vita_vla
-from parts import checkpoints, runs, scale, seer
+from parts import backbones, checkpoints, runs, scale, seer
 from worlds import serve
 
 SCRIPTS = {"twinbrain": twinbrain, "vita_vla": vita_vla, "dualvla": dualvla}
@@ -527,9 +527,12 @@ def test_the_papers_command_fits_eight_gpus_of_80_gb_but_not_one(monkeypatch):
     make = lambda: twinbrain.build(cfg, 8, 7)[0]  # noqa: E731
     monkeypatch.setattr(scale, "device_memory", lambda device: 80e9)
     monkeypatch.setattr(scale, "machine_memory", lambda now=False: 100e9)
+    asked = []
+    monkeypatch.setattr(backbones, "cached_file", lambda *what: asked.append(what))
     eight = replace(EIGHT)
     eight.gather = lambda item: [item]
     assert foreseen(cfg, eight, make) is None
+    assert asked == [("Qwen/Qwen3-VL-4B-Instruct", "config.json")]  # before demonstrations are made
     assert "do not fit in this machine's 80.00 GB" in foreseen(cfg, ALONE, make)
     assert "--shard full on more GPUs" in foreseen(cfg, ALONE, make)
     monkeypatch.setattr(scale, "machine_memory", lambda now=False: 40e9 if now else 100e9)

@@ -368,7 +368,7 @@ def judge_by_vlm(backbone, reasons, examples, device):
     """A VLM of this machine -> function: run -> marks. It decodes greedily: one try."""
     half = torch.float32 if str(device) == "cpu" else torch.bfloat16
     vlm, processor = common.load_backbone(backbone, "fp32" if half == torch.float32 else "bf16")
-    vlm = vlm.to(device, half)
+    vlm = vlm.to(device)  # not in 16 bits: a rotation's frequencies would be, too
 
     def judge(run):
         words = rubric(reasons) + "\n" + task_words(run, reasons, similar(run, examples))
