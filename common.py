@@ -402,15 +402,18 @@ def ask(samples, processor, system):
     return pack(rows, answers, pixels, grids, processor)
 
 
-def abilities(right, sets, processor, system, device, dtype) -> dict[str, float]:
+@torch.no_grad()
+def abilities(right, sets, policy, system) -> dict[str, float]:
     """{name: samples} -> {name: share answered right}; right(batch) -> (B,) bool. As in MME's
     accuracy+, a picture counts there if both answers are right."""
+    policy.model.eval()
     shares = {}
     for name, samples in sets.items():
         told = []
         for i in range(0, len(samples), 50):
-            asked = to_device(ask(samples[i : i + 50], processor, system), device)
-            with autocast(device, dtype):
+            asked = ask(samples[i : i + 50], policy.processor, system)
+            asked = to_device(asked, policy.device)
+            with autocast(policy.device, policy.cfg.dtype):
                 told += right(asked).tolist()
         together = np.reshape(told, (-1, 2 if name == "mme" else 1))
         shares[name] = float(together.all(1).mean())

@@ -79,6 +79,7 @@ import data
 from parts import instructvla, runs
 from parts.instructvla import BINS, FlowExpert, Thread
 from worlds import ablations, benchmarks, events, loop, pictures, reports, score
+from worlds.ablations import row
 
 # --- Config: the defaults are the laptop's run ----------------------------------------------------
 
@@ -212,13 +213,7 @@ LARGER = {k: PAPER[k] for k in ("optimizer", "lr", "lr_head", "rank", "queries",
                                 "talk")}  # fmt: skip
 PRESETS = {"paper": PAPER, "larger": LARGER}
 
-
-def row(paper, words, **overrides):
-    """An ablation: what the paper calls it, its average of robots and answers in %, flags."""
-    return dict(_paper=paper, _row=words, **overrides)
-
-
-ABLATIONS = {
+ABLATIONS = {  # the paper's average of robots and answers in %, what it calls the row, flags
     "base": row(52.5, "Base, InstructVLA-G", stage="generalist"),
     "base-ft": row(54.8, "Base (ft): no pruning, no teachers", prune="none", teachers="none"),
     "no-pruning": row(55.6, "w/o pruning", prune="none"),
@@ -257,10 +252,10 @@ def first_action(processor):
     return processor.tokenizer.convert_tokens_to_ids("<robot_action_0>")
 
 
-def sense(samples, cfg, processor, form="", tail=True):
+def sense(samples, cfg, processor, form=""):
     """Samples with "images", "instruction", "state", and to learn from "action", "mask", "form",
-    "said", "learn" -> batch. form: ask all in this one, and leave out what was said.
-    tail: the queries (or, to learn from, the action words) stand at the end of the prompt."""
+    "said", "learn" -> batch. form: ask all in this one, and leave out what was said. At the end
+    stand the queries, unless it is to reason before them, or the action words to learn from."""
     pixels, grids, rows, labels = [], [], [], []
     first = first_action(processor)
     for sample in samples:
@@ -269,20 +264,18 @@ def sense(samples, cfg, processor, form="", tail=True):
         asked += FORMS[form or sample["form"]]
         said = "" if form else sample["said"]
         said = tuple(processor.tokenizer.encode(said, add_special_tokens=False))
-        act = tuple(range(first, first + cfg.queries)) if cfg.actions == "flow" else ()
-        if cfg.actions == "tokens" and "action" in sample:
+        act, learned = (), []
+        if cfg.actions == "tokens" and "action" in sample:  # past an episode's end none is learned
             act = instructvla.to_tokens(sample["action"], first)
-        answer = said + act if tail else ()
+            inside = np.repeat(sample["mask"], len(act) // len(sample["mask"]))
+            learned = [t if real else -100 for t, real in zip(act, inside)]
+        elif cfg.actions == "flow" and form != "reason":
+            act = tuple(range(first, first + cfg.queries))
+            learned = [first] + [-100] * (cfg.queries - 1)  # when to act, not which follows which
         pixels.append(patches)
         grids.append(grid)
-        rows.append(processor.prompt(SYSTEM, asked, grid)[0] + answer)
-        if cfg.actions == "tokens" and act:  # past an episode's end nothing is learned
-            inside = np.repeat(sample["mask"], len(act) // len(sample["mask"]))
-            act = [t if real else -100 for t, real in zip(act, inside)]
-        learn = [t if form or sample["learn"] else -100 for t in said] + [*act]
-        if cfg.actions == "flow":  # when to act is learned; which query follows which is not
-            learn = learn[: len(said) + 1] + [-100] * (cfg.queries - 1)
-        labels.append(learn if tail else [])
+        rows.append(processor.prompt(SYSTEM, asked, grid)[0] + said + act)
+        labels.append([t if sample["learn"] else -100 for t in said] + learned)
     batch = common.pack(rows, labels, pixels, grids, processor) | {
         "state": torch.from_numpy(np.stack([s["state"] for s in samples])),  # (B, S)
         "views": {  # for the flow expert's eye: camera -> (B, h, w, 3)
@@ -562,13 +555,13 @@ def total_loss(losses, cfg):
 
 
 @torch.no_grad()
-def teach(teachers, batch, noise, student):
+def teach(teachers, batch, noise):
     """What the frozen teachers say: "action": E of robot data, "reason": G of questions."""
-    expert, generalist = teachers if teachers else (None, None)
+    expert, generalist = teachers
     robot, soft = batch["robot"], {}
     if expert is not None:
         h = expert.read(batch["plain"], robot)
-        if student.cfg.actions == "flow":
+        if expert.cfg.actions == "flow":
             x_t, _ = interpolate(robot["action"], *noise)
             soft["action"] = expert.flow(x_t, noise[1], expert.keys(h, robot))
         else:
@@ -621,21 +614,11 @@ def keep_labels(episodes, cfg, say=print):
         return everywhere
     rng = np.random.default_rng(cfg.seed)
     action = [action_labels(e) for e in episodes]
-    scene = action if cfg.prune == "action" else scene_labels(episodes, cfg, say)
+    scene = action if cfg.prune == "action" else events.scene_labels(episodes, cfg, say)
     return [
         keep(s, a, cfg.prune, rng) if e.reasoning else whole  # ASSUMPTION A3
         for e, s, a, whole in zip(episodes, scene, action, everywhere)
     ]
-
-
-def marked(cfg):
-    """Demonstrations of the world that a detector of events learns from."""
-    wanted = cfg.event_demos, cfg.seed + 500, cfg.size, cfg.wrist_size, cfg.noise
-    return data.demonstrations(cfg.world, *wanted)
-
-
-def scene_labels(episodes, cfg, say=print):
-    return events.scene_labels(episodes, cfg, partial(marked, cfg), say)
 
 
 class Samples(data.Windows):
@@ -674,8 +657,7 @@ class Policy:
 
     def batch(self, observations, instructions):
         samples = runs.seen(observations, instructions, self.cfg, self.robot, self.stats)
-        tail = self.form == "plain" and self.cfg.actions == "flow"
-        batch = sense(samples, self.cfg, self.processor, self.form, tail)
+        batch = sense(samples, self.cfg, self.processor, self.form)
         return common.to_device(batch, self.device)
 
     def act(self, observations, instructions, rng):
@@ -701,16 +683,9 @@ class Policy:
         return [self.processor.tokenizer.decode(row).strip() for row in ids]
 
 
-@torch.no_grad()
-def abilities(model, cfg, processor, device, sets):
-    """Share of questions answered right -> {"answers": {"pope": ...}}; sets: {name: samples}."""
-    how = sets, processor, SYSTEM, device, cfg.dtype
-    return {"answers": common.abilities(model.eval().answer, *how)}
-
-
 def along_the_way(policy, cfg, sets):
     """Answers and actions in the middle of training: the curves of degeneration."""
-    scores = abilities(policy.model, cfg, policy.processor, policy.device, sets)
+    scores = {"answers": common.abilities(policy.model.answer, sets, policy, SYSTEM)}
     if cfg.world == "none":
         return scores
     policy.form = "plain"  # what E, G and the student can all be asked
@@ -738,7 +713,7 @@ def evaluate(policy, cfg, dist, folder, say, sets):
         results[form] = {"domains": loop.evaluate(policy, quiet, dist, folder, say)}
         if dist.main and acts:
             results[form] |= score.speed(policy, cfg)
-    vqa = abilities(policy.model, cfg, policy.processor, policy.device, sets)["answers"]
+    vqa = common.abilities(policy.model.answer, sets, policy, SYSTEM)
     say("  questions: " + ", ".join(f"{name} {share:.1%}" for name, share in vqa.items()))
     vla = None
     if dist.main and acts and cfg.score_episodes:
@@ -771,27 +746,16 @@ def make_optimizers(model, cfg):
 def train(cfg, dist, run, model, batches, meta, resumed, measure, teacher=None):  # [method]
     """The loop, flat -> seconds. measure: () -> abilities; meta: what acting needs to know."""
     opts = make_optimizers(model, cfg)
-    start, before, began = 0, 0.0, time.perf_counter()
+    start, began = 0, time.perf_counter()
     if resumed:
-        start, before = resumed.step, resumed.train_state["seconds"]
+        start, began = resumed.step, began - resumed.train_state["seconds"]
         common.load_optimizers(opts, resumed)
         common.set_rng_state(resumed.local_state["rng"])
     ddp = common.parallel(model, dist, True)  # [method] an untied head may go unasked
     todo = range(start * cfg.accumulate, cfg.steps * cfg.accumulate)
     feed = common.feed(batches, todo, cfg.workers)
-    parameters = [p for p in model.parameters() if p.requires_grad]
     action_dim = data.dims(meta["robots"])[1]  # [method]
     stop = common.Stop()
-
-    def seconds():
-        return before + time.perf_counter() - began
-
-    def save(step):
-        tensors = {n: t for n, t in model.state_dict().items() if n not in model.untouched}
-        state = {"optimizers": [opt.state_dict() for opt in opts], "seconds": seconds()}
-        local = {"rng": common.rng_state()}
-        common.save_checkpoint(run.folder / "checkpoints", step, tensors, state, local, meta, dist)
-
     for step in range(start, cfg.steps):
         for group in (group for opt in opts for group in opt.param_groups):
             floor = cfg.min_lr * group["peak"]
@@ -808,14 +772,14 @@ def train(cfg, dist, run, model, batches, meta, resumed, measure, teacher=None):
             with common.autocast(dist.device, cfg.dtype):
                 noise = draw_noise(cfg, step, action_dim, dist, part)  # [method]
                 noise = common.to_device([*noise], dist.device)  # [method]
-                soft = teach(teacher, batch, noise, model)  # [method]
+                soft = teach(teacher, batch, noise)  # [method]
                 losses = ddp(batch, noise, soft)  # [method]
                 loss = total_loss(losses, cfg) / cfg.accumulate
             loss.backward()
             for name, value in losses.items():
                 mean[name] = mean.get(name, 0.0) + value.detach() / cfg.accumulate
         model.forget_words()  # [method]
-        norm_before = common.clip(parameters, cfg.clip)
+        norm_before = common.clip(model.parameters(), cfg.clip)
         for opt in opts:
             opt.step()
             opt.zero_grad(set_to_none=True)
@@ -823,14 +787,18 @@ def train(cfg, dist, run, model, batches, meta, resumed, measure, teacher=None):
         if not math.isfinite(norm):
             common.halt_at_nan(run, step + 1, seen)
         run.progress(step + 1)
+        seconds = time.perf_counter() - began
         if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.steps:
             values = dist.mean({name: float(value) for name, value in mean.items()})
-            rate = (step + 1) * cfg.batch * cfg.accumulate * dist.processes / seconds()
+            rate = (step + 1) * cfg.batch * cfg.accumulate * dist.processes / seconds
             lr = opts[0].param_groups[0]["lr"]
             run.log(step + 1, values | {"lr": lr, "norm": norm, "samples/s": rate})
         stopping = dist.any(stop.requested)
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or stopping:
-            save(step + 1)
+            tensors = {n: t for n, t in model.state_dict().items() if n not in model.untouched}
+            state = {"optimizers": [opt.state_dict() for opt in opts], "seconds": seconds}
+            local, folder = {"rng": common.rng_state()}, run.folder / "checkpoints"
+            common.save_checkpoint(folder, step + 1, tensors, state, local, meta, dist)
         if stopping and step + 1 < cfg.steps:
             run.say(f"stopped at step {step + 1}; go on with --resume {run.folder}")
             run.close()
@@ -839,17 +807,15 @@ def train(cfg, dist, run, model, batches, meta, resumed, measure, teacher=None):
     common.gather(model)
     if cfg.qa_every and dist.main:  # [method]
         run.record(cfg.steps, {"abilities": measure()})  # [method]
-    return seconds()
+    return time.perf_counter() - began
 
 
 # --- main -----------------------------------------------------------------------------------------
 
 FREE = (  # what a resumed or evaluated run may change
-    "steps", "episodes", "domains", "execute", "ensemble", "parallel", "gifs", "render",
-    "questions", "log_every", "save_every", "workers", "threads", "device", "euler", "eval_only",
-    "out", "talk", "speak", "score_episodes", "bracket", "judge", "judge_model", "judge_price",
-    "judge_examples", "benchmark", "robot", "compile", "grad_checkpoint", "shard", "events",
-    "event_scores", "event_demos",
+    *runs.FREE, "questions", "benchmark", "euler", "talk", "speak", "score_episodes", "bracket",
+    "judge", "judge_model", "judge_price", "judge_examples", "events", "event_scores",
+    "event_demos",
 )  # fmt: skip
 
 
@@ -916,7 +882,7 @@ def prepare(cfg, dist, run, resumed, teachers, last):
     bits = resumed.meta["kept"] if resumed else None
     if not resumed:
         if (cfg.data or cfg.event_scores) and dist.main and last.prune not in ("none", "action"):
-            events.check(episodes, last, partial(marked, last))  # now, not after E's and G's steps
+            events.check(episodes, last)  # now, not after E's and G's steps
         kept = keep_labels(episodes, cfg, run.say) if dist.main else []
         bits = dist.share(["".join(str(int(k)) for k in row) for row in kept])
     if cfg.new_words and cfg.tune == "lora" and cfg.stage != "expert":
@@ -983,7 +949,7 @@ def show(cfg):
     if not any(e.reasoning for e in episodes):
         raise common.UserError(f"--show pruning: {cfg.data} has no reasoning to prune; a "
                                "reasoning.jsonl beside the recordings holds it")  # fmt: skip
-    scene = scene_labels(episodes, cfg)
+    scene = events.scene_labels(episodes, cfg)
     told = [(e, s, action_labels(e)) for e, s in zip(episodes, scene) if e.reasoning]
     reports.pruning(told, keep, cfg.seed, common.load_backbone(cfg.backbone)[1].tokenizer, folder)
 
@@ -999,55 +965,43 @@ def staged(cfg, stage, folders):
     arm = cfg.ablation if stage == last_stage(cfg) else ""
     needs = {"expert": "", "generalist": "", "ablation": arm}
     needs |= {name: str(folders[name]) for name in ORDER[: ORDER.index(stage)]}
-    made = replace(cfg, **own, **needs, stage=stage, out=str(folders[stage]), resume="")
+    begun = str(folders[stage]) if runs.standing(folders[stage]) == "begun" else ""
+    made = replace(cfg, **own, **needs, stage=stage, out=str(folders[stage]), resume=begun)
     made.explicit = tuple(name for name in cfg.explicit if name in FREE)
     return made
 
 
-def run_stage(cfg, dist, last):
-    """Trains and evaluates one stage in its folder; what is done stays done. last: the Config of
-    the chain's last stage."""
-    resumed, standing = None, runs.standing(Path(cfg.out))
-    if standing == "done":
-        return
-    if standing == "begun":
-        resumed = common.load_checkpoint(cfg.out, "dualvla", dist=dist)
-        teachers = cfg.expert, cfg.generalist  # where they are by now
-        cfg = runs.resume(cfg, resumed, dist, FREE)
-        cfg.expert, cfg.generalist = teachers
-    common.seed_all(cfg.seed)
+def session(cfg, dist, last=None):
+    """Trains a stage, or goes on with it, or takes a run as it is (--eval-only); then acts, asks
+    and scores. last: the Config of the chain's last stage."""
+    where = cfg.expert, cfg.generalist
+    cfg, resumed, policy = runs.begin(cfg, dist, "dualvla", FREE, load_policy)
+    if resumed:
+        cfg.expert, cfg.generalist = where  # they are by now
+    if policy:  # a chain's flags were checked before its first stage
+        check(cfg)
+    if cfg.benchmark:
+        return benchmarks.run(cfg.benchmark, policy.write, cfg) if dist.main else None
     run = common.Run(cfg, "dualvla", __file__, dist, cfg.steps, resumed)
     run.say(f"stage {cfg.stage}: {run.folder}; {dist.processes} process(es) on {dist.device}")
-    needed = [replace(cfg, stage=name) for name in (cfg.stage, *teaching(cfg))]
-    common.foresee(cfg, dist, *(lambda c=c: build(c, 8, 7)[0] for c in needed))
-    frozen = load_teachers(cfg, dist.device)
-    policy, batches, meta = prepare(cfg, dist, run, resumed, frozen, last)
     sets = data.question_sets(common.ABILITIES, cfg.questions, cfg.size, cfg.wrist_size)
-    teachers = [frozen[name].model if name in frozen else None for name in ORDER[:2]]
-    measure = partial(along_the_way, policy, cfg, sets)
-    seconds = train(cfg, dist, run, policy.model, batches, meta, resumed, measure, teachers)
-    result = runs.facts("dualvla", cfg, cfg.stage, cfg.steps, dist.processes, seconds)
-    result |= {"stage": cfg.stage, "kept": meta["share"]}
-    result |= evaluate(policy, cfg, dist, run.folder, run.say, sets)
-    result["params"] = common.param_counts(policy.model)
-    run.result(result)
+    seconds, about = 0.0, {"stage": cfg.stage}
+    if not policy:
+        needed = [replace(cfg, stage=name) for name in (cfg.stage, *teaching(cfg))]
+        common.foresee(cfg, dist, *(lambda c=c: build(c, 8, 7)[0] for c in needed))
+        frozen = load_teachers(cfg, dist.device)
+        policy, batches, meta = prepare(cfg, dist, run, resumed, frozen, last)
+        teachers = [frozen[name].model if name in frozen else None for name in ORDER[:2]]
+        measure = partial(along_the_way, policy, cfg, sets)
+        seconds = train(cfg, dist, run, policy.model, batches, meta, resumed, measure, teachers)
+        about |= {"kept": meta["share"], "params": common.param_counts(policy.model)}
+    learned = policy.trained if cfg.eval_only else (cfg.steps, dist.processes)
+    result = runs.facts("dualvla", cfg, cfg.stage, *learned, seconds) | about
+    run.result(result | evaluate(policy, cfg, dist, run.folder, run.say, sets))
     run.close()
     if dist.main:
         pictures.draw_run(run.folder, ("action", "text", "answer", "kd_action", "kd_reason"))
-
-
-def evaluate_only(cfg, dist):
-    """--eval-only: the closed loop, questions and scores again, or one --benchmark."""
-    cfg, _, policy = runs.begin(cfg, dist, "dualvla", FREE, load_policy)
-    check(cfg)
-    if cfg.benchmark:
-        return benchmarks.run(cfg.benchmark, policy.write, cfg) if dist.main else None
-    run = common.Run(cfg, "dualvla", __file__, dist, cfg.steps)
-    sets = data.question_sets(common.ABILITIES, cfg.questions, cfg.size, cfg.wrist_size)
-    result = runs.facts("dualvla", cfg, cfg.stage, *policy.trained, 0.0) | {"stage": cfg.stage}
-    run.result(result | evaluate(policy, cfg, dist, run.folder, run.say, sets))
-    run.close()
-    run.say(f"result.json, films and scores are in {run.folder}")
+    run.say(f"result.json, pictures, films and scores are in {run.folder}")
 
 
 def main(argv=None):
@@ -1069,15 +1023,16 @@ def main(argv=None):
         return show(cfg)
     dist = common.setup(cfg)
     if cfg.eval_only:
-        return evaluate_only(cfg, dist)
+        return session(cfg, dist)
     cfg = common.resume_auto(cfg, dist, "chain.json")
     cfg, out = runs.begin_chain(cfg, dist, "dualvla", FREE, check)
     folders = runs.folders(cfg, "dualvla", ORDER, out)
     runs.note_chain(cfg, dist, "dualvla", ORDER, out)
     folders = {n: folders[n] for n in ORDER[: ORDER.index(last_stage(cfg)) + 1]}
+    last = staged(cfg, last_stage(cfg), folders)
     for stage, folder in folders.items():
-        if folder == out / stage:
-            run_stage(staged(cfg, stage, folders), dist, staged(cfg, last_stage(cfg), folders))
+        if folder == out / stage and runs.standing(folder) != "done":
+            session(staged(cfg, stage, folders), dist, last)
     if dist.main:
         reports.stages(runs.finish(out, folders))
         print(f"results, pictures, films and scores of each stage are in {out}")

@@ -68,6 +68,7 @@ import common
 import data
 from parts import runs, starvla
 from worlds import ablations, benchmarks, loop, pictures
+from worlds.ablations import row
 
 # --- Config: the defaults are the laptop's run ----------------------------------------------------
 
@@ -165,13 +166,7 @@ LARGER = {k: PAPER[k] for k in ("optimizer", "lr_head", "width", "depth", "heads
           "batch", "size", "wrist_size", "workers", "frozen")} | dict(lora=32, lr=1e-4)  # one GPU
 PRESETS = {"paper": PAPER, "libero": PAPER | LIBERO, "short": SHORT, "larger": LARGER}  # App. B, F
 
-
-def row(paper, words, **overrides):
-    """An ablation: what the paper calls it, its average in % (Qwen3-VL-4B, SimplerEnv), flags."""
-    return dict(_paper=paper, _row=words, **overrides)
-
-
-ABLATIONS = {
+ABLATIONS = {  # the paper's average in % (Qwen3-VL-4B, SimplerEnv), what it calls the row, flags
     "t1-twin": row(64.5, "Table 1, TwinBrainVLA"),
     "t1-vanilla": row(55.2, "Table 1, Vanilla VLA", brain="vanilla"),
     "t5-no-freezing": row(58.8, "Table 5, No Freezing", brain="nofreeze"),
@@ -682,12 +677,10 @@ class Policy:
         return seen
 
 
-@torch.no_grad()
-def abilities(model, cfg, processor, device, sets):
+def abilities(policy, sets):
     """Share of questions each brain answers by itself -> {"right": {"pope": ...}, "left": ...}:
     Figure 2. sets: {name: samples}."""
-    model.eval()
-    how = sets, processor, SYSTEM_L, device, cfg.dtype
+    model, how = policy.model, (sets, policy, SYSTEM_L)
     return {
         side: common.abilities(lambda asked, vlm=vlm: model.answer(vlm, asked)[1], *how)
         for side, vlm in model.brains().items()
@@ -711,28 +704,17 @@ def make_optimizers(model, cfg):
 def train(cfg, dist, run, model, batches, meta, resumed, measure, teacher=None):  # [method]
     """The loop, flat -> seconds. measure: () -> abilities; meta: what acting needs to know."""
     opts = make_optimizers(model, cfg)
-    start, before, began = 0, 0.0, time.perf_counter()
+    start, began = 0, time.perf_counter()
     if resumed:
-        start, before = resumed.step, resumed.train_state["seconds"]
+        start, began = resumed.step, began - resumed.train_state["seconds"]
         common.load_optimizers(opts, resumed)
         common.set_rng_state(resumed.local_state["rng"])
     # nofreeze: of the left's last layer only keys and values count  # [method]
     ddp = common.parallel(model, dist, cfg.brain == "nofreeze")  # [method]
     todo = range(start * cfg.accumulate, cfg.steps * cfg.accumulate)
     feed = common.feed(batches, todo, cfg.workers)
-    parameters = [p for p in model.parameters() if p.requires_grad]
     action_dim = data.dims(meta["robots"])[1]  # [method]
     stop = common.Stop()
-
-    def seconds():
-        return before + time.perf_counter() - began
-
-    def save(step):
-        tensors = {n: t for n, t in model.state_dict().items() if n not in model.untouched}
-        state = {"optimizers": [opt.state_dict() for opt in opts], "seconds": seconds()}
-        local = {"rng": common.rng_state()}
-        common.save_checkpoint(run.folder / "checkpoints", step, tensors, state, local, meta, dist)
-
     for step in range(start, cfg.steps):
         for group in (group for opt in opts for group in opt.param_groups):
             floor = cfg.min_lr * group["peak"]
@@ -756,7 +738,7 @@ def train(cfg, dist, run, model, batches, meta, resumed, measure, teacher=None):
             loss.backward()
             for name, value in losses.items():
                 mean[name] = mean.get(name, 0.0) + value.detach() / cfg.accumulate
-        norm_before = common.clip(parameters, cfg.clip)
+        norm_before = common.clip(model.parameters(), cfg.clip)
         for opt in opts:
             opt.step()
             opt.zero_grad(set_to_none=True)
@@ -764,14 +746,18 @@ def train(cfg, dist, run, model, batches, meta, resumed, measure, teacher=None):
         if not math.isfinite(norm):
             common.halt_at_nan(run, step + 1, seen)
         run.progress(step + 1)
+        seconds = time.perf_counter() - began
         if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.steps:
             values = dist.mean({name: float(value) for name, value in mean.items()})
-            rate = (step + 1) * cfg.batch * cfg.accumulate * dist.processes / seconds()
+            rate = (step + 1) * cfg.batch * cfg.accumulate * dist.processes / seconds
             lr = opts[0].param_groups[0]["lr"]
             run.log(step + 1, values | {"lr": lr, "norm": norm, "samples/s": rate})
         stopping = dist.any(stop.requested)
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or stopping:
-            save(step + 1)
+            tensors = {n: t for n, t in model.state_dict().items() if n not in model.untouched}
+            state = {"optimizers": [opt.state_dict() for opt in opts], "seconds": seconds}
+            local, folder = {"rng": common.rng_state()}, run.folder / "checkpoints"
+            common.save_checkpoint(folder, step + 1, tensors, state, local, meta, dist)
         if stopping and step + 1 < cfg.steps:
             run.say(f"stopped at step {step + 1}; go on with --resume {run.folder}")
             run.close()
@@ -780,16 +766,13 @@ def train(cfg, dist, run, model, batches, meta, resumed, measure, teacher=None):
     common.gather(model)
     if cfg.qa_every and dist.main:  # [method]
         run.record(cfg.steps, {"abilities": measure()})  # [method]
-    return seconds()
+    return time.perf_counter() - began
 
 
 # --- main -----------------------------------------------------------------------------------------
 
-FREE = (  # what a resumed or evaluated run may change
-    "steps", "episodes", "domains", "execute", "ensemble", "parallel", "gifs", "render",
-    "questions", "log_every", "save_every", "workers", "threads", "device", "euler", "eval_only",
-    "out", "benchmark", "robot", "compile", "grad_checkpoint", "shard", "replicate_left",
-)  # fmt: skip
+# what a resumed or evaluated run may change
+FREE = (*runs.FREE, "questions", "benchmark", "euler", "replicate_left")
 
 
 def build(cfg, state_dim, action_dim, checkpoint=None):
@@ -908,7 +891,7 @@ def session(cfg, dist):
     if not policy:
         policy, batches, meta, teacher = prepare(cfg, dist, run, resumed)  # [method]
     sets = data.question_sets(common.ABILITIES, cfg.questions, cfg.size, cfg.wrist_size)
-    measure = partial(abilities, policy.model, cfg, policy.processor, dist.device, sets)
+    measure = partial(abilities, policy, sets)
     seconds = 0.0
     if not cfg.eval_only:
         seconds = train(cfg, dist, run, policy.model, batches, meta, resumed, measure, teacher)

@@ -63,6 +63,7 @@ import common
 import data
 from parts import history, runs, seer
 from worlds import ablations, loop, pictures
+from worlds.ablations import row
 
 # --- Config: the defaults are the laptop's run ----------------------------------------------------
 
@@ -180,13 +181,7 @@ SHORT = dict(align_steps=250, finetune_steps=500)  # half the length, for ablati
 LARGER = dict(optimizer="adamw", lr=1e-4, lr_head=1e-4, frozen="bf16", lora=32)  # on one GPU
 PRESETS = {"calvin": CALVIN, "libero": CALVIN | LIBERO, "short": SHORT, "larger": LARGER}
 
-
-def row(paper, words, **overrides):
-    """An ablation: the paper's first-task success in % and average length on CALVIN, flags."""
-    return dict(_paper=paper, _row=words, **overrides)
-
-
-ABLATIONS = {
+ABLATIONS = {  # the paper's first-task success in % and average length on CALVIN, the row, flags
     "two-stage": row("92.5, 3.18", "Table 1, two-stage"),
     "only-finetune": row("86.0, 3.08", "Table 1, only-finetune", recipe="only-finetune"),
     "freeze-vlm": row("45.3", "Section 4.2, freeze-vlm", recipe="freeze-vlm"),
@@ -519,8 +514,8 @@ class Policy:
         for grow, which in history.groups(memories):
             some = [rows[i] for i in which], [memories[i] for i in which]
             h, prompt = history.read_on(model, *some, grow)
-            for i, row, act in zip(which, h, model.where(prompt, ACT)):
-                out[i] = row[act][-self.cfg.future :]
+            for i, states, act in zip(which, h, model.where(prompt, ACT)):
+                out[i] = states[act][-self.cfg.future :]
         return torch.stack(out)
 
     def choose(self, observation, plan):
@@ -552,26 +547,15 @@ def make_optimizers(model, cfg):
 def train(cfg, dist, run, model, batches, meta, resumed, teacher=None):  # [method]
     """The loop, flat -> seconds. meta: what acting needs to know; teacher: what stage 1 follows."""
     opts = make_optimizers(model, cfg)
-    start, before, began = 0, 0.0, time.perf_counter()
+    start, began = 0, time.perf_counter()
     if resumed:
-        start, before = resumed.step, resumed.train_state["seconds"]
+        start, began = resumed.step, began - resumed.train_state["seconds"]
         common.load_optimizers(opts, resumed)
         common.set_rng_state(resumed.local_state["rng"])
     ddp = common.parallel(model, dist, False)  # [method]
     todo = range(start * cfg.accumulate, cfg.steps * cfg.accumulate)
     feed = common.feed(batches, todo, cfg.workers)
-    parameters = [p for p in model.parameters() if p.requires_grad]
     stop = common.Stop()
-
-    def seconds():
-        return before + time.perf_counter() - began
-
-    def save(step):
-        tensors = {n: t for n, t in model.state_dict().items() if n not in model.untouched}
-        state = {"optimizers": [opt.state_dict() for opt in opts], "seconds": seconds()}
-        local = {"rng": common.rng_state()}
-        common.save_checkpoint(run.folder / "checkpoints", step, tensors, state, local, meta, dist)
-
     for step in range(start, cfg.steps):
         for group in (group for opt in opts for group in opt.param_groups):
             floor = cfg.min_lr * group["peak"]
@@ -590,7 +574,7 @@ def train(cfg, dist, run, model, batches, meta, resumed, teacher=None):  # [meth
             loss.backward()
             for name, value in losses.items():
                 mean[name] = mean.get(name, 0.0) + value.detach() / cfg.accumulate
-        norm_before = common.clip(parameters, cfg.clip)
+        norm_before = common.clip(model.parameters(), cfg.clip)
         for opt in opts:
             opt.step()
             opt.zero_grad(set_to_none=True)
@@ -598,30 +582,30 @@ def train(cfg, dist, run, model, batches, meta, resumed, teacher=None):  # [meth
         if not math.isfinite(norm):
             common.halt_at_nan(run, step + 1, seen)
         run.progress(step + 1)
+        seconds = time.perf_counter() - began
         if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.steps:
             values = dist.mean({name: float(value) for name, value in mean.items()})
-            rate = (step + 1) * cfg.batch * cfg.accumulate * dist.processes / seconds()
+            rate = (step + 1) * cfg.batch * cfg.accumulate * dist.processes / seconds
             lr = opts[0].param_groups[0]["lr"]
             run.log(step + 1, values | {"lr": lr, "norm": norm, "samples/s": rate})
         stopping = dist.any(stop.requested)
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or stopping:
-            save(step + 1)
+            tensors = {n: t for n, t in model.state_dict().items() if n not in model.untouched}
+            state = {"optimizers": [opt.state_dict() for opt in opts], "seconds": seconds}
+            local, folder = {"rng": common.rng_state()}, run.folder / "checkpoints"
+            common.save_checkpoint(folder, step + 1, tensors, state, local, meta, dist)
         if stopping and step + 1 < cfg.steps:
             run.say(f"stopped at step {step + 1}; go on with --resume {run.folder}")
             run.close()
             raise KeyboardInterrupt
     stop.restore()
     common.gather(model)
-    return seconds()
+    return time.perf_counter() - began
 
 
 # --- main -----------------------------------------------------------------------------------------
 
-FREE = (  # what a resumed or evaluated run may change
-    "steps", "episodes", "domains", "execute", "ensemble", "parallel", "gifs", "render",
-    "act_index", "log_every", "save_every", "workers", "threads", "device", "cache", "eval_only",
-    "out", "robot", "compile", "grad_checkpoint", "shard",
-)  # fmt: skip
+FREE = (*runs.FREE, "act_index", "cache")  # what a resumed or evaluated run may change
 
 
 def build(cfg, checkpoint=None, arm=6):
@@ -636,22 +620,14 @@ def build(cfg, checkpoint=None, arm=6):
     else:
         model = common.widen(VitaVLA(cfg, vlm, processor, arm))
     if checkpoint:
-        fit(model, checkpoint.tensors, checkpoint.path)
+        common.fill(model, checkpoint, "these flags")
     elif cfg.stage == "finetune" and cfg.student:
         start = common.load_checkpoint(cfg.student, "vita_vla")
         left = "vlm." if cfg.freeze_vlm else ()  # the VLM as it is, all around it as trained
-        fit(model, {n: t for n, t in start.tensors.items() if not n.startswith(left)}, start.path)
+        start.tensors = {n: t for n, t in start.tensors.items() if not n.startswith(left)}
+        own = tuple(n for n in model.state_dict() if n.startswith("vlm."))
+        common.fill(model, start, "these flags", own)
     return model, processor
-
-
-def fit(model, tensors, path):
-    """Loads what a checkpoint holds; only frozen parts, the backbone's own, may be absent."""
-    ours = model.state_dict()
-    bad = [n for n, t in tensors.items() if n not in ours or ours[n].shape != t.shape]
-    bad += [n for n in ours if n not in tensors and not n.startswith(("eyes.", "vlm."))]
-    if bad:
-        raise common.UserError(f"{path} does not fit these flags: {bad[0]}")
-    model.load_state_dict(tensors, strict=False)
 
 
 RELEASED = (".pth", ".pt")  # how a --teacher ends that is Seer's own file

@@ -153,7 +153,7 @@ class Stepper:
         noise = common.to_device([*noise], self.dist.device)
         if self.method == "dualvla":
             with self.clock.part("teachers"):
-                soft = dualvla.teach(self.teachers, batch, noise, self.model)
+                soft = dualvla.teach(self.teachers or (None, None), batch, noise)
             return self.model(batch, noise, soft)
         self.model.left = None if variant == "vanilla" else self.left
         if variant == "lockstep":

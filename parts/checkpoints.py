@@ -291,16 +291,16 @@ def load_checkpoint(path, method: str, dist: Dist | None = None, hint: str = "")
     return Checkpoint(path, step, tensors, meta, train_state, local_state)
 
 
-def fill(model, checkpoint: Checkpoint, backbone: str, fresh: tuple[str, ...] = ()) -> None:
+def fill(model, checkpoint: Checkpoint, to: str, fresh: tuple[str, ...] = ()) -> None:
     """Its weights into the model; only what is the backbone's own, or ends like `fresh`, may be
-    absent. What does not fit is named."""
+    absent. What does not fit is named. to: what it should fit."""
     try:
         missing, surplus = model.load_state_dict(checkpoint.tensors, strict=False)
     except RuntimeError as error:  # of other shapes: the second line has the first of them
         missing, surplus = [], [str(error).splitlines()[1].strip()]
     missing = [n for n in missing if n not in model.untouched and not n.endswith(fresh)]
     if missing or surplus:
-        raise UserError(f"{checkpoint.path} does not fit {backbone}: {(missing + surplus)[0]}")
+        raise UserError(f"{checkpoint.path} does not fit {to}: {(missing + surplus)[0]}")
 
 
 def resume_auto(cfg, dist, *marks):

@@ -13,6 +13,11 @@ import common
 import data
 from worlds import loop
 
+FREE = (  # what a resumed or evaluated run of any script may change
+    "steps", "episodes", "domains", "execute", "ensemble", "parallel", "gifs", "render", "out",
+    "log_every", "save_every", "workers", "threads", "device", "eval_only", "robot", "compile",
+    "grad_checkpoint", "shard",
+)  # fmt: skip
 ABOVE = ("lr", "lr_head", "lr_teacher", "min_lr", "warmup", "weight_decay", "noise", "augment",
          "workers", "gifs", "qa_every", "cotrain", "distill_weight", "kd_weight", "alpha", "talk",
          "gripper_weight", "foresight_weight", "foresight_steps", "resampler", "mix", "reason",

@@ -294,7 +294,7 @@ def test_the_first_process_of_each_machine_reads_before_the_rest(monkeypatch):
 
 
 def test_what_no_process_can_start_with(monkeypatch):
-    with pytest.raises(common.UserError, match="--seed -1: at least 0"):
+    with pytest.raises(common.UserError, match="--seed -1: from 0 to 2147483647"):
         common.setup(parse("--seed", "-1"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)

@@ -251,13 +251,13 @@ def test_each_teacher_speaks_for_itself_and_to_the_students_head(episodes, monke
     student, expert, generalist = (case.model for case in cases)
     case, given = cases[0], []
     with torch.no_grad():
-        soft = dualvla.teach((expert, generalist), case.batch, case.noise, student)
+        soft = dualvla.teach((expert, generalist), case.batch, case.noise)
         for name, teacher in (("action", expert), ("reason", generalist)):
             assert soft[name][1] is teacher.vlm.lm_head.weight
             other = {"action": generalist, "reason": expert}[name]
             kept = [p.clone() for p in other.parameters()]
             [p.add_(0.1 * torch.randn_like(p)) for p in other.parameters()]
-            again = dualvla.teach((expert, generalist), case.batch, case.noise, student)
+            again = dualvla.teach((expert, generalist), case.batch, case.noise)
             assert torch.equal(again[name][0], soft[name][0])
             [p.copy_(old) for p, old in zip(other.parameters(), kept)]
         kl = common.linear_kl
@@ -281,9 +281,8 @@ def test_acting_after_no_word_is_acting_at_once(dual):
     """The queries behind a prompt, read after it or with it; and Euler's way from there."""
     cfg, model = dual.cfg, dual.model
     samples = [{k: v for k, v in s.items() if k not in ("action", "mask")} for s in dual.robot]
-    behind, within = (
-        dualvla.sense(samples, cfg, dual.processor, "reason", tail) for tail in (False, True)
-    )
+    within = dualvla.sense(samples, cfg, dual.processor, "plain")
+    behind = within | {"prompt": {k: v[..., : -cfg.queries] for k, v in within["prompt"].items()}}
     x_0 = torch.randn(len(samples), cfg.horizon, 7)
     late, said = model.act(behind, x_0, "reason", 0)
     once, _ = model.act(within, x_0, "plain", 0)

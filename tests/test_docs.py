@@ -377,7 +377,7 @@ def logged_keys(script):
             if getattr(node.value, "id", "") in ("losses", "results", "result"):
                 found.add(node.slice.value)
         inside = isinstance(node, ast.FunctionDef) and node.name in (
-            "evaluate", "action_losses", "token_losses", "run_stage", "facts", "session", "tally",
+            "evaluate", "action_losses", "token_losses", "facts", "session", "tally",
         )  # fmt: skip
         for inner in ast.walk(node) if inside else ():
             keys = inner.keys if isinstance(inner, ast.Dict) else ()

@@ -76,7 +76,7 @@ class Case:
 
     def step(self, teachers=(None, None)):
         """Losses by name and gradients of what trains."""
-        soft = dualvla.teach(teachers, self.batch, self.noise, self.model)
+        soft = dualvla.teach(teachers, self.batch, self.noise)
         losses = self.model(self.batch, self.noise, soft)
         dualvla.total_loss(losses, self.cfg).backward()
         self.model.forget_words()
@@ -210,7 +210,7 @@ def test_eq5_action_teacher_without_reasoning(spelled, T):
         rows += [divergence(silent[j], said[i], T) for i, j in zip(ours, its)]
     case.model.cfg = cfg
     with torch.no_grad():
-        soft = dualvla.teach((expert, None), case.batch, case.noise, case.model)
+        soft = dualvla.teach((expert, None), case.batch, case.noise)
         loss = float(case.model(case.batch, None, soft)["kd_action"])
     case.model.cfg = case.cfg
     assert loss == pytest.approx(T**2 * np.mean(rows), 1e-3) and loss > 1e-4
@@ -218,7 +218,7 @@ def test_eq5_action_teacher_without_reasoning(spelled, T):
 
 def test_eq5_of_two_gaussians_is_a_distance(case, teachers):
     with torch.no_grad():
-        soft = dualvla.teach((teachers[0], None), case.batch, case.noise, case.model)
+        soft = dualvla.teach((teachers[0], None), case.batch, case.noise)
         losses = case.model(case.batch, case.noise, soft)
         robot = case.batch["robot"]
         x_t, _ = dualvla.interpolate(robot["action"], *case.noise)
@@ -244,7 +244,7 @@ def test_eq6_reasoning_teacher(case, teachers, T):
     for b, k in np.argwhere(labels >= 0):
         rows.append(divergence(logits[1][b, k - 1], logits[0][b, k - 1], T))
     with torch.no_grad():
-        soft = dualvla.teach((None, teachers[1]), case.batch, case.noise, case.model)
+        soft = dualvla.teach((None, teachers[1]), case.batch, case.noise)
         h = case.model.read(case.batch["questions"]["prompt"], case.batch["questions"])
         h, _ = dualvla.spoken(h, case.batch["questions"]["prompt"]["labels"])
         cfg = replace(case.cfg, temperature=T)
@@ -446,14 +446,14 @@ def test_the_action_teacher_is_asked_without_reasoning(case):
 
 
 def test_each_sample_has_the_teacher_of_its_domain(case, teachers):
-    both = dualvla.teach(teachers, case.batch, case.noise, case.model)
+    both = dualvla.teach(teachers, case.batch, case.noise)
     assert set(both) == {"action", "reason"}
     robot = {k: v for k, v in case.batch.items() if k != "questions"}
-    assert set(dualvla.teach(teachers, robot, case.noise, case.model)) == {"action"}
+    assert set(dualvla.teach(teachers, robot, case.noise)) == {"action"}
     moved = dict(case.batch, robot=dict(case.batch["robot"], action=torch.zeros(4, 4, 7)))
     for batch in (case.batch, moved):  # what the robot did does not reach the reasoning teacher
         with torch.no_grad():
-            soft = dualvla.teach(teachers, batch, case.noise, case.model)
+            soft = dualvla.teach(teachers, batch, case.noise)
             loss = case.model(batch, case.noise, soft)["kd_reason"]
         assert torch.equal(soft["reason"][0], both["reason"][0])
         assert float(loss) > 0
@@ -474,7 +474,7 @@ def test_no_gradient_from_the_other_teacher(case, teachers):
         patch.setattr(type(case.model), "read", noted)
         for name, silent in (("kd_action", 1), ("kd_reason", 0)):
             seen.clear()
-            soft = dualvla.teach(teachers, case.batch, case.noise, case.model)
+            soft = dualvla.teach(teachers, case.batch, case.noise)
             case.model(case.batch, case.noise, soft)[name].backward()
             assert seen[silent].grad is None and seen[1 - silent].grad.any()  # robot, questions
     assert all(p.grad is None for t in teachers for p in t.vlm.lm_head.parameters())
@@ -617,7 +617,7 @@ def test_speaking_word_by_word_equals_one_pass(episodes, case, spelled, actions)
     case = case if actions == "flow" else spelled[0]
     form, model = "reason", case.model
     plain = [{k: s[k] for k in ("images", "instruction", "robot", "state")} for s in case.robot]
-    batch = dualvla.sense(plain, case.cfg, case.processor, form, tail=False)
+    batch = dualvla.sense(plain, case.cfg, case.processor, form)
     stops, count = [2, 1, 5, 3], [0]
 
     def stop(ids):
@@ -631,7 +631,7 @@ def test_speaking_word_by_word_equals_one_pass(episodes, case, spelled, actions)
         said = thread.speak(9, stop, 0.0)
     assert [len(words) for words in said] == stops
     for b, (sample, words) in enumerate(zip(plain, said)):
-        alone = dualvla.sense([sample], case.cfg, case.processor, form, tail=False)
+        alone = dualvla.sense([sample], case.cfg, case.processor, form)
         row = alone["prompt"]["input_ids"][0].tolist() + words
         grids = tuple(tuple(grid) for grid in alone["image_grid_thw"].tolist())
         alone["prompt"] = case.processor.pad([row], [grids])
@@ -644,7 +644,7 @@ def test_speaking_word_by_word_equals_one_pass(episodes, case, spelled, actions)
 
 def test_it_speaks_where_words_are_likelier_than_the_bar(case):
     plain = [{k: s[k] for k in ("images", "instruction", "robot", "state")} for s in case.robot]
-    batch = dualvla.sense(plain, case.cfg, case.processor, "reason", tail=False)
+    batch = dualvla.sense(plain, case.cfg, case.processor, "reason")
     with torch.no_grad():
         logits = case.model.vlm.lm_head(case.model.read(batch["prompt"], batch)[:, -1]).float()
     ends = logits.argmax(-1).unique()  # if the likeliest words may not begin, all others decide

@@ -291,14 +291,14 @@ def blind(tmp_path):
 @pytest.mark.parametrize("words, names", [
     (["--events", "ddm"], "--events ddm learns from a world's marks"),
     (["--events", "phase"], "these recordings mark no sub-goals"),
-    (["--event-scores", "none.json"], "--event-scores none.json: not a JSON file of scores"),
+    (["--event-scores", "none.json"], "--event-scores none.json: no such file"),
     (["--events", "ddm", "--world", "tabletop:bridge"], "tabletop:bridge, which has other cameras"),
 ], ids=str)  # fmt: skip
 def test_events_that_cannot_be_found_are_known_before_e_trains(
     blind, words, names, status, monkeypatch
 ):
     alone = [SimpleNamespace(images={"front": None})]
-    monkeypatch.setattr(dualvla, "marked", lambda cfg: alone)
+    monkeypatch.setattr(data, "demonstrations", lambda *_: alone)
     code, _, err = status(dualvla.main, *blind, *words)
     assert code == 2 and names in err and err.count("\n") == 1
     assert not list(Path(blind[-1]).glob("*/checkpoints"))

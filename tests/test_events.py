@@ -58,10 +58,11 @@ def test_scores_of_some_frames_are_boundaries_of_those(tmp_path):
             events.from_file(file, [film])
 
 
-def test_a_detector_needs_the_cameras_it_has_learned(episodes):
+def test_a_detector_needs_the_cameras_it_has_learned(episodes, monkeypatch):
+    monkeypatch.setattr(data, "demonstrations", lambda *_: episodes)
     alone = replace(episodes[0], images={"static": episodes[0].images["static"]})
     with pytest.raises(common.UserError, match="other cameras than --data"):
-        events.scene_labels([alone], Config(), lambda: episodes)
+        events.scene_labels([alone], Config())
 
 
 def test_pictures_read_one_by_one_are_those_of_an_array():
@@ -449,8 +450,8 @@ def test_boundaries_are_looked_for_where_there_is_reasoning(monkeypatch):
     made = SimpleNamespace(boundaries=lambda e: [2])
     monkeypatch.setattr(events, "detector", lambda *a: made)
     cfg = replace(Config(), world="none", events="similarity")
-    labels = events.scene_labels([still, said], cfg, None)
+    labels = events.scene_labels([still, said], cfg)
     assert [label.tolist() for label in labels] == [[0] * 6, [0, 0, 1, 0, 0, 0]]
-    assert not events.scene_labels([still], replace(cfg, events="ddm"), None)[0].any()
+    assert not events.scene_labels([still], replace(cfg, events="ddm"))[0].any()
     with pytest.raises(common.UserError, match="--events ddm learns from a world's marks"):
-        events.scene_labels([said], replace(cfg, events="ddm"), None)
+        events.scene_labels([said], replace(cfg, events="ddm"))

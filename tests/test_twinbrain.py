@@ -767,7 +767,7 @@ def test_answers_are_those_of_greedy_generation(case, library):
 
 def test_abilities_count_both_brains(case):
     sets = data.question_sets(common.ABILITIES, 4)
-    scores = twinbrain.abilities(case.model, case.cfg, case.processor, ALONE.device, sets)
+    scores = twinbrain.abilities(case.policy, sets)
     assert set(scores) == {"left", "right"} and scores["left"] == scores["right"]  # untrained
     assert set(scores["left"]) == set(sets)
     pairs = sets["mme"]

@@ -1000,6 +1000,7 @@ def test_a_student_alone_needs_neither_mae_nor_clip(case, monkeypatch):
 def test_a_released_teacher_reads_states_as_recorded(how):
     stats = {"min": [-2.0, 0.0, 0.1, -3.0, -1.0, 0.5, -1.0, 0.0], "how": "minmax"}
     stats |= {"max": [1.0, 0.5, 0.7, 3.0, 2.0, 0.6, 1.0, 0.04]}
+    stats |= {"q01": stats["min"], "q99": stats["max"]}
     low, high = np.array(stats["min"]), np.array(stats["max"])
     raw = np.random.default_rng(0).uniform(low, high, (5, 8)).astype(np.float32)
     ours = torch.from_numpy(data.normalise(raw, stats))

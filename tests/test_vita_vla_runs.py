@@ -387,7 +387,7 @@ def test_a_student_is_no_teacher_and_does_not_fit_other_flags(chained, status, t
     words = [*TINY, "--stage", "finetune", "--student", str(chained / "align"), "--tokens",
              "separate", "--out", str(tmp_path / "b")]  # fmt: skip
     code, _, err = status(vita_vla.main, *words)
-    assert code == 2 and err.count("\n") == 1 and "does not fit these flags: action_token" in err
+    assert code == 2 and err.count("\n") == 1 and "flags: size mismatch for action_token" in err
 
 
 class Bomb:

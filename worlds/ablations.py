@@ -5,6 +5,11 @@ import numpy as np
 import common
 
 
+def row(paper, words, **overrides):
+    """A row of ablations: the paper's number, if it has one, what it is called, flags."""
+    return dict(_paper=paper, _row=words, **overrides)
+
+
 def show(method, rows, paper, ours, numbers):
     """Prints rows {--ablation: {"_row": words, "_paper": number or None, flags}} beside the means
     over seeds of `numbers(line)`, of assets/results' lines on the tabletop; paper, ours: what the

@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
 import common
+import data
 from worlds import pictures
 
 WINDOW, SIDE = 11, 64  # frames of a window; pixels that a frame is brought to
@@ -110,9 +111,9 @@ def told(episodes):
     return any(e.reasoning for e in episodes)
 
 
-def check(episodes, cfg, demonstrate):
+def check(episodes, cfg):
     """Refuses what --event-scores or --events cannot do for these episodes -> those that a detector
-    learns from, as `scene_labels()` takes them."""
+    learns from: demonstrations of the world, whose sub-goals are marked."""
     if cfg.event_scores:
         from_file(cfg.event_scores, episodes)
     elif cfg.events == "phase" and told(episodes):
@@ -123,7 +124,8 @@ def check(episodes, cfg, demonstrate):
         if cfg.events == "ddm" and cfg.world == "none":
             raise common.UserError("--events ddm learns from a world's marks: take "
                                    "--events similarity or --event-scores FILE")  # fmt: skip
-        known = demonstrate() if cfg.world != "none" else []
+        how = cfg.event_demos, cfg.seed + 500, cfg.size, cfg.wrist_size, cfg.noise
+        known = data.demonstrations(cfg.world, *how) if cfg.world != "none" else []
         if cfg.events == "ddm" and len(known[0].images) != len(episodes[0].images):
             raise common.UserError(f"--events ddm learns from --world {cfg.world}, which has other "
                                    "cameras than --data: take --events similarity")  # fmt: skip
@@ -131,10 +133,10 @@ def check(episodes, cfg, demonstrate):
     return []
 
 
-def scene_labels(episodes, cfg, demonstrate, say=print):
+def scene_labels(episodes, cfg, say=print):
     """Event boundaries, from a file (--event-scores), marked or found (--events) -> labels (T,)
-    bool of each episode. demonstrate: () -> the labelled episodes that a detector learns from."""
-    known = check(episodes, cfg, demonstrate)
+    bool of each episode."""
+    known = check(episodes, cfg)
     if cfg.event_scores:
         found = from_file(cfg.event_scores, episodes)
     elif cfg.events == "phase":
