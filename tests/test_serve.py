@@ -398,10 +398,7 @@ def runs(tmp_path_factory, episodes):
             "config": asdict(cfg),
             "robots": {"tabletop:bridge": stats | {"cameras": ["static", "wrist"], "fps": 5.0}},
         }
-        hidden = ("left.",) if method == "twinbrain" else ("vlm.", "eyes.")
-        if method == "dualvla":
-            hidden = tuple(model.untouched)
-        tensors = {n: t for n, t in model.state_dict().items() if not n.startswith(hidden)}
+        tensors = {n: t for n, t in model.state_dict().items() if n not in model.untouched}
         common.save_checkpoint(folder / "checkpoints", 1, tensors, {}, {}, meta, ALONE)
         (folder / "config.json").write_text(json.dumps({"method": method}))
     return folders
