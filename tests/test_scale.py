@@ -150,7 +150,8 @@ SLOW = pytest.mark.slow
 EACH = ["twinbrain", *(pytest.param(name, marks=SLOW) for name in ("vita_vla", "dualvla"))]
 
 
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["twinbrain", "vita_vla", "dualvla"])
 def test_two_processes_with_copies_are_one(alone, tmp_path, name):
     run(name, tmp_path / "run", "--batch", "2", "--accumulate", "2", processes=2)
     assert_close(tmp_path / "run", alone / name)
@@ -547,7 +548,7 @@ def test_the_papers_command_fits_eight_gpus_of_80_gb_but_not_one(monkeypatch):
 
 @pytest.mark.parametrize("name, words", [
     ("twinbrain", []), ("twinbrain", ["--brain", "vanilla"]), ("vita_vla", ["--stage", "teacher"]),
-    ("vita_vla", []), ("dualvla", []),
+    *(pytest.param(name, [], marks=pytest.mark.slow) for name in ("vita_vla", "dualvla")),
 ])  # fmt: skip
 def test_a_backbone_too_large_is_refused_before_anything_is_read(
     name, words, monkeypatch, status, tmp_path
