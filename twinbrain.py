@@ -284,7 +284,7 @@ def joint_attention(module, q_R, k, v, mask, scaling=None, **_):
     mask = mask[..., -k.shape[2] :]
     if joint_attention.maps is not None and k.shape[2] > q_R.shape[2]:
         k_all = k.repeat_interleave(module.num_key_value_groups, dim=1)
-        scores = (k_all.float() @ q_R[:, :, -1, :, None].float())[..., 0] * scaling
+        scores = (k_all.float() * q_R[:, :, -1:]).sum(-1) * scaling
         joint_attention.maps.append(scores.masked_fill(~mask[:, :, -1], -torch.inf).softmax(-1))
     # softmax(Q_R K_joint^T / sqrt(d)) V_joint
     y = common.attend(q_R, k, v, mask, scaling)  # Eq. (6)

@@ -734,6 +734,10 @@ def test_attention_map(case, episodes):
         (alone,) = case.policy.views(*(some[i : i + 1] for some in given))
         assert picture.shape == (64, 64, 3) and picture.dtype == np.uint8 and picture.std() > 1
         assert np.abs(picture.astype(int) - alone).max() <= 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(case.policy, "cfg", replace(case.cfg, dtype="bf16"))  # a GPU's
+        for fine, coarse in zip(both, case.policy.views(*given), strict=True):
+            assert np.abs(fine.astype(int) - coarse).mean() < 3
     assert joint_attention.maps is None
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(case.model, "think", lambda batch: 1 / 0)
