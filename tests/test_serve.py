@@ -592,7 +592,7 @@ def test_a_pause_begins_an_episode(monkeypatch):
         ("twinbrain", {}, "", "1 open, -1 closed", "remembers"),
         ("twinbrain", {"gripper": "minus"}, "", "-1 open, 1 closed", "openpi"),
         ("twinbrain", {"client": "droid"}, "", "takes 8 numbers, not 7", "LIBERO"),
-        ("twinbrain", {"ensemble": True}, "my/folder", "its recordings know", "1 open"),
+        ("twinbrain", {"ensemble": True}, "my/folder", "as it was recorded", "--gripper minus"),
         ("vita_vla", {"forget": 2.0}, "bridge", "--gripper minus", "remembers"),
         ("vita_vla", {}, "bridge", "--forget 2 begins", "DROID"),
     ],

@@ -134,6 +134,8 @@ def test_the_gripper_of_the_server_is_the_clients(served):
     with pytest.raises(common.UserError, match="has --gripper minus: say so here too"):
         client.Server(address)
     client.Server(address, gripper="minus")
+    with pytest.raises(common.UserError, match="has --gripper closed"):
+        client.Server(served.start(None, {"gripper": "closed"}))
     for about in ({"gripper": "trained"}, {"server": "pi0"}):
         client.Server(served.start(None, about))
 

@@ -31,7 +31,8 @@ from worlds import pictures
 
 KEYS = {"static": "observation/image", "wrist": "observation/wrist_image"}  # openpi's, for LIBERO
 STATE, PROMPT = "observation/state", "prompt"
-OPEN = {"unit": lambda g: g > 0.5, "plus": lambda g: g > 0, "minus": lambda g: g < 0}
+OPEN = {"unit": lambda g: g > 0.5, "plus": lambda g: g > 0, "minus": lambda g: g < 0,
+        "closed": lambda g: g < 0.5}  # fmt: skip
 
 
 class UserError(getattr(sys.modules.get("common"), "UserError", Exception)):
@@ -210,8 +211,8 @@ def parser(doc, name, episodes, seeded=False):
     add("--ensemble", type=int, default=-1, metavar="N",
         help="plan at each step, blend the last N chunks; 0: do not (the paper's)")  # fmt: skip
     add("--gripper", default="unit", choices=list(OPEN),
-        help="how the policy says open: unit (1, closed 0; this project's), plus (1, closed -1) "
-        "or minus (-1, closed 1; openpi's for LIBERO)")  # fmt: skip
+        help="how the policy says open: unit (1, closed 0; this project's), plus (1, closed -1), "
+        "minus (-1, closed 1; openpi's for LIBERO) or closed (0, closed 1)")  # fmt: skip
     add("--gifs", type=int, default=0, metavar="N", help="films of the first N goals, beside --out")
     if seeded:
         add("--seed", type=int, help="of the simulator (the protocol's)")

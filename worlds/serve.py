@@ -729,9 +729,9 @@ def check(cfg):
 def hint(cfg, about, say):
     """What a client must know of the policy, and openpi's do not."""
     kind = about["opens"]
-    ends = "{1:g} open, {0:g} closed".format(*GRIPPERS[kind]) if kind else "its recordings know"
-    say(f"the last number of an action, the gripper: {ends} (--gripper)")
-    if cfg.client == "libero" and about["action_dim"] == 7 and kind != "minus":
+    ends = "{1:g} open, {0:g} closed".format(*GRIPPERS[kind]) if kind else "as it was recorded"
+    say(f"the last number of an action, the gripper: {ends}")
+    if cfg.client == "libero" and about["action_dim"] == 7 and kind not in ("", "minus"):
         say("openpi's LIBERO client hands it to the simulator as it is: --gripper minus")
     if cfg.client == "droid" and about["action_dim"] != 8:
         say(f"openpi's DROID client takes 8 numbers, not {about['action_dim']}: one of your own")
