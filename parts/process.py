@@ -148,9 +148,10 @@ def setup(cfg) -> Dist:
     """Device, threads, seeds and, under torchrun, the process group."""
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
-    if not 0 <= cfg.seed < 2**31 or cfg.threads < 0:
-        words = f"--seed {cfg.seed}: from 0 to 2147483647", f"--threads {cfg.threads}: at least 0"
-        raise UserError(words[cfg.threads < 0])
+    if not 0 <= cfg.seed < 2**31:
+        raise UserError(f"--seed {cfg.seed}: from 0 to 2147483647")
+    if cfg.threads < 0:
+        raise UserError(f"--threads {cfg.threads}: at least 0")
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no GPU here")
     if cfg.device != "cpu" and torch.cuda.is_available():

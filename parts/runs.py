@@ -18,19 +18,21 @@ FREE = (  # what a resumed or evaluated run of any script may change
     "log_every", "save_every", "workers", "threads", "device", "eval_only", "robot", "compile",
     "grad_checkpoint", "shard",
 )  # fmt: skip
-ABOVE = ("lr", "lr_head", "lr_teacher", "min_lr", "warmup", "weight_decay", "noise", "augment",
-         "workers", "gifs", "qa_every", "cotrain", "distill_weight", "kd_weight", "alpha", "talk",
-         "gripper_weight", "foresight_weight", "foresight_steps", "resampler", "mix", "reason",
-         "motion", "steps", "interval", "lora", "future", "reach", "score_episodes")  # fmt: skip
+NOT_NEGATIVE = (
+    "lr", "lr_head", "lr_teacher", "min_lr", "warmup", "weight_decay", "noise", "augment",
+    "workers", "gifs", "qa_every", "cotrain", "distill_weight", "kd_weight", "alpha", "talk",
+    "gripper_weight", "foresight_weight", "foresight_steps", "resampler", "mix", "reason",
+    "motion", "steps", "interval", "lora", "future", "reach", "score_episodes",
+)  # fmt: skip
 SHARES = ("dropout", "attention_dropout", "embedding_dropout", "min_lr", "hide_foresight")
 
 
 def check(cfg, *counts):
     """What no type can say about the flags that a script has: `counts` and their like are at least
-    1, ABOVE at least 0, SHARES at most 1."""
+    1, NOT_NEGATIVE at least 0, SHARES at most 1."""
     common.positive(cfg, "batch", "accumulate", "demos", "episodes", "parallel", "log_every",
                     "save_every", "size", "wrist_size", "width", *counts)  # fmt: skip
-    most = dict.fromkeys(ABOVE, math.inf) | dict.fromkeys(SHARES, 1.0)
+    most = dict.fromkeys(NOT_NEGATIVE, math.inf) | dict.fromkeys(SHARES, 1.0)
     for name, end in most.items():
         value, flag = getattr(cfg, name, 0), "--" + name.replace("_", "-")
         if not 0 <= value <= end or value == math.inf:
