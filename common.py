@@ -11,7 +11,6 @@ import json
 import math
 import platform
 import re
-import resource
 import shlex
 import shutil
 import statistics
@@ -34,12 +33,10 @@ from parts.backbones import (
     BACKBONES,
     CACHE,
     EagleProcessor,
-    Vita15,
     blank,
     describe,
     drop_deepstack,
     export_backbone,
-    export_vita,
     find_backbone,
     load_backbone,
     load_vlm,
@@ -62,6 +59,7 @@ from parts.checkpoints import (
 )
 from parts.kernels import (
     attend,
+    attend_joint,
     causal_mask,
     has_triton,
     joint_attention,
@@ -86,7 +84,6 @@ from parts.process import (
     to_device,
 )
 from parts.scale import (
-    adamw,
     add_lora,
     clip,
     device_memory,
@@ -358,13 +355,6 @@ def param_counts(model: torch.nn.Module) -> dict[str, int]:
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {"total": total, "trainable": trainable, "frozen": total - trainable}
-
-
-def peak_memory() -> int:
-    """Bytes: the GPU's peak if there is one in use, else this process's."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return torch.cuda.max_memory_allocated() or peak
 
 
 # --- questions about pictures ---------------------------------------------------------------------

@@ -479,19 +479,19 @@ def bounds(stats):
     return low - still, high + still
 
 
-def normalise(x, stats, clip=1.0):
-    """(..., A) in the recording's units -> [-1, 1] between the bounds, clipped at +-clip; zeros
-    take the place of numbers that another robot has and this one has not."""
-    return squeeze(x, *bounds(stats), clip)
+def normalise(x, stats):
+    """(..., A) in the recording's units -> [-1, 1] between the bounds, clipped there; zeros take
+    the place of numbers that another robot has and this one has not."""
+    return squeeze(x, *bounds(stats))
 
 
-def squeeze(x, low, high, clip=1.0):
+def squeeze(x, low, high):
     wider = len(low) - np.shape(x)[-1]
     if wider < 0:
         words = f"a state or action of {np.shape(x)[-1]} numbers, trained on {len(low)}"
         raise UserError(f"another robot: {words}")
     x = np.pad(x, [(0, 0)] * (np.ndim(x) - 1) + [(0, wider)]) if wider else x
-    return np.clip(2 * (x - low) / (high - low) - 1, -clip, clip).astype(np.float32)
+    return np.clip(2 * (x - low) / (high - low) - 1, -1, 1).astype(np.float32)
 
 
 def unnormalise(x, stats):

@@ -275,7 +275,7 @@ class AsyMoT(DynamicCache):
         return k_joint, v_joint
 
 
-def joint_attention(module, q_R, k, v, mask, scaling=None, **_):
+def joint_attention(module, q_R, k, v, mask, scaling=None, kernel=False, **_):
     """Right queries over the keys the cache handed out; without left ones, the mask's right part.
 
     While `joint_attention.maps` is a list, each joint layer appends what the last token looks at,
@@ -286,24 +286,15 @@ def joint_attention(module, q_R, k, v, mask, scaling=None, **_):
         k_all = k.repeat_interleave(module.num_key_value_groups, dim=1)
         scores = (k_all.float() * q_R[:, :, -1:]).sum(-1) * scaling
         joint_attention.maps.append(scores.masked_fill(~mask[:, :, -1], -torch.inf).softmax(-1))
+    attend = common.attend_joint if kernel else common.attend
     # softmax(Q_R K_joint^T / sqrt(d)) V_joint
-    y = common.attend(q_R, k, v, mask, scaling)  # Eq. (6)
+    y = attend(q_R, k, v, mask, scaling)  # Eq. (6)
     return y.transpose(1, 2), None
 
 
-def kernel_attention(module, q_R, k, v, mask, scaling=None, **_):
-    """The same in our kernel, where it applies: no dense mask, no gradient work for the left."""
-    T_L, known = k.shape[2] - q_R.shape[2], common.triton_runs(q_R) and mask.shape[2] > 1
-    if joint_attention.maps is not None or not known:
-        return joint_attention(module, q_R, k, v, mask, scaling)
-    sees = mask[:, 0, -1, -k.shape[2] :]  # the last token sees all that is real
-    first = [(~half).sum(1, dtype=torch.int32) for half in (sees[:, :T_L], sees[:, T_L:])]
-    return common.joint_attention(q_R, k, v, *first, scaling).transpose(1, 2), None
-
-
 joint_attention.maps = None
-for name, function in (("asymot", joint_attention), ("asymot_kernel", kernel_attention)):
-    AttentionInterface.register(name, function)
+for name in ("asymot", "asymot_kernel"):
+    AttentionInterface.register(name, partial(joint_attention, kernel=name == "asymot_kernel"))
     AttentionMaskInterface.register(name, sdpa_mask)
 
 

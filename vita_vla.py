@@ -510,13 +510,7 @@ class Policy:
         history.keep_pictures(memories, seen, batch["image_grid_thw"])
         grids = [history.grids_of(m) for m in memories]
         rows = [chat(s, grid, self.cfg, self.processor) for s, grid in zip(samples, grids)]
-        out = [None] * len(samples)
-        for grow, which in history.groups(memories):
-            some = [rows[i] for i in which], [memories[i] for i in which]
-            h, prompt = history.read_on(model, *some, grow)
-            for i, states, act in zip(which, h, model.where(prompt, ACT)):
-                out[i] = states[act][-self.cfg.future :]
-        return torch.stack(out)
+        return history.newest(model, rows, memories, ACT)
 
     def choose(self, observation, plan):
         """plan (N, A), the gripper a probability -> the action to execute now (A,)."""
@@ -763,28 +757,13 @@ def check(cfg):
         f"--heads {cfg.heads} do not divide --width {cfg.width}": cfg.width % cfg.heads,
         f"--mapper decoder: --width {cfg.width} is no multiple of 32":
             cfg.mapper == "decoder" and cfg.width % 32,
+        f"--size {cfg.size}: a multiple of --patch {cfg.patch}":
+            cfg.eyes == "backbone" and cfg.size % cfg.patch,
+        f"--wrist-size {cfg.wrist_size}: a multiple of --patch {cfg.patch}":
+            cfg.eyes == "backbone" and cfg.wrist_size % cfg.patch,
     })  # fmt: skip
-    for name in ("size", "wrist_size") if cfg.eyes == "backbone" else ():
-        if getattr(cfg, name) % cfg.patch:
-            flag = f"--{name.replace('_', '-')} {getattr(cfg, name)}"
-            raise common.UserError(f"{flag}: a multiple of --patch {cfg.patch}")
     chained = cfg.world == "tabletop:abc_d" and not cfg.domains
     return replace(cfg, domains=("chain",)) if chained else cfg
-
-
-def export(cfg):
-    """--export: the VLM of a student as an ordinary checkpoint, its head the backbone's own or,
-    where words are tied, that of its words."""
-    policy = load_policy(cfg.export, torch.device("cpu"))
-    if not isinstance(policy.model, VitaVLA):
-        raise common.UserError(f"--export {cfg.export}: a teacher has no VLM; name a student's run")
-    common.merge_lora(policy.model.vlm)
-    name, student, out = policy.cfg.backbone, policy.model.vlm, cfg.out or f"{cfg.export}/export"
-    if isinstance(student, common.Vita15):
-        return common.export_vita(student, name, out)
-    vlm, processor = common.load_backbone(name)
-    vlm.model.load_state_dict(student.model.state_dict())
-    common.export_backbone(vlm, name, processor.tokenizer, out)
 
 
 STAGES = {
@@ -875,7 +854,14 @@ def main(argv=None):
         builds = {f"VITA-VLA, {n}": lambda n=n: build(staged(cfg, n))[0] for n in names}
         return common.describe(cfg.backbone, common.load_vlm, builds)
     if cfg.export:
-        return export(cfg)
+        policy = load_policy(cfg.export, torch.device("cpu"))
+        if not isinstance(policy.model, VitaVLA):
+            words = "a teacher has no VLM; name a student's run"
+            raise common.UserError(f"--export {cfg.export}: {words}")
+        name, tokenizer = policy.cfg.backbone, policy.processor.tokenizer
+        out = cfg.out or f"{cfg.export}/export"
+        common.merge_lora(policy.model.vlm)
+        return common.export_backbone(policy.model.vlm, name, tokenizer, out)
     dist = common.setup(cfg)
     for stage in chain(common.resume_auto(cfg, dist, "chain.json"), dist):
         session(stage, dist)

@@ -30,8 +30,8 @@ def question_sets(names, count, size=64, wrist_size=32):
 class Questions:
     """Questions about tabletop scenes, an endless supply: sample i is drawn from its own seed."""
 
-    def __init__(self, size=64, wrist_size=32, seed=0):
-        self.world, self.seed = tabletop.Tabletop("bridge", size, wrist_size), seed
+    def __init__(self, size=64, wrist_size=32):
+        self.world = tabletop.Tabletop("bridge", size, wrist_size)
 
     def __len__(self):
         return 10_000_000
@@ -39,7 +39,7 @@ class Questions:
     def get(self, index, rng):
         question = None
         while question is None:  # a scene does not allow every kind of question
-            observation = self.world.scatter(self.seed * len(self) + index)
+            observation = self.world.scatter(index)
             question = questions.ask(self.world, random.Random(int(rng.integers(2**31))))
         return {
             "images": list(observation["images"].values()),

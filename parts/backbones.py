@@ -633,7 +633,14 @@ PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "chat_te
 
 def export_backbone(vlm, name, tokenizer, out) -> None:
     """--export: a trained VLM as an ordinary Hugging Face checkpoint with the files that its
-    tokenizer and processor are made of; name: the backbone it began as."""
+    tokenizer and processor are made of; name: the backbone it began as. A head that it lacks is
+    the backbone's own or, where words are tied, that of its words."""
+    if isinstance(vlm, Vita15):
+        return export_vita(vlm, name, out)
+    if isinstance(vlm, QwenVL):
+        whole, _ = load_backbone(name)
+        whole.model.load_state_dict(vlm.model.state_dict())
+        vlm = whole
     if vlm.config.model_type == "internvl":
         return export_eagle(vlm, name, tokenizer, out)
     out = new_folder(out)

@@ -175,8 +175,8 @@ def discard(path: Path) -> None:
         shutil.rmtree(gone)
 
 
-def save_checkpoint(folder, step, tensors, train_state, local_state, meta, dist, keep=2) -> Path:
-    """Called on all ranks. Writes step_<step> whole or not at all, keeps the `keep` last ones.
+def save_checkpoint(folder, step, tensors, train_state, local_state, meta, dist) -> Path:
+    """Called on all ranks. Writes step_<step> whole or not at all, keeps the one before it.
 
     tensors, train_state (optimizer): of rank 0, where they are not sharded; local_state (RNG, data
     position): every rank's. What is sharded is written by torch.distributed.checkpoint, a share by
@@ -220,7 +220,7 @@ def save_checkpoint(folder, step, tensors, train_state, local_state, meta, dist,
         draft.rename(final)
         sync(final.parent)
         older = sorted(path for path in final.parent.glob("step_*") if path < final)
-        kept = [final, *older[len(older) + 1 - keep :]]
+        kept = [final, *older[-1:]]
         for path in set(final.parent.glob("step_*")) - set(kept):  # later: of a run resumed before
             discard(path)
     dist.barrier()

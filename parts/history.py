@@ -28,6 +28,17 @@ def grids_of(memory):
     return [grid for step in memory["steps"] for grid in step["grid"]]
 
 
+def newest(model, rows, memories, word):
+    """Prompts (ids) of histories -> states of the newest steps' action tokens `word`, (n, N, D)."""
+    out = [None] * len(rows)
+    for grow, which in groups(memories):
+        some = [rows[i] for i in which], [memories[i] for i in which]
+        h, prompt = read_on(model, *some, grow)
+        for i, states, act in zip(which, h, model.where(prompt, word)):
+            out[i] = states[act][-model.cfg.future :]
+    return torch.stack(out)
+
+
 def groups(memories):
     """-> [(grow, which)]: histories that are one step longer than what was read of them, others."""
     grows = [m.get("length", 0) + 1 == len(m["steps"]) > 1 for m in memories]

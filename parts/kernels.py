@@ -332,6 +332,16 @@ def joint_attention(q, k, v, first_L, first_R, scale):
     return JointAttention.apply(q, k, v, first_L, first_R, scale)
 
 
+def attend_joint(q, k, v, mask, scale):
+    """`attend()` with right queries in our kernel, where it runs: no dense mask, no gradient work
+    for the left keys, which come first and are seen by all, as far as they are real."""
+    if not triton_runs(q) or mask.shape[2] == 1:
+        return attend(q, k, v, mask, scale)
+    sees, T_L = mask[:, 0, -1], k.shape[2] - q.shape[2]  # the last token sees all that is real
+    first = [(~half).sum(1, dtype=torch.int32) for half in (sees[:, :T_L], sees[:, T_L:])]
+    return joint_attention(q, k, v, *first, scale)
+
+
 def joint_forward(
     q, k, v, out, lse, first_L, first_R, heads, groups, T_L, T_R, scale,
     D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,

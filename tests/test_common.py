@@ -442,7 +442,6 @@ def test_learning_rate_and_counts():
     model.bias.requires_grad_(False)
     assert common.param_counts(model) == {"total": 8, "trainable": 6, "frozen": 2}
     assert [common.human(n) for n in (7, 1500, 1.83e6, 999999, 4e9)] == "7 1.5K 1.83M 1M 4B".split()
-    assert 1e7 < common.peak_memory() < 1e12
 
 
 def test_autocast_follows_the_flag():

@@ -111,7 +111,7 @@ def log_softmax(logits):
     return shifted - np.log(np.exp(shifted).sum())
 
 
-def logits_of(model, sample, form="", said=""):
+def logits_of(model, sample, form=""):
     """Logits (T, V) and labels (T,) of one sample alone."""
     cfg, processor = model.cfg, model.processor
     with torch.no_grad():

@@ -132,7 +132,8 @@ def test_a_benchmark_file_is_answered(copied, tmp_path, capsys):
 def test_show_pruning_prints_and_draws(tmp_path, capsys):
     words = ["--show", "pruning", "--demos", "20", "--events", "phase", "--out", str(tmp_path)]
     dualvla.main(words)
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:7]]
+    rows = capsys.readouterr().out.partition("--prune")[2].splitlines()[1:7]
+    rows = [line.split() for line in rows]
     kept = {row[0]: int(row[2]) for row in rows}
     assert kept["both"] == kept["random"] < min(kept["action"], kept["scene"]) < kept["either"]
     assert kept["either"] < kept["none"] == int(rows[0][1])

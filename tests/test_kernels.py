@@ -220,7 +220,7 @@ def test_the_kernel_takes_the_place_of_the_library_in_the_twin(form):
     q, k, v = draw(form, (2, 4, 6, 16), (2, 2, 10, 16), (2, 2, 10, 16))
     for T in (10, 6):  # a joint layer; one that the interval skips, or the left brain's own
         given = module, q, k[:, :, -T:], v[:, :, -T:], mask, 0.25
-        ours, library = twinbrain.kernel_attention(*given)[0], twinbrain.joint_attention(*given)[0]
+        ours, library = (twinbrain.joint_attention(*given, kernel=k)[0] for k in (True, False))
         same([ours], [library], 1e-2 if form == "cuda" else 1e-5)
 
 

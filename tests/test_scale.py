@@ -628,9 +628,9 @@ def test_eight_bit_adam_or_how_to_get_it(monkeypatch, tmp_path):
         patch.setitem(sys.modules, "torchao", None)
         patch.setitem(sys.modules, "torchao.optim", None)
         with pytest.raises(common.UserError, match=r"pip install 'onefile-vla\[scale\]'"):
-            common.adamw(groups, cfg)
+            scale.adamw(groups, cfg)
     pytest.importorskip("torchao")
-    opt = common.adamw(groups, cfg)
+    opt = scale.adamw(groups, cfg)
     for _ in range(2):
         opt.param_groups[0]["lr"] = 0.1
         p.grad = torch.ones_like(p)
@@ -639,7 +639,7 @@ def test_eight_bit_adam_or_how_to_get_it(monkeypatch, tmp_path):
     checkpoints.write_state(tmp_path / "train.pt", opt.state_dict())
     saved = torch.load(tmp_path / "train.pt", weights_only=True)
     other = torch.nn.Parameter(p.detach().clone())
-    again = common.adamw([{"params": [other], "lr": 0.1, "peak": 0.1}], cfg)
+    again = scale.adamw([{"params": [other], "lr": 0.1, "peak": 0.1}], cfg)
     resumed = common.Checkpoint(tmp_path, 2, {}, {}, {"optimizers": [saved]}, {})
     common.load_optimizers([again], resumed)
     assert "8bit" in type(again.state[other]["exp_avg"]).__name__

@@ -1269,7 +1269,7 @@ def test_vita_is_exported_in_its_released_layout(vita, tmp_path):
     with torch.no_grad():
         for p in model.language.parameters():
             p += 0.1
-    common.export_vita(model, str(vita.folder), tmp_path / "out")
+    common.export_backbone(model, str(vita.folder), None, tmp_path / "out")
     again, _ = common.load_vlm(str(tmp_path / "out"))
     kept = model.state_dict()
     assert all(torch.equal(kept[n], t) for n, t in again.state_dict().items())
@@ -1347,7 +1347,7 @@ def test_vita_by_its_name_says_how_to_get_it(monkeypatch):
 def test_vita_by_its_name_is_fetched(vita, monkeypatch):
     wanted = {"VITA-MLLM/VITA-1.5": str(vita.folder)}
     monkeypatch.setattr(backbones, "snapshot_download", wanted.__getitem__)
-    assert isinstance(common.load_vlm("VITA-1.5")[0], common.Vita15)
+    assert isinstance(common.load_vlm("VITA-1.5")[0], backbones.Vita15)
 
 
 # --- windows --------------------------------------------------------------------------------------
