@@ -31,7 +31,6 @@ from tqdm import tqdm
 from parts.backbones import (
     ASSETS,
     BACKBONES,
-    CACHE,
     EagleProcessor,
     blank,
     describe,
@@ -65,7 +64,6 @@ from parts.kernels import (
     joint_attention,
     linear_cross_entropy,
     linear_kl,
-    quick_vision,
     triton_runs,
 )
 from parts.process import (
@@ -103,6 +101,7 @@ from parts.scale import (
     vision_blocks,
     widen,
 )
+from parts.sight import flat, put, quick_vision, read, see
 
 # --- command line ---------------------------------------------------------------------------------
 
@@ -362,22 +361,35 @@ def param_counts(model: torch.nn.Module) -> dict[str, int]:
 ABILITIES = ("pope", "seed", "scienceqa", "mme")  # the world's questions in these benchmarks' form
 
 
-def answer_labels(input_ids, answers):
-    """(B, T) ids whose rows end with their answers -> (B, T), -100 everywhere else."""
-    labels = torch.full_like(input_ids, -100)
+def label(prompt, answers):
+    """Gives a prompt whose rows end with their answers "labels" (B, T), -100 everywhere else, and
+    "spoken", which of its B * T predict one: found here, as a GPU would be waited for."""
+    prompt["labels"] = labels = torch.full_like(prompt["input_ids"], -100)
     for ids, answer in zip(labels, answers):
         ids[len(ids) - len(answer) :] = torch.tensor(answer)
-    return labels
+    prompt["spoken"] = flat(labels >= 0) - 1
+
+
+def spoken(h, prompt):
+    """h (B, T, D) -> states that predict a labelled word (n, D), the words (n,)."""
+    at = prompt["spoken"]
+    return h.flatten(0, 1).index_select(0, at), prompt["labels"].flatten()[at + 1]
+
+
+def all_right(right, prompt):
+    """right (n,) of the labelled words -> (B,): whether all of a row are."""
+    missed = torch.zeros_like(prompt["labels"], dtype=torch.bool).flatten()
+    return ~missed.index_copy(0, prompt["spoken"], ~right).view_as(prompt["labels"]).any(1)
 
 
 def pack(rows, answers, pixels, grids, processor):
     """Rows of ids that end with their answers, pictures -> batch of one prompt, labels in it."""
     prompt = processor.pad(rows, grids)
-    prompt["labels"] = answer_labels(prompt["input_ids"], answers)
+    label(prompt, answers)
     return {
         "prompt": prompt,
         "pixel_values": torch.from_numpy(np.concatenate(pixels)),
-        "image_grid_thw": torch.tensor([g for grid in grids for g in grid]),
+        "grids": [g for grid in grids for g in grid],
     }
 
 

@@ -357,28 +357,25 @@ class DualVLA(nn.Module):
         return blocks + ([*self.flow.blocks] if self.cfg.actions == "flow" else [])
 
     def see(self, batch):
-        """The vision tower's features of a batch's pictures; frozen, it sees once for all three."""
-        pixels, grids = batch["pixel_values"], batch["image_grid_thw"]
+        """The vision tower's tokens of a batch's pictures; frozen, it sees once for all three."""
         if self.cfg.tune == "full":
-            return self.vlm.model.get_image_features(pixels, image_grid_thw=grids)
+            return common.see(self.vlm.model, batch)
         if "seen" not in batch:
             with torch.no_grad():
-                batch["seen"] = self.vlm.model.get_image_features(pixels, image_grid_thw=grids)
+                batch["seen"] = common.see(self.vlm.model, batch)
         return batch["seen"]
 
-    def look(self, x, mask, position_ids, seen=None, caches=(None, None)):
+    def look(self, x, prompt, mask, seen=(), caches=(None, None)):
         """Embedded tokens -> last states (B, T, D). caches: of the passes without LoRA and with."""
-        words = dict(inputs_embeds=x, attention_mask=mask, position_ids=position_ids)
-        words["use_cache"] = caches[1] is not None
-        words |= {"mm_encoder_outputs": {"image": seen}} if seen is not None else {}
+        given = self.vlm.model.language_model, x, prompt, mask, seen
         if self.gate is not None:
             self.gates.now = None
             with torch.no_grad():
-                h_0 = self.vlm.model(**words, **{common.CACHE: caches[0]}).last_hidden_state
+                h_0 = common.read(*given, caches[0]).last_hidden_state
             self.gates.now = 2 * self.gate(h_0).softmax(-1)  # (B, T, 2)  # ASSUMPTION A6
         else:
             self.gates.now = x.new_ones(1, 1, 1)
-        return self.vlm.model(**words, **{common.CACHE: caches[1]}).last_hidden_state
+        return common.read(*given, caches[1]).last_hidden_state
 
     def embed(self, ids):
         """(B, T) ids -> (B, T, D); in the queries' places, where actions flow, the queries."""
@@ -392,7 +389,7 @@ class DualVLA(nn.Module):
     def read(self, prompt, batch, caches=(None, None)):
         """A prompt with its pictures -> hidden states (B, T, D)."""
         x, mask = self.embed(prompt["input_ids"]), common.causal_mask(prompt["real"])
-        return self.look(x, mask, prompt["position_ids"], self.see(batch), caches)
+        return self.look(x, prompt, mask, self.see(batch), caches)
 
     def keys(self, h, batch):
         """Hidden states that end with the queries' -> what the flow expert's layers look at."""
@@ -403,24 +400,24 @@ class DualVLA(nn.Module):
         cfg, robot, soft, losses = self.cfg, batch["robot"], soft or {}, {}
         h = self.read(robot["prompt"], robot)  # (B, T, D)
         if cfg.actions == "flow":
-            losses["text"] = text_loss(self.vlm.lm_head, h, robot["prompt"]["labels"])
+            losses["text"] = text_loss(self.vlm.lm_head, h, robot["prompt"])
             x_t, u_t = interpolate(robot["action"], *noise)
             v_t = self.flow(x_t, noise[1], self.keys(h, robot))
             losses["action"] = action_loss(v_t, u_t, robot["mask"])
         else:
-            losses |= token_losses(self.vlm.lm_head, h, robot["prompt"]["labels"], self.first)
+            losses |= token_losses(self.vlm.lm_head, h, robot["prompt"], self.first)
             v_t = None
         if "action" in soft:
-            student = spoken_actions(h, robot["prompt"]["labels"], self.first)
+            said = None if v_t is not None else spoken_actions(h, robot["prompt"], self.first)
             losses["kd_action"] = action_distillation(
-                soft["action"], v_t, student, self.vlm.lm_head.weight, robot["mask"], cfg
+                soft["action"], v_t, said, self.vlm.lm_head.weight, robot["mask"], cfg
             )
         if "questions" in batch:
-            labels = batch["questions"]["prompt"]["labels"]
-            h = self.read(batch["questions"]["prompt"], batch["questions"])
-            losses["answer"] = text_loss(self.vlm.lm_head, h, labels)
+            asked = batch["questions"]["prompt"]
+            h = self.read(asked, batch["questions"])
+            losses["answer"] = text_loss(self.vlm.lm_head, h, asked)
             if "reason" in soft:
-                h = spoken(h, labels)[0]
+                h = common.spoken(h, asked)[0]
                 losses["kd_reason"] = reason_distillation(
                     *soft["reason"], h, self.vlm.lm_head.weight, cfg
                 )
@@ -429,11 +426,8 @@ class DualVLA(nn.Module):
     @torch.no_grad()
     def answer(self, asked):
         """-> (B,) whether greedy decoding would write the answer: one pass decides."""
-        h, labels = self.read(asked["prompt"], asked), asked["prompt"]["labels"]
-        h, labels, asked = h[:, :-1], labels[:, 1:], labels[:, 1:] >= 0
-        wrong = torch.zeros_like(labels)
-        wrong[asked] = (self.vlm.lm_head(h[asked]).argmax(-1) != labels[asked]).long()
-        return wrong.sum(1) == 0
+        h, words = common.spoken(self.read(asked["prompt"], asked), asked["prompt"])
+        return common.all_right(self.vlm.lm_head(h).argmax(-1) == words, asked["prompt"])
 
     @torch.no_grad()
     def act(self, batch, x_0, form, limit):
@@ -499,27 +493,21 @@ def action_loss(v_t, u_t, mask):
     return masked_mean((v_t - u_t) ** 2, mask)  # Eq. (2)
 
 
-def spoken(h, labels):
-    """h (B, T, D), labels (B, T) -> states that predict a labelled word (n, D), the words (n,)."""
-    asked = labels[:, 1:] >= 0
-    return h[:, :-1][asked], labels[:, 1:][asked]
-
-
-def spoken_actions(h, labels, first):
+def spoken_actions(h, prompt, first):
     """The states (n, D) that predict an action word, in order."""
-    h, words = spoken(h, labels)
+    h, words = common.spoken(h, prompt)
     return h[words >= first]
 
 
-def text_loss(head, h, labels):
+def text_loss(head, h, prompt):
     """Mean of -log pi(y_k | o, i, y_<k) over the labelled words."""
-    h, words = spoken(h, labels)
+    h, words = common.spoken(h, prompt)
     return common.linear_cross_entropy(h, head.weight, words)[0]
 
 
-def token_losses(head, h, labels, first):
+def token_losses(head, h, prompt, first):
     """The same where actions are words; the sum of both parts is the mean over y, Eq. 3."""
-    h, words = spoken(h, labels)
+    h, words = common.spoken(h, prompt)
     parts, count = {"text": words < first, "action": words >= first}, len(words) or 1
     return {
         name: common.linear_cross_entropy(h[mine], head.weight, words[mine], count)[0]
@@ -565,11 +553,11 @@ def teach(teachers, batch, noise):
             x_t, _ = interpolate(robot["action"], *noise)
             soft["action"] = expert.flow(x_t, noise[1], expert.keys(h, robot))
         else:
-            h = spoken_actions(h, batch["plain"]["labels"], expert.first)
+            h = spoken_actions(h, batch["plain"], expert.first)
             soft["action"] = h, expert.vlm.lm_head.weight
     if generalist is not None and "questions" in batch:
         asked = batch["questions"]
-        h, _ = spoken(generalist.read(asked["prompt"], asked), asked["prompt"]["labels"])
+        h, _ = common.spoken(generalist.read(asked["prompt"], asked), asked["prompt"])
         soft["reason"] = h, generalist.vlm.lm_head.weight
     return soft
 

@@ -229,11 +229,11 @@ def sense(samples, cfg, processor):
         "left": processor.pad(left, grids),
         "right": processor.pad(right, grids),
         "pixel_values": torch.from_numpy(np.concatenate(pixels)),
-        "image_grid_thw": torch.tensor([g for grid in grids for g in grid]),
+        "grids": [g for grid in grids for g in grid],
         "state": torch.from_numpy(np.stack([s["state"] for s in samples])),  # (B, S)
     }
     if said:
-        batch["right"]["labels"] = common.answer_labels(batch["right"]["input_ids"], said)
+        common.label(batch["right"], said)
     if "action" in samples[0]:
         batch["action"] = torch.from_numpy(np.stack([s["action"] for s in samples]))  # (B, H, A)
         batch["mask"] = torch.from_numpy(np.stack([s["mask"] for s in samples]))  # (B, H)
@@ -370,16 +370,9 @@ class TwinBrain(nn.Module):
 
     def look(self, vlm, x, prompt, mask, cache, batch):
         """One pass of a brain over its embedded prompt (B, T, D) with the pictures put in."""
-        return vlm.model(
-            inputs_embeds=x,
-            attention_mask=mask,
-            position_ids=prompt["position_ids"],
-            **{common.CACHE: cache},
-            use_cache=cache is not None,
-            pixel_values=batch["pixel_values"],
-            image_grid_thw=batch["image_grid_thw"],
-            output_hidden_states=self.cfg.head == "pi",
-        )
+        seen, text = common.see(vlm.model, batch), vlm.model.language_model
+        each = {"output_hidden_states": self.cfg.head == "pi"}
+        return common.read(text, x, prompt, mask, seen, cache, **each)
 
     def think(self, batch):
         """-> the right brain's output (last_hidden_state is H_R (B, T_R, D)) and its cache."""
@@ -403,7 +396,7 @@ class TwinBrain(nn.Module):
         out, _ = self.think(batch)
         h_R = out.last_hidden_state
         if cfg.head == "fast":
-            losses["action"] = answer_loss(self.right, h_R, batch["right"]["labels"])[0]
+            losses["action"] = answer_loss(self.right, h_R, batch["right"])[0]
         elif cfg.head == "oft":
             error = (self.expert(h_R, batch["right"]["input_ids"]) - batch["action"]).abs()
             losses["action"] = masked_mean(error, batch["mask"])
@@ -431,7 +424,7 @@ class TwinBrain(nn.Module):
         prompt = asked["prompt"]
         x, mask = embed(vlm, prompt), common.causal_mask(prompt["real"])
         h = self.look(vlm, x, prompt, mask, None, asked).last_hidden_state
-        return answer_loss(vlm, h, prompt["labels"])
+        return answer_loss(vlm, h, prompt)
 
     @torch.no_grad()
     def act(self, batch, a_0):
@@ -592,14 +585,11 @@ def feature_loss(h_student, h_teacher, real):
     return ((distance * real).sum(1) / real.sum(1)).mean()  # Eq. (9)
 
 
-def answer_loss(vlm, h, labels):
-    """h (B, T, D), labels (B, T), -100 where nothing is asked -> cross-entropy, (B,) all right."""
-    h, labels = h[:, :-1], labels[:, 1:]
-    asked = labels >= 0
-    words, wrong = labels[asked], torch.zeros_like(labels)
-    loss, best = common.linear_cross_entropy(h[asked], vlm.lm_head.weight, words)
-    wrong[asked] = (best != words).long()
-    return loss, wrong.sum(1) == 0
+def answer_loss(vlm, h, prompt):
+    """h (B, T, D) of a prompt with labels -> cross-entropy, (B,) whether all words are right."""
+    h, words = common.spoken(h, prompt)
+    loss, best = common.linear_cross_entropy(h, vlm.lm_head.weight, words)
+    return loss, common.all_right(best == words, prompt)
 
 
 def total_loss(losses, cfg):
@@ -659,7 +649,7 @@ class Policy:
         finally:  # else whatever runs next would go on collecting
             joint_attention.maps = None
         merge = self.processor.merge
-        _, rows, columns = (n // merge for n in batch["image_grid_thw"][0].tolist())
+        _, rows, columns = (n // merge for n in batch["grids"][0])
         seen, heat = [], torch.stack(maps).mean((0, 2))  # (B, T_L + T_R)
         for o, ids, weights in zip(observations, batch["left"]["input_ids"], heat):
             tokens = (ids == self.processor.image_token_id).nonzero()[: rows * columns, 0]

@@ -212,6 +212,11 @@ def encode(tokenizer, text):
     return tuple(tokenizer.encode(text, add_special_tokens=False))
 
 
+def places(tokenizer):
+    """-> ids of the words that stand for other vectors."""
+    return {"states": encode(tokenizer, STATE)[0], "acts": encode(tokenizer, ACT)[0]}
+
+
 def chat(sample, grids, cfg, processor):
     """All steps of a sample as token ids; grids: of its pictures, step by step."""
     cameras, ids = len(sample["images"][0]), ()
@@ -246,13 +251,14 @@ def sense(samples, cfg, processor):
     words = [encode(processor.tokenizer, s["instruction"]) for s in samples]
     text = [torch.tensor(ids or (processor.pad_token_id,)) for ids in words]
     batch = {
-        "prompt": processor.pad(rows, grids),
+        "prompt": processor.pad(rows, grids, **places(processor.tokenizer)),
         "pixel_values": torch.from_numpy(np.concatenate(pixels)),
-        "image_grid_thw": torch.tensor([g for grid in grids for g in grid]),
+        "grids": [g for grid in grids for g in grid],
         "text": nn.utils.rnn.pad_sequence(text, True, -1),  # (B, words), -1 where there is none
         "steps": torch.tensor([[i < len(s["images"]) for i in range(S)] for s in samples]),
         "state": padded("state"),  # (B, S, numbers)
     }
+    batch["there"] = common.flat(batch["steps"])  # rows of B * S with a step
     if cfg.eyes == "mae" and cfg.stage != "finetune":
         batch |= seer.mae_inputs(samples, cfg.released)
     if "action" in samples[0]:
@@ -262,7 +268,8 @@ def sense(samples, cfg, processor):
         cameras = zip(*(step for s in samples for step in s["ahead"]))
         batch["ahead"] = [seer.foresight_target(np.stack(a), cfg) for a in cameras]
         last = batch["steps"].sum(1, keepdim=True) - cfg.goal - torch.arange(S)  # 1 for the last
-        batch["foresees"] = (last > 0) & (last <= (cfg.foresight_steps or S))  # (B, S), n True
+        foresees = (last > 0) & (last <= (cfg.foresight_steps or S))  # (B, S), n True
+        batch["foresees"] = common.flat(foresees)
     return batch
 
 
@@ -277,7 +284,8 @@ class Seer(seer.Seer):
         h, foresight = self.hidden(batch)
         losses = action_losses(seer.decode(self, h), batch, "smooth")
         errors = []
-        for half, target in zip(foresight[batch["foresees"]].chunk(2, dim=1), batch["ahead"]):
+        foresight = foresight.flatten(0, 1)[batch["foresees"]]
+        for half, target in zip(foresight.chunk(2, dim=1), batch["ahead"]):
             picture = self.imagine(half, math.isqrt(target.shape[1]))
             errors.append(((picture - target) ** 2).mean())
         return losses | {"foresight": sum(errors) / 2}
@@ -336,35 +344,25 @@ class VitaVLA(nn.Module):
         eyes = common.vision_blocks(getattr(self.vlm, "model", self.vlm))
         return [*self.vlm.language.layers, *eyes]
 
-    def embed(self, prompt, seen, state, places):
-        """Prompt (B, T), tokens of all pictures [(tokens, D)] by level, states (steps, numbers), in
-        order -> (B, T, D)."""
+    def embed(self, prompt, state):
+        """Prompt (B, T), states (steps, numbers), in order -> (B, T, D), still without pictures."""
         x = self.vlm.language.get_input_embeddings()(prompt["input_ids"])
-        x = put(x, places, seen[0])
         if self.cfg.state_input == "encoder":
             token = seer.encode_state(self, state, self.cfg.gripper_state)
-            x = put(x, self.where(prompt, STATE), token)
-        act = self.where(prompt, ACT)
+            x = common.put(x, prompt["states"], token)
         token = self.action_token.repeat(len(state) * self.cfg.future // len(self.action_token), 1)
-        return put(x, act, token)
-
-    def where(self, prompt, word):
-        """(B, T) True at the real tokens that are this word."""
-        number = self.processor.tokenizer.convert_tokens_to_ids(word)
-        return prompt["real"] & (prompt["input_ids"] == number)
+        return common.put(x, prompt["acts"], token)
 
     def hidden(self, batch):
         """-> a_h (B, S, N, D), zero at steps that are not there."""
-        prompt, steps = batch["prompt"], batch["steps"]
+        prompt, there, N = batch["prompt"], batch["there"], self.cfg.future
         # in stage 1 the teacher, whose eyes are the same, has left what it saw in the batch
-        seen = batch.get("features") or self.vlm.see(batch["pixel_values"], batch["image_grid_thw"])
-        places = prompt["real"] & (prompt["input_ids"] == self.processor.image_token_id)
-        x = self.embed(prompt, seen, batch["state"][steps], places)
-        h = self.vlm.read(x, prompt, common.causal_mask(prompt["real"]), places, seen)
-        a_h = h[self.where(prompt, ACT)]  # a_h = pi_last(a_q | x, t, s)  # Eq. (2)
-        out = a_h.new_zeros(*steps.shape, self.cfg.future, a_h.shape[-1])
-        out[steps] = a_h.unflatten(0, (-1, self.cfg.future))
-        return out
+        seen = batch.get("features") or self.vlm.see(batch)
+        x = self.embed(prompt, batch["state"].flatten(0, 1)[there])
+        h = self.vlm.read(x, prompt, common.causal_mask(prompt["real"]), seen)
+        a_h = h.flatten(0, 1)[prompt["acts"]]  # a_h = pi_last(a_q | x, t, s)  # Eq. (2)
+        out = a_h.new_zeros(*batch["steps"].shape, N, a_h.shape[-1])
+        return common.put(out, there, a_h.unflatten(0, (-1, N)))
 
     def forward(self, batch, h_teacher=None):
         """Losses of one step, by name."""
@@ -372,11 +370,6 @@ class VitaVLA(nn.Module):
         if h_teacher is not None:
             return {"align": align_loss(h, h_teacher, batch["steps"], self.cfg.align_loss)}
         return action_losses(seer.decode(self, h), batch, self.cfg.arm_loss)
-
-
-def put(x, where, values):
-    """x (B, T, D) with the rows of values (n, D), in order, where (B, T) is True."""
-    return x.masked_scatter(where[..., None], values.to(x.dtype))
 
 
 # --- Loss -----------------------------------------------------------------------------------------
@@ -506,11 +499,10 @@ class Policy:
         model, memories = self.model, [o["memory"] for o in observations]
         newest = [s | {"images": s["images"][-1:], "state": s["state"][-1:]} for s in samples]
         batch = common.to_device(sense(newest, self.cfg, self.processor), self.device)
-        seen = model.vlm.see(batch["pixel_values"], batch["image_grid_thw"])
-        history.keep_pictures(memories, seen, batch["image_grid_thw"])
+        history.keep_pictures(memories, model.vlm.see(batch), batch["grids"])
         grids = [history.grids_of(m) for m in memories]
         rows = [chat(s, grid, self.cfg, self.processor) for s, grid in zip(samples, grids)]
-        return history.newest(model, rows, memories, ACT)
+        return history.newest(model, rows, memories, places(self.processor.tokenizer))
 
     def choose(self, observation, plan):
         """plan (N, A), the gripper a probability -> the action to execute now (A,)."""

@@ -243,7 +243,9 @@ def watch(method, model, clock):
     if method == "twinbrain":
         for side, vlm in (("left ", model.left), ("right ", model.right)):
             if vlm is not None:
-                parts += [(vlm.model, "get_image_features", side + "vision")]
+                eyes = vlm.model, "get_image_features"  # Eagle's
+                eyes = (vlm.model.visual, "forward") if hasattr(vlm.model, "visual") else eyes
+                parts += [(*eyes, side + "vision")]
                 parts += [(vlm.model.language_model, "forward", side + "language")]
         parts += [(model.expert, "keys", "head"), (model.expert, "forward", "head")]
     elif method == "dualvla":

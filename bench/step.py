@@ -36,7 +36,6 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb 
 import common  # noqa: E402
 import dualvla  # noqa: E402
 import twinbrain  # noqa: E402
-import vita_vla  # noqa: E402
 
 CUDA = methods.DEVICE.type == "cuda"
 PEAKS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}  # TFLOP/s, dense bfloat16, of SXM cards
@@ -65,10 +64,7 @@ def dense(sees):
 def enter(vlm, prompt, batch, *state):
     """-> the embedded prompt with the last layer's picture features alone, its cos and sin."""
     x = twinbrain.embed(vlm, prompt, *state)
-    pixels, grids = batch["pixel_values"], batch["image_grid_thw"]
-    seen = vlm.model.get_image_features(pixels, image_grid_thw=grids).pooler_output
-    places = prompt["input_ids"] == vlm.config.image_token_id
-    x = vita_vla.put(x, places, torch.cat(tuple(seen)))
+    x = common.put(x, prompt["pictures"], common.see(vlm.model, batch)[0])
     return x, vlm.model.language_model.rotary_emb(x, prompt["position_ids"])
 
 

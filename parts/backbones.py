@@ -3,7 +3,6 @@
 Letters: B batch, T tokens, P patch, M merge, H height.
 """
 
-import inspect
 import json
 import math
 import re
@@ -27,8 +26,9 @@ from transformers.utils import cached_file
 from transformers.utils.logging import disable_progress_bar
 
 from parts.checkpoints import tied_names, write_json, write_weights
-from parts.kernels import attend, quick_vision
+from parts.kernels import attend
 from parts.process import UserError, nearest
+from parts.sight import flat, quick_vision, read, see
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 BACKBONES = {
@@ -42,9 +42,6 @@ BACKBONES = {
     "Eagle2-2B": "nvidia/Eagle2-2B",
 }
 OURS = {"trust_remote_code": False}  # a folder's own Python never runs: the library's alone does
-CACHE = "past_key_values"  # so called until transformers 5.23
-if "cache" in inspect.signature(transformers.Qwen2Model.forward).parameters:
-    CACHE = "cache"
 SIZES = ASSETS / "backbones.json"  # published configurations
 
 
@@ -223,9 +220,9 @@ class Processor:
         text = self.tokenizer.decode(ids).replace(self.tokenizer.pad_token, "")
         return re.sub(f"({re.escape(self.image)})+", "<image>", text)
 
-    def pad(self, rows, grids):
-        """Rows of ids, the grids of each row's images -> left-padded input_ids (B, T), real (B, T)
-        and position_ids (3, B, T)."""
+    def pad(self, rows, grids, **words):
+        """Rows of ids, the grids of each row's images -> left-padded input_ids (B, T), real (B, T),
+        position_ids (3, B, T), and what is found: the pictures' tokens and `words`."""
         B, T = len(rows), max(len(ids) for ids in rows)
         input_ids, real = np.full((B, T), self.pad_token_id), np.zeros((B, T), bool)
         position_ids = np.zeros((3, B, T), np.int64)
@@ -234,7 +231,14 @@ class Processor:
             input_ids[b, -len(ids) :], real[b, -len(ids) :] = ids, True
             position_ids[:, b, -len(ids) :] = where
         arrays = {"input_ids": input_ids, "real": real, "position_ids": position_ids}
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+        prompt = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return prompt | self.find(prompt, pictures=self.image_token_id, **words)
+
+    def find(self, prompt, **words):
+        """Of words by name, name=id, the places in a prompt's B * T: on the CPU, since a GPU would
+        be waited for."""
+        ids, real = prompt["input_ids"], prompt["real"]
+        return {name: flat(real & (ids == word)) for name, word in words.items()}
 
 
 def drop_deepstack(vlm) -> None:
@@ -330,21 +334,12 @@ class QwenVL(nn.Module):
         return self.model.language_model
 
     @torch.no_grad()
-    def see(self, pixels, grids):
-        """-> list of (picture tokens, D): what goes in at the bottom, then DeepStack's layers."""
-        out = self.model.get_image_features(pixels, image_grid_thw=grids, return_dict=True)
-        levels = [out.pooler_output, *(getattr(out, "deepstack_features", None) or [])]
-        return [torch.cat(tuple(pictures)) for pictures in levels]
+    def see(self, batch):
+        return see(self.model, batch)
 
-    def read(self, x, prompt, mask, places, seen, cache=None):
-        """x (B, T, D) embedded, places (B, T) of the pictures' tokens `seen` -> (B, T, D)."""
-        deep = {}
-        if len(seen) > 1:
-            deep = dict(visual_pos_masks=places, deepstack_visual_embeds=seen[1:])
-        return self.language(
-            inputs_embeds=x, attention_mask=mask, position_ids=prompt["position_ids"],
-            use_cache=cache is not None, **{CACHE: cache}, **deep,
-        ).last_hidden_state  # fmt: skip
+    def read(self, x, prompt, mask, seen, cache=None):
+        """-> (B, T, D); see `read()`."""
+        return read(self.language, x, prompt, mask, seen, cache).last_hidden_state
 
 
 class Vita15(nn.Module):
@@ -363,8 +358,9 @@ class Vita15(nn.Module):
         self.projector.requires_grad_(False)
 
     @torch.no_grad()
-    def see(self, pixels, grids):
-        h = 0.5 * self.vision(pixels).last_hidden_state[:, 1:]  # without the class token
+    def see(self, batch):
+        h = self.vision(batch["pixel_values"]).last_hidden_state
+        h = 0.5 * h[:, 1:]  # without the class token
         side = math.isqrt(h.shape[1]) // 2  # a square, told without waiting for a GPU
         h = h.unflatten(1, (side, 2, side, 2)).transpose(2, 3)  # 2 x 2 patches become one token
         return [self.projector(h.reshape(-1, 4 * h.shape[-1]))]
@@ -402,8 +398,8 @@ class VitaProcessor(Processor):
     def mark(self, n):
         return self.image * n
 
-    def pad(self, rows, grids):
-        prompt = super().pad(rows, [()] * len(rows))  # text positions alone: no grids
+    def pad(self, rows, grids, **words):
+        prompt = super().pad(rows, [()] * len(rows), **words)  # text positions alone: no grids
         return prompt | {"position_ids": prompt["position_ids"][0]}
 
 

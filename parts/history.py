@@ -12,15 +12,18 @@ import torch.nn.functional as F
 from transformers import DynamicCache
 
 from parts.kernels import causal_mask
+from parts.process import to_device
+from parts.sight import flat
 
 
 def keep_pictures(memories, seen, grids):
     """The pictures of the newest steps, a history after the other: seen [(tokens, D)] by level of
-    the vision tower, grids (pictures, 3)."""
-    n = len(memories)
+    the vision tower, grids [(1, H/P, W/P)]."""
+    n, cameras = len(memories), len(grids) // len(memories)
     parts = zip(*(level.unflatten(0, (n, -1)) for level in seen))
-    for memory, grid, mine in zip(memories, grids.unflatten(0, (n, -1)).tolist(), parts):
-        memory["steps"][-1] |= {"grid": [tuple(g) for g in grid], "seen": mine}
+    for i, (memory, mine) in enumerate(zip(memories, parts)):
+        mine = {"grid": [tuple(g) for g in grids[i * cameras :][:cameras]], "seen": mine}
+        memory["steps"][-1] |= mine
 
 
 def grids_of(memory):
@@ -28,14 +31,14 @@ def grids_of(memory):
     return [grid for step in memory["steps"] for grid in step["grid"]]
 
 
-def newest(model, rows, memories, word):
-    """Prompts (ids) of histories -> states of the newest steps' action tokens `word`, (n, N, D)."""
+def newest(model, rows, memories, words):
+    """Prompts (ids) of histories -> states of the newest steps' action tokens (n, N, D). words:
+    the ids that stand for other vectors."""
     out = [None] * len(rows)
     for grow, which in groups(memories):
         some = [rows[i] for i in which], [memories[i] for i in which]
-        h, prompt = read_on(model, *some, grow)
-        for i, states, act in zip(which, h, model.where(prompt, word)):
-            out[i] = states[act][-model.cfg.future :]
+        for i, states in zip(which, read_on(model, *some, grow, words)):
+            out[i] = states
     return torch.stack(out)
 
 
@@ -46,18 +49,23 @@ def groups(memories):
     return [(grow, which) for grow, which in kinds if which]
 
 
-def read_on(model, rows, memories, grow):
+def read_on(model, rows, memories, grow, words):
     """The VLM over what is new in each prompt, behind what is kept of it (grow), or over all of it
-    -> states (n, W, D), the prompt that they are of; the memories keep its keys and values."""
-    device, processor = model.action_token.device, model.processor
+    -> (n, N, D) as `newest()`; the memories keep its keys and values."""
+    device, processor, N = model.action_token.device, model.processor, model.cfg.future
     kept = [m["past"][0][0].shape[1] if grow else 0 for m in memories]
     fresh = [len(row) - k for row, k in zip(rows, kept)]  # tokens to read
     prompt = processor.pad(rows, [grids_of(m) for m in memories])
     W, P = max(fresh), max(kept)
-    prompt = {k: v[..., -W:] for k, v in prompt.items()}
+    prompt = {k: prompt[k][..., -W:] for k in ("input_ids", "position_ids")}
     prompt["real"] = torch.arange(W) >= W - torch.tensor(fresh)[:, None]  # (n, W)
-    prompt = {k: v.to(device) for k, v in prompt.items()}
-    behind = (torch.arange(P) >= P - torch.tensor(kept)[:, None]).to(device)  # (n, P)
+    prompt |= processor.find(prompt, pictures=processor.image_token_id, **words)
+    ends = torch.searchsorted(prompt["acts"], W * torch.arange(1, len(rows) + 1))
+    prompt["newest"] = prompt["acts"][ends[:, None] + torch.arange(-N, 0)]  # (n, N)
+    behind = torch.arange(P) >= P - torch.tensor(kept)[:, None]  # (n, P)
+    real = torch.cat([behind, prompt["real"]], dim=1)
+    real = [flat(row).to(device, non_blocking=True) for row in real]
+    prompt, behind = to_device([prompt, behind], device)
     cache = DynamicCache()
     for layer in range(model.vlm.language.config.num_hidden_layers if grow else 0):
         both = zip(*(m["past"][layer] for m in memories))
@@ -66,12 +74,10 @@ def read_on(model, rows, memories, grow):
     steps = [step for m in memories for step in (m["steps"][-1:] if grow else m["steps"])]
     seen = [torch.cat(level) for level in zip(*(step["seen"] for step in steps))]
     state = torch.stack([torch.from_numpy(step["state"]) for step in steps]).to(device)
-    places = prompt["real"] & (prompt["input_ids"] == processor.image_token_id)
-    x = model.embed(prompt, seen, state, places)
+    x = model.embed(prompt, state)
     mask = behind[:, None, None].expand(-1, 1, W, -1)
     mask = torch.cat([mask, causal_mask(prompt["real"])], dim=-1)
-    h = model.vlm.read(x, prompt, mask, places, seen, cache)
-    real = torch.cat([behind, prompt["real"]], dim=1)
+    h = model.vlm.read(x, prompt, mask, seen, cache)
     for i, memory in enumerate(memories):
         memory["length"] = len(memory["steps"])
         if memory["length"] == model.cfg.history:  # from now on the window slides
@@ -79,4 +85,4 @@ def read_on(model, rows, memories, grow):
             continue
         kept = ((layer.keys[i], layer.values[i]) for layer in cache.layers)
         memory["past"] = [(k[:, real[i]], v[:, real[i]]) for k, v in kept]
-    return h, prompt
+    return h.flatten(0, 1)[prompt["newest"]]

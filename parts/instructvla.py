@@ -101,7 +101,7 @@ class Thread:
         self.real = torch.cat([self.real, use], dim=1)
         place = self.position + use.cumsum(1)  # (3, B, n), or (B, n) where rows do not count
         mask = causal_mask(self.real)[:, :, -x.shape[1] :]
-        h = self.model.look(x, mask, place, caches=self.caches)
+        h = self.model.look(x, {"position_ids": place}, mask, caches=self.caches)
         self.position = place[..., -1:]
         self.h = torch.where(use[:, -1:], h[:, -1], self.h)
         return h

@@ -11,9 +11,7 @@ import sysconfig
 from functools import lru_cache
 
 import torch
-from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
 
 # --- attention ------------------------------------------------------------------------------------
 
@@ -51,52 +49,6 @@ def causal_mask(real):
     causal = torch.ones(T, T, dtype=torch.bool, device=real.device).tril()
     own = torch.eye(T, dtype=torch.bool, device=real.device)
     return ((causal & real[:, None, :] & real[:, :, None]) | own)[:, None]
-
-
-def image_rows(bounds):
-    """Where images begin and the last one ends -> their patches' rows, [(images, length)] by
-    length, and the order back. Kept at the tensor, which all layers of a tower are given: finding
-    the lengths makes a GPU wait."""
-    if not hasattr(bounds, "rows"):
-        starts, lengths = bounds[:-1], bounds.diff()
-        rows = [
-            starts[lengths == length, None] + torch.arange(length, device=bounds.device)
-            for length in lengths.unique().tolist()
-        ]
-        bounds.rows = rows, torch.cat([r.flatten() for r in rows]).argsort()
-    return bounds.rows
-
-
-def block_attention(module, q, k, v, attention_mask=None, scaling=None, cu_seq_lens_q=None, **_):
-    """Attention inside each image: (1, heads, all patches, D) -> (1, all patches, heads, D).
-
-    All images (or windows) of one length share one call, where the library calls once per image.
-    """
-    packed = [x[0].transpose(0, 1) for x in (q, k, v)]  # (all patches, heads, D)
-    groups, back = image_rows(cu_seq_lens_q)
-    out = []
-    for rows in groups:
-        picked = (x.index_select(0, rows.flatten()).unflatten(0, rows.shape) for x in packed)
-        q, k, v = (x.transpose(1, 2) for x in picked)  # (images, heads, length, D)
-        out.append(attend(q, k, v, scale=scaling).transpose(1, 2).flatten(0, 1))
-    return torch.cat(out).index_select(0, back)[None], None
-
-
-class WholePatch(nn.Conv3d):
-    """A convolution whose kernel covers its input: the product that it is, several times faster."""
-
-    def forward(self, x):
-        return nn.functional.linear(x.flatten(1), self.weight.flatten(1), self.bias)
-
-
-def quick_vision(model):
-    """Lets the vision tower of a Qwen-VL attend within all its images at once, and read a patch by
-    one product; weights and their names stay."""
-    model.model.visual.patch_embed.proj.__class__ = WholePatch
-    # The library tells image boundaries only to implementations with "flash" in their name.
-    AttentionInterface.register("flash_blocks", block_attention)
-    model.set_attn_implementation({"vision_config": "flash_blocks"})
-    return model
 
 
 # --- fused linear losses --------------------------------------------------------------------------

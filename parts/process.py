@@ -284,7 +284,7 @@ def to_device(batch, device: torch.device):
     if isinstance(batch, dict):
         return {name: to_device(item, device) for name, item in batch.items()}
     if isinstance(batch, list | tuple):
-        return [to_device(item, device) for item in batch]
+        return type(batch)(to_device(item, device) for item in batch)
     if isinstance(batch, torch.Tensor):
         return batch.to(device, non_blocking=device.type != "cpu")
     return batch

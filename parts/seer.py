@@ -30,6 +30,7 @@ from torch import nn
 from parts.backbones import OURS, blank
 from parts.kernels import attend, causal_mask
 from parts.process import UserError
+from parts.sight import put
 
 # --- Layers ---------------------------------------------------------------------------------------
 
@@ -151,11 +152,11 @@ class BackboneEyes(nn.Module):
 
     def forward(self, batch, cameras):
         """-> picture features by camera [(steps, P, dim)], words (B, dim)."""
-        grids = batch["image_grid_thw"].prod(1)  # patches of each picture
-        levels = self.vlm.see(batch["pixel_values"], batch["image_grid_thw"])
+        grids = [math.prod(grid) for grid in batch["grids"]]  # patches of each picture
+        levels = self.vlm.see(batch)
         tokens, batch["features"] = levels[0], levels  # in stage 1 the student has the same eyes
-        patches_of_a_token = int(grids.sum()) // len(tokens)
-        sizes = (grids[:cameras] // patches_of_a_token).tolist()
+        patches_of_a_token = sum(grids) // len(tokens)
+        sizes = [patches // patches_of_a_token for patches in grids[:cameras]]
         parts = tokens.unflatten(0, (len(grids) // cameras, -1)).split(sizes, dim=1)
         real = batch["text"] >= 0
         x = self.vlm.language.get_input_embeddings()(batch["text"].clamp(min=0))
@@ -380,8 +381,7 @@ class Seer(nn.Module):
             tokens.append(self.get_submodule(f"image_{camera}_projector")(x))
             summaries.append(self.get_submodule(f"cls_token_{camera}_projector")(summary))
         seen = torch.cat(tokens + summaries, dim=1)
-        out = seen.new_zeros(*steps.shape, *seen.shape[1:])
-        out[steps] = seen
+        out = put(seen.new_zeros(*steps.shape, *seen.shape[1:]), batch["there"], seen)
         return torch.cat([text[:, :, None].to(out.dtype), state[:, :, None].to(out.dtype), out], 2)
 
     def hidden(self, batch):

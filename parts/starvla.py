@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from parts.backbones import CACHE
 from parts.process import UserError
+from parts.sight import read
 
 SLOT = "🔍"  # an action is read where this stands
 ASK = " Please predict the next {H} robot actions: <action>{slots}<action>."
@@ -57,9 +57,6 @@ def decode(vlm, out, cache, prompt, sees, limit, end):
         if len(ids) == limit or (said == end).any(1).all():
             return said
         real, position = F.pad(real, (0, 1), value=True), position + 1
-        h = vlm.model(
-            inputs_embeds=vlm.get_input_embeddings()(ids[-1]),
-            attention_mask=sees(real)[:, :, -1:],
-            position_ids=position,
-            **{CACHE: cache},
-        ).last_hidden_state
+        x, text = vlm.get_input_embeddings()(ids[-1]), vlm.model.language_model
+        out = read(text, x, {"position_ids": position}, sees(real)[:, :, -1:], cache=cache)
+        h = out.last_hidden_state

@@ -282,7 +282,10 @@ def test_acting_after_no_word_is_acting_at_once(dual):
     cfg, model = dual.cfg, dual.model
     samples = [{k: v for k, v in s.items() if k not in ("action", "mask")} for s in dual.robot]
     within = dualvla.sense(samples, cfg, dual.processor, "plain")
-    behind = within | {"prompt": {k: v[..., : -cfg.queries] for k, v in within["prompt"].items()}}
+    names, processor = ("input_ids", "real", "position_ids"), dual.processor
+    prompt = {name: within["prompt"][name][..., : -cfg.queries] for name in names}
+    prompt |= processor.find(prompt, pictures=processor.image_token_id)
+    behind = within | {"prompt": prompt}
     x_0 = torch.randn(len(samples), cfg.horizon, 7)
     late, said = model.act(behind, x_0, "reason", 0)
     once, _ = model.act(within, x_0, "plain", 0)

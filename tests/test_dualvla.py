@@ -158,8 +158,8 @@ def test_eq2_specialist_loss_of_words(episodes):
                 total, count = total - log_softmax(logits[k - 1])[labels[k]], count + 1
     batch = dualvla.sense(expert.robot, expert.cfg, expert.processor, form="plain")
     h = expert.model.read(batch["prompt"], batch)
-    labels, first = batch["prompt"]["labels"], expert.model.first
-    losses = dualvla.token_losses(expert.model.vlm.lm_head, h, labels, first)
+    head, first = expert.model.vlm.lm_head, expert.model.first
+    losses = dualvla.token_losses(head, h, batch["prompt"], first)
     inside = sum(int(sample["mask"].sum()) for sample in expert.robot)
     assert count == 7 * inside < 4 * 4 * 7 and float(losses["text"].detach()) == 0
     assert float(losses["action"].detach()) == pytest.approx(total / count, 1e-4)
@@ -246,7 +246,7 @@ def test_eq6_reasoning_teacher(case, teachers, T):
     with torch.no_grad():
         soft = dualvla.teach((None, teachers[1]), case.batch, case.noise)
         h = case.model.read(case.batch["questions"]["prompt"], case.batch["questions"])
-        h, _ = dualvla.spoken(h, case.batch["questions"]["prompt"]["labels"])
+        h, _ = common.spoken(h, case.batch["questions"]["prompt"])
         cfg = replace(case.cfg, temperature=T)
         loss = dualvla.reason_distillation(*soft["reason"], h, case.model.vlm.lm_head.weight, cfg)
     assert len(rows) == 4 and float(loss) == pytest.approx(T**2 * np.mean(rows), 1e-3)
@@ -566,7 +566,7 @@ def test_before_training_the_vlm_is_the_librarys(case):
     library, _ = common.load_backbone("tiny")
     model = dualvla.build(small("expert"), 8, 7)[0].eval()
     asked = case.batch["questions"]
-    words = {k: asked[k] for k in ("pixel_values", "image_grid_thw")}
+    words = {"pixel_values": asked["pixel_values"], "image_grid_thw": torch.tensor(asked["grids"])}
     words |= {k: asked["prompt"][k] for k in ("input_ids", "position_ids")}
     words["attention_mask"] = common.causal_mask(asked["prompt"]["real"])
     with torch.no_grad():
@@ -633,8 +633,7 @@ def test_speaking_word_by_word_equals_one_pass(episodes, case, spelled, actions)
     for b, (sample, words) in enumerate(zip(plain, said)):
         alone = dualvla.sense([sample], case.cfg, case.processor, form)
         row = alone["prompt"]["input_ids"][0].tolist() + words
-        grids = tuple(tuple(grid) for grid in alone["image_grid_thw"].tolist())
-        alone["prompt"] = case.processor.pad([row], [grids])
+        alone["prompt"] = case.processor.pad([row], [alone["grids"]])
         with torch.no_grad():
             h = model.read(alone["prompt"], alone)[0]
         assert torch.allclose(thread.h[b], h[-1], atol=1e-4)

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2_5_VLConf
 import common
 import data
 import twinbrain
-from parts import starvla
+from parts import sight, starvla
 from twinbrain import ABLATIONS, AsyMoT, Config, TwinBrain, joint_attention, joint_mask
 from worlds import tabletop
 
@@ -106,7 +106,8 @@ def inputs_by_hand(case, library, side, state=None):
     """[V(I); T(T)] or [V(I); T(T); phi(s)], token by token."""
     batch, prompt = case.batch, case.batch[side]
     with torch.no_grad():
-        seen = library.model.get_image_features(batch["pixel_values"], batch["image_grid_thw"])
+        grids = torch.tensor(batch["grids"])
+        seen = library.model.get_image_features(batch["pixel_values"], grids)
     features, rows = iter(torch.cat(tuple(seen.pooler_output)).numpy()), []
     words = library.get_input_embeddings().weight.detach().numpy()
     for b, ids in enumerate(prompt["input_ids"].tolist()):
@@ -154,14 +155,14 @@ def test_eq3_left_brain_is_the_librarys(case, library):
             attention_mask=prompt["real"].long(),
             mm_token_type_ids=(prompt["input_ids"] == cfg.image_token_id).int(),
             pixel_values=case.batch["pixel_values"],
-            image_grid_thw=case.batch["image_grid_thw"],
+            image_grid_thw=torch.tensor(case.batch["grids"]),
             output_hidden_states=True,
             use_cache=True,
         )
-    real, cache = prompt["real"], words[common.CACHE]
+    real, cache = prompt["real"], words[sight.CACHE]
     assert torch.allclose(out.last_hidden_state[real], want.hidden_states[-1][real], atol=1e-4)
-    assert len(cache.layers) == len(want[common.CACHE].layers) == 4
-    for ours, its in zip(cache.layers, want[common.CACHE].layers):
+    assert len(cache.layers) == len(want[sight.CACHE].layers) == 4
+    for ours, its in zip(cache.layers, want[sight.CACHE].layers):
         for a, b in ((ours.keys, its.keys), (ours.values, its.values)):
             assert torch.allclose(a.transpose(1, 2)[real], b.transpose(1, 2)[real], atol=1e-4)
 
@@ -463,7 +464,7 @@ def test_left_brain_stays_as_it_was(episodes):
     assert all(torch.equal(weights[n], x) for n, x in fresh.state_dict().items())
     assert not torch.equal(right["lm_head.weight"], weights["lm_head.weight"])
     asked = common.ask(data.question_sets(["seed"], 4)["seed"], case.processor, twinbrain.SYSTEM_L)
-    words = {k: asked[k] for k in ("pixel_values", "image_grid_thw")}
+    words = {"pixel_values": asked["pixel_values"], "image_grid_thw": torch.tensor(asked["grids"])}
     words |= {k: asked["prompt"][k] for k in ("input_ids", "position_ids")}
     words["attention_mask"] = common.causal_mask(asked["prompt"]["real"])
     with torch.no_grad():
@@ -607,8 +608,9 @@ def test_training_and_acting_see_the_same(case, episodes):
         for side in ("left", "right"):
             for key in trained[side]:
                 assert torch.equal(trained[side][key], acted[side][key]), (side, key)
-        for key in ("pixel_values", "image_grid_thw", "state"):
+        for key in ("pixel_values", "state"):
             assert torch.equal(trained[key], acted[key]), key
+        assert trained["grids"] == acted["grids"]
 
 
 @pytest.mark.parametrize("head", ["flow", "pi", "oft", "fast"])
@@ -635,8 +637,8 @@ def test_fast_says_what_it_has_learned(episodes):
     for step in range(90):
         case.step(opts)
         with torch.no_grad():
-            h, labels = case.model.think(case.batch)[0], case.batch["right"]["labels"]
-            learned = twinbrain.answer_loss(case.model.right, h.last_hidden_state, labels)[1].item()
+            h, prompt = case.model.think(case.batch)[0].last_hidden_state, case.batch["right"]
+            learned = twinbrain.answer_loss(case.model.right, h, prompt)[1].item()
             spoken = case.model.speak(batch, limit=len(said)) if learned or step % 9 == 0 else None
         if spoken is not None:  # decoding writes the chunk if and only if each token is likeliest
             assert (tuple(spoken[0].tolist()) == said) == learned

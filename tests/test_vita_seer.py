@@ -202,7 +202,7 @@ def test_with_a_goal_only_steps_whose_goal_is_in_the_window_count(episodes):
     assert np.array_equal(sample["ahead"][0][0], cameras[0][3 + 3])  # of step 3, N on
     case.samples[2] = case.samples[0]
     foresees = sense(case.samples, case.cfg, case.processor)["foresees"]
-    assert foresees.tolist() == [[False, True, False]] * 3
+    assert foresees.tolist() == [1, 4, 7]  # of three samples with three steps each, the middle one
     brief = replace(episodes[0], action=episodes[0].action[:1], state=episodes[0].state[:1])
     windows = Histories([brief, episodes[1]], case.stats, replace(SMALL, goal=1))
     assert len(windows) == T - 2 and windows.get(0, np.random.default_rng(0))["mask"][0].all()

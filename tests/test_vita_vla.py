@@ -136,7 +136,8 @@ def inputs_by_hand(case, library, b):
     batch, model = case.batch, case.model
     first = 2 * sum(len(s["images"]) for s in case.samples[:b])
     with torch.no_grad():
-        seen = library.model.get_image_features(batch["pixel_values"], batch["image_grid_thw"])
+        grids = torch.tensor(batch["grids"])
+        seen = library.model.get_image_features(batch["pixel_values"], grids)
     pictures = iter(torch.cat(seen.pooler_output[first:]).numpy())
     words = library.get_input_embeddings().weight.detach().numpy()
     arm, grip, join = (
@@ -159,8 +160,9 @@ def inputs_by_hand(case, library, b):
 
 
 def test_eq1_vectors_at_the_tokens(case, library, monkeypatch):
-    inputs, read = [], case.vlm.read
-    monkeypatch.setattr(case.vlm, "read", lambda x, *more: inputs.append(x) or read(x, *more))
+    inputs, read = [], case.vlm.language.forward
+    keep = lambda **words: inputs.append(words["inputs_embeds"]) or read(**words)  # noqa: E731
+    monkeypatch.setattr(case.vlm.language, "forward", keep)
     case.hidden()
     for b in range(3):
         want = inputs_by_hand(case, library, b)[0]
@@ -169,7 +171,7 @@ def test_eq1_vectors_at_the_tokens(case, library, monkeypatch):
 
 def test_eq2_last_states_of_the_action_tokens(case, library):
     """Each prompt alone, by the library with its own attention and positions."""
-    got, grids = case.hidden().numpy(), case.batch["image_grid_thw"]
+    got, grids = case.hidden().numpy(), torch.tensor(case.batch["grids"])
     assert not case.batch["steps"].all() and not case.batch["prompt"]["real"].all()
     for b, sample in enumerate(case.samples):
         n, first = len(sample["images"]), 2 * sum(len(s["images"]) for s in case.samples[:b])
@@ -423,7 +425,7 @@ def test_goal_is_the_state_so_many_steps_ahead():
 def test_later_steps_do_not_reach_earlier_ones(which, request):
     case = request.getfixturevalue(which)
     before, batch = case.hidden(), dict(case.batch)
-    patches = batch["image_grid_thw"].prod(1)
+    patches = torch.tensor(batch["grids"]).prod(1)
     ends = patches.cumsum(0)
     batch["state"], batch["pixel_values"] = batch["state"].clone(), batch["pixel_values"].clone()
     for b, step in ((0, 0), (1, 2)):  # the first step of the one, the last of the other
@@ -466,10 +468,9 @@ def test_a_students_mask(episodes):
     the shorter prompt beside it padding (the last column) reaches nobody."""
     case = Case(episodes, history=2)
     batch, model, views = case.batch, case.model, []
-    prompt, seen = batch["prompt"], model.vlm.see(batch["pixel_values"], batch["image_grid_thw"])
-    places = prompt["real"] & (prompt["input_ids"] == case.processor.image_token_id)
-    x = model.embed(prompt, seen, batch["state"][batch["steps"]], places)
-    h = model.vlm.read(x, prompt, common.causal_mask(prompt["real"]), places, seen)
+    prompt, seen = batch["prompt"], model.vlm.see(batch)
+    x, pictures = model.embed(prompt, batch["state"][batch["steps"]]), seen[0].requires_grad_()
+    h = model.vlm.read(x, prompt, common.causal_mask(prompt["real"]), seen)
     for b in (0, 2):  # two steps; one, padded
         step = re.compile(r".*?(p)(?=\.).*?(p)(?=\.).*?(\.)(?=s)(s).*?(a)(a)(a)")
         found = [m for m in step.finditer(letters(case, prompt["input_ids"][b]))
@@ -478,7 +479,8 @@ def test_a_students_mask(episodes):
         hidden = (~prompt["real"][b]).nonzero().flatten().tolist()
         for row in at:
             pull = (h[b, row] * torch.arange(128.0)).sum()
-            (grad,) = torch.autograd.grad(pull, x, retain_graph=True)
+            grads = torch.autograd.grad(pull, (x, pictures), retain_graph=True)
+            grad = common.put(grads[0], prompt["pictures"], grads[1])
             reach = grad[b].any(-1)
             views.append("".join(".#"[int(reach[c])] for c in at) + ".#"[int(reach[hidden].any())])
         assert not grad[[i for i in range(3) if i != b]].any(), "another sample's"
@@ -494,6 +496,7 @@ def test_tokens_of_a_step(H, heads, queries, foresight, tokens):
     model, seen = Seer(cfg, PictureStub()).eval(), []
     model.embedding_layer_norm.register_forward_hook(lambda m, args, out: seen.append(out.shape))
     batch = {"steps": torch.ones(1, 2, dtype=torch.bool), "state": torch.zeros(1, 2, 8)}
+    batch["there"] = torch.arange(2)
     with torch.no_grad():
         h, ahead = model.hidden(batch)
     assert seen == [(1, 2 * tokens, H)]
@@ -765,6 +768,7 @@ def test_a_released_seer_computes_what_it_did(seer):
     S, A, n, rng = 2, 4 + 2 * 3, 4 + 2 * 3 + 2 * 4 + 3, torch.Generator().manual_seed(3)
     state = torch.randn(2, S, 8, generator=rng)
     batch = {"steps": torch.ones(2, S, dtype=torch.bool), "state": state}
+    batch["there"] = torch.arange(2 * S)
     x = context_by_hand(weights, *PictureStub()(batch, 2), batch["state"])
     more = [weights[k].expand(2, S, -1, -1) for k in ("obs_tokens", "action_pred_token")]
     x = torch.cat([x, *more], 2) + weights["transformer_backbone_position_embedding"][:, :S]
@@ -1077,7 +1081,8 @@ def test_backbone_eyes_tell_the_cameras_apart(teacher):
         for pictures in sample["images"]:
             for picture, got in zip(pictures, (static[step], wrist[step])):
                 pixels, grid = teacher.processor.images([picture])
-                alone = teacher.vlm.see(torch.from_numpy(pixels), torch.tensor(grid))[0]
+                alone = {"pixel_values": torch.from_numpy(pixels), "grids": grid}
+                alone = teacher.vlm.see(alone)[0]
                 assert torch.allclose(got, alone, atol=1e-4)
             step += 1
     language, caught = teacher.vlm.language, []
@@ -1198,7 +1203,7 @@ def test_vita_is_composed_as_released(vita):
     assert pixels[0, 1, 7, 9] == pytest.approx((images[0][7, 9, 1] / 255 - mean[1]) / std[1], 1e-4)
     with torch.no_grad():
         want = vita.see(torch.from_numpy(pixels))
-        (seen,) = model.see(torch.from_numpy(pixels), torch.tensor(grids))
+        (seen,) = model.see({"pixel_values": torch.from_numpy(pixels), "grids": grids})
         assert want.shape == (3, 49, 64) and torch.allclose(seen, want.flatten(0, 1), atol=1e-4)
         h = 0.5 * vita.vision(torch.from_numpy(pixels)).last_hidden_state[:, 1:]
         shuffle = transformers.InternVLModel.pixel_shuffle
@@ -1248,8 +1253,7 @@ def test_vita_reads_as_released(vita):
     prompt = processor.pad(rows, [(), ()])
     with torch.no_grad():
         x = vita.text.get_input_embeddings()(prompt["input_ids"])
-        places = torch.zeros_like(prompt["real"])
-        h = model.read(x, prompt, common.causal_mask(prompt["real"]), places, [x[:0]])
+        h = model.read(x, prompt, common.causal_mask(prompt["real"]), ())
         for b, row in enumerate(rows):
             alone = vita.text(input_ids=torch.tensor([row])).last_hidden_state[0]
             assert torch.allclose(h[b, -len(row) :], alone, atol=1e-4)
@@ -1439,7 +1443,8 @@ def test_training_and_acting_see_the_same(case, episodes):
             assert set(trained) - set(acted) == {"action", "mask"}
             for key in acted["prompt"]:
                 assert torch.equal(acted["prompt"][key], trained["prompt"][key]), (t, key)
-            for key in set(acted) - {"prompt"}:
+            assert acted["grids"] == trained["grids"]
+            for key in set(acted) - {"prompt", "grids"}:
                 assert torch.equal(acted[key], trained[key]), (t, key)
 
 
@@ -1461,7 +1466,7 @@ def play(policy, episodes, steps, restart):
 
 def check_cache(case, episodes, steps=6):
     seen, see = [], case.model.vlm.see
-    case.model.vlm.see = lambda pixels, grids: seen.append(len(grids)) or see(pixels, grids)
+    case.model.vlm.see = lambda batch: seen.append(len(batch["grids"])) or see(batch)
     with_cache = play(case.policy(cache=True), episodes, steps, restart=3)
     del case.model.vlm.see
     n = len(episodes)

@@ -1,0 +1,143 @@
+"""The scripts on a stand-in for a GPU: all tensors are where they have to be, nothing waits."""
+
+import json
+
+import numpy as np
+import pytest
+import standin
+import test_dualvla
+import test_twinbrain
+import test_vita_vla
+import torch
+from standin import GPU, Elsewhere, OnGPU
+
+import common
+import data
+import dualvla
+import twinbrain
+import vita_vla
+from worlds import tabletop
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    standin.install(monkeypatch)
+    with Elsewhere():
+        yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def test_the_stand_in_is_one(gpu):
+    x, w = torch.ones(2, 3, device="cuda"), torch.nn.Linear(3, 2).to("cuda")
+    assert x.device == w.weight.device == GPU and isinstance(w(x), OnGPU)
+    with pytest.raises(RuntimeError, match=r"\(3,\) is still on the CPU"):
+        x + torch.ones(3)
+    with pytest.raises(TypeError):
+        x.numpy()
+    w(x).sum().backward()
+    assert w.weight.grad.device == GPU and (w.weight.grad.cpu() == 2).all()
+    assert [what for what, _ in OnGPU.waits] == ["to the CPU"]
+    assert x[x > 0].sum().item() == 6 and np.shape(x.cpu().numpy()) == (2, 3)
+    assert [what for what, _ in OnGPU.waits[1:]] == ["index", "_local_scalar_dense", "to the CPU"]
+
+
+def learn(script, case, losses):
+    """Steps of a Case on the GPU. losses(batch) of a fresh batch: nobody waits until the norm."""
+    case.model.to(GPU)
+    opts = script.make_optimizers(case.model, case.cfg)
+    trained = [p for p in case.model.parameters() if p.requires_grad]
+    before = [p.cpu().clone() for p in trained]
+    for _ in range(2):
+        batch = common.to_device(case.batch, GPU)
+        OnGPU.waits.clear()
+        with common.autocast(GPU, "bf16"):
+            script.total_loss(losses(batch), case.cfg).backward()
+        norm = common.clip(trained, 1.0)
+        for opt in opts:
+            opt.param_groups[0]["lr"] = 0.1
+            opt.step()
+            opt.zero_grad(set_to_none=True)
+        assert OnGPU.waits == [] and 0 < norm() < 1e9
+    assert any(not torch.equal(a, p.cpu()) for a, p in zip(before, trained, strict=True))
+
+
+@pytest.mark.parametrize("flags", [
+    {}, {"cotrain": 0.1, "visibility": "index"}, {"brain": "nofreeze", "optimizer": "muon"},
+    {"head": "pi", "lora": 2}, {"head": "fast", "brain": "vanilla"},
+], ids=str)  # fmt: skip
+def test_a_step_of_twinbrain_waits_for_nothing(gpu, episodes, flags):
+    case = test_twinbrain.Case(episodes, **flags)
+    noise = common.to_device([*case.noise], GPU)
+    learn(twinbrain, case, lambda batch: case.model(batch, noise))
+
+
+@pytest.mark.parametrize("flags", [
+    {"stage": "teacher"}, {"stage": "align"}, {}, {"state_input": "text", "lora": 2},
+], ids=str)  # fmt: skip
+def test_a_step_of_vita_waits_for_nothing(gpu, episodes, flags):
+    case, teacher = test_vita_vla.Case(episodes, **flags), None
+    if case.cfg.stage == "align":
+        teacher = test_vita_vla.Case(episodes, stage="teacher").model.to(GPU).requires_grad_(False)
+
+    def losses(batch):
+        return case.model(batch, teacher.hidden(batch)[0] if teacher else None)
+
+    learn(vita_vla, case, losses)
+
+
+@pytest.mark.parametrize("flags", [{}, {"stage": "expert"}, {"tune": "full"}], ids=str)
+def test_a_step_of_dualvla_waits_for_nothing(gpu, episodes, flags):
+    case, teachers = test_dualvla.Case(episodes, **flags), (None, None)
+    if not flags:
+        both = (test_dualvla.Case(episodes, stage) for stage in ("expert", "generalist"))
+        teachers = [other.model.to(GPU).requires_grad_(False) for other in both]
+    noise = common.to_device([*case.noise], GPU)
+
+    def losses(batch):
+        soft = dualvla.teach(teachers, batch, noise)
+        return case.model(batch, noise, soft)
+
+    learn(dualvla, case, losses)
+
+
+def test_a_run_on_a_gpu(gpu, tmp_path, monkeypatch):
+    """From the flags to the films; while training, only the loss that is logged is waited for."""
+    data.demonstrations("tabletop:bridge", 4)
+    monkeypatch.setattr(tabletop.Tabletop, "max_steps", 3)
+    shape = ["--width", "32", "--depth", "2", "--heads", "2", "--batch", "2", "--demos", "4"]
+    act = ["--domains", "in", "--episodes", "1", "--parallel", "1", "--questions", "2"]
+    twinbrain.main([*shape, *act, "--steps", "3", "--log-every", "9", "--out", str(tmp_path)])
+    assert json.loads((tmp_path / "result.json").read_text())["success"] == 0
+    assert [*tmp_path.glob("*.gif")]
+    waits = [what for what, callers in OnGPU.waits if "train" in callers]
+    assert waits == ["_local_scalar_dense"]
+
+
+WHOLE = {
+    "twinbrain --brain nofreeze --head oft --qa-every 2": twinbrain,
+    "twinbrain --brain vanilla --head fast": twinbrain,
+    "twinbrain --head pi --lora 2 --frozen bf16 --ensemble": twinbrain,
+    "twinbrain --grad-checkpoint --accumulate 2 --cotrain 0.1 --attention kernel": twinbrain,
+    "vita_vla --teacher train": vita_vla,
+    "vita_vla --teacher train --recipe freeze-vlm --mapper decoder --no-cache": vita_vla,
+    "dualvla --prune action": dualvla,
+    "dualvla --actions tokens --prune none": dualvla,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", WHOLE)
+def test_whole_runs_on_a_gpu(gpu, words, tmp_path, monkeypatch):
+    _, *flags = words.split()
+    for world in ("bridge", "abc_d"):
+        data.demonstrations(f"tabletop:{world}", 8)
+    monkeypatch.setattr(tabletop.Tabletop, "max_steps", 3)
+    brief = ["--steps", "2", "--demos", "8", "--episodes", "1", "--parallel", "1", "--batch", "2",
+             "--domains", "in", "--width", "32", "--heads", "2"]  # fmt: skip
+    WHOLE[words].main([*brief, *flags, "--out", str(tmp_path)])
+    assert [*tmp_path.rglob("result.json")] and [*tmp_path.rglob("*.gif")]
+    run = sorted(tmp_path.rglob("checkpoints"))[-1].parent
+    before = (run / "result.json").read_text()
+    WHOLE[words].main(["--eval-only", str(run), "--out", str(tmp_path / "again")])
+    after = next((tmp_path / "again").rglob("result.json")).read_text()
+    assert json.loads(after)["success"] == json.loads(before)["success"]
