@@ -225,9 +225,10 @@ def sense(samples, cfg, processor):
         if cfg.head == "fast" and "action" in sample:
             said.append(processor.fast.encode(sample["action"]))
             right[-1] += said[-1]
+    slots = {"slots": starvla.slot(processor.tokenizer)} if cfg.head == "oft" else {}
     batch = {
         "left": processor.pad(left, grids),
-        "right": processor.pad(right, grids),
+        "right": processor.pad(right, grids, **slots),
         "pixel_values": torch.from_numpy(np.concatenate(pixels)),
         "grids": [g for grid in grids for g in grid],
         "state": torch.from_numpy(np.stack([s["state"] for s in samples])),  # (B, S)
@@ -351,7 +352,7 @@ class TwinBrain(nn.Module):
         if cfg.state:
             self.phi = nn.Sequential(nn.Linear(state_dim, D), nn.SiLU(), nn.Linear(D, D))
         if cfg.head == "oft":
-            self.expert = starvla.OFT(D, action_dim, cfg.horizon, processor.tokenizer)
+            self.expert = starvla.OFT(D, action_dim, cfg.horizon)
         elif cfg.head != "fast":
             depth = 2 * layers if cfg.head == "pi" else cfg.depth  # ASSUMPTION A8
             self.expert = DiT(cfg, D, action_dim, depth)
@@ -398,7 +399,7 @@ class TwinBrain(nn.Module):
         if cfg.head == "fast":
             losses["action"] = answer_loss(self.right, h_R, batch["right"])[0]
         elif cfg.head == "oft":
-            error = (self.expert(h_R, batch["right"]["input_ids"]) - batch["action"]).abs()
+            error = (self.expert(h_R, batch["right"]["slots"]) - batch["action"]).abs()
             losses["action"] = masked_mean(error, batch["mask"])
         else:
             keys = self.expert.keys(self.conditions(out), real)
@@ -434,7 +435,7 @@ class TwinBrain(nn.Module):
             return fast.decode(self.speak(batch, fast.H * fast.A, fast.end))
         out, _ = self.think(batch)
         if self.cfg.head == "oft":
-            return self.expert(out.last_hidden_state, batch["right"]["input_ids"]).float()
+            return self.expert(out.last_hidden_state, batch["right"]["slots"]).float()
         keys = self.expert.keys(self.conditions(out), batch["right"]["real"])
         return integrate(lambda x, t: self.expert(x, t, keys), a_0, self.cfg.euler)
 

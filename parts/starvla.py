@@ -22,25 +22,30 @@ def ask(tokenizer, horizon):
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
+def slot(tokenizer):
+    """-> the id of SLOT."""
+    ids = tokenizer(SLOT, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1:
+        raise UserError(f"--head oft: this backbone has no single token for {SLOT}")
+    return ids[0]
+
+
 class OFT(nn.Module):
     """One action from the hidden state at each slot, all at once."""
 
-    def __init__(self, condition, action_dim, horizon, tokenizer):
+    def __init__(self, condition, action_dim, horizon):
         super().__init__()
         D, self.horizon = 2 * condition, horizon
-        slot = tokenizer(SLOT, add_special_tokens=False)["input_ids"]
-        if len(slot) != 1:
-            raise UserError(f"--head oft: this backbone has no single token for {SLOT}")
-        self.slot = slot[0]
         self.enter = nn.Sequential(nn.LayerNorm(condition), nn.Linear(condition, D), nn.ReLU())
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(D), nn.Linear(D, D), nn.ReLU()) for _ in range(2)
         )
         self.leave = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, action_dim))
 
-    def forward(self, h_R, ids):
-        """h_R (B, T, D), ids (B, T) with H slots a row -> (B, H, A)."""
-        x = self.enter(h_R[ids == self.slot].unflatten(0, (-1, self.horizon)))  # (B, H, 2 D)
+    def forward(self, h_R, slots):
+        """h_R (B, T, D), slots: the H of each row among B * T -> (B, H, A)."""
+        h = h_R.flatten(0, 1).index_select(0, slots)
+        x = self.enter(h.unflatten(0, (-1, self.horizon)))  # (B, H, 2 D)
         for block in self.blocks:
             x = x + block(x)
         return self.leave(x)

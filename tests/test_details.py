@@ -143,17 +143,16 @@ def test_future_tokens_are_each_one_of_its_own(twin):
 
 def test_oft_reads_its_slots_in_order_and_learns_their_distance(episodes):
     case = test_twinbrain.Case(episodes, head="oft")
-    ids, mask = case.batch["right"]["input_ids"], case.batch["mask"]
+    slots, mask = case.batch["right"]["slots"], case.batch["mask"]
     with torch.no_grad():
         h = case.model.think(case.batch)[0].last_hidden_state
-        out = case.model.expert(h, ids)
+        out = case.model.expert(h, slots)
         error = (out - case.batch["action"]).abs().mean(-1)  # (B, H)
         want = torch.stack([row[inside].mean() for row, inside in zip(error, mask)]).mean()
         assert not mask.all()
         assert torch.allclose(case.model(case.batch)["action"], want, atol=1e-6)
-        slot = (ids[0] == case.model.expert.slot).nonzero()[1, 0]
-        h[0, slot] += torch.randn(h.shape[-1])
-        moved = (case.model.expert(h, ids) != out).any(-1)
+        h[0, slots[1]] += torch.randn(h.shape[-1])
+        moved = (case.model.expert(h, slots) != out).any(-1)
     assert moved.tolist() == [[False, True, False, False], [False] * 4]
 
 

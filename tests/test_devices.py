@@ -63,7 +63,7 @@ def learn(script, case, losses):
 
 @pytest.mark.parametrize("flags", [
     {}, {"cotrain": 0.1, "visibility": "index"}, {"brain": "nofreeze", "optimizer": "muon"},
-    {"head": "pi", "lora": 2}, {"head": "fast", "brain": "vanilla"},
+    {"head": "pi", "lora": 2}, {"head": "fast", "brain": "vanilla"}, {"head": "oft"},
 ], ids=str)  # fmt: skip
 def test_a_step_of_twinbrain_waits_for_nothing(gpu, episodes, flags):
     case = test_twinbrain.Case(episodes, **flags)
@@ -98,6 +98,22 @@ def test_a_step_of_dualvla_waits_for_nothing(gpu, episodes, flags):
         return case.model(batch, noise, soft)
 
     learn(dualvla, case, losses)
+
+
+@pytest.mark.parametrize("script, flags", [
+    (test_twinbrain, {}), (test_twinbrain, {"head": "oft"}), (test_vita_vla, {}),
+    (test_vita_vla, {"stage": "teacher"}), (test_dualvla, {}),
+], ids=lambda x: getattr(x, "__name__", str(x)))  # fmt: skip
+def test_a_control_step_waits_for_its_action_alone(gpu, episodes, script, flags):
+    case, memories = script.Case(episodes, **flags), [{}, {}]
+    policy = case.policy() if script is test_vita_vla else case.policy
+    case.model.to(GPU)
+    policy.device, policy.form = GPU, "plain"
+    for t in range(4):  # VITA-VLA's history of three steps grows, then slides
+        seen = [test_vita_vla.observation_of(e, t, m) for e, m in zip(episodes, memories)]
+        OnGPU.waits.clear()
+        policy.act(seen, [e.instruction for e in episodes[:2]], np.random.default_rng(0))
+        assert [what for what, _ in OnGPU.waits] == ["to the CPU"]
 
 
 def test_a_run_on_a_gpu(gpu, tmp_path, monkeypatch):

@@ -712,12 +712,12 @@ def test_words_added_to_a_large_vocabulary_are_drawn_anew(scale):
 def test_a_slot_is_one_token_of_any_tokenizer(episodes):
     """A byte-level vocabulary has no entry written as the slot is, and still may have its token."""
     case = Case(episodes, brain="vanilla", head="oft")
-    slots = case.batch["right"]["input_ids"] == case.model.expert.slot
+    slots = case.batch["right"]["input_ids"] == starvla.slot(case.processor.tokenizer)
     assert slots.sum(1).tolist() == [case.cfg.horizon] * len(slots)
     spelled = lambda *ids: lambda text, **how: {"input_ids": [*ids]}  # noqa: E731
-    assert starvla.OFT(128, 7, 4, spelled(5)).slot == 5
+    assert starvla.slot(spelled(5)) == 5
     with pytest.raises(common.UserError, match="no single token"):
-        starvla.OFT(128, 7, 4, spelled(1, 2))
+        starvla.slot(spelled(1, 2))
 
 
 def test_attention_map(case, episodes):
