@@ -18,6 +18,8 @@ import twinbrain
 import vita_vla
 from worlds import tabletop
 
+SLOW = pytest.mark.slow  # as the others in what could be wrong with them
+
 
 @pytest.fixture
 def gpu(monkeypatch):
@@ -62,8 +64,9 @@ def learn(script, case, losses):
 
 
 @pytest.mark.parametrize("flags", [
-    {}, {"cotrain": 0.1, "visibility": "index"}, {"brain": "nofreeze", "optimizer": "muon"},
-    {"head": "pi", "lora": 2}, {"head": "fast", "brain": "vanilla"}, {"head": "oft"},
+    {"cotrain": 0.1, "visibility": "index"}, {"brain": "nofreeze", "optimizer": "muon"},
+    pytest.param({"head": "pi", "lora": 2}, marks=SLOW), pytest.param({"head": "oft"}, marks=SLOW),
+    pytest.param({"head": "fast", "brain": "vanilla"}, marks=SLOW),
 ], ids=str)  # fmt: skip
 def test_a_step_of_twinbrain_waits_for_nothing(gpu, episodes, flags):
     case = test_twinbrain.Case(episodes, **flags)
@@ -72,7 +75,8 @@ def test_a_step_of_twinbrain_waits_for_nothing(gpu, episodes, flags):
 
 
 @pytest.mark.parametrize("flags", [
-    {"stage": "teacher"}, {"stage": "align"}, {}, {"state_input": "text", "lora": 2},
+    {"stage": "teacher"}, {"stage": "align"}, {},
+    pytest.param({"state_input": "text", "lora": 2}, marks=SLOW),
 ], ids=str)  # fmt: skip
 def test_a_step_of_vita_waits_for_nothing(gpu, episodes, flags):
     case, teacher = test_vita_vla.Case(episodes, **flags), None
@@ -85,7 +89,9 @@ def test_a_step_of_vita_waits_for_nothing(gpu, episodes, flags):
     learn(vita_vla, case, losses)
 
 
-@pytest.mark.parametrize("flags", [{}, {"stage": "expert"}, {"tune": "full"}], ids=str)
+@pytest.mark.parametrize("flags", [
+    {}, pytest.param({"stage": "expert"}, marks=SLOW), pytest.param({"tune": "full"}, marks=SLOW),
+], ids=str)  # fmt: skip
 def test_a_step_of_dualvla_waits_for_nothing(gpu, episodes, flags):
     case, teachers = test_dualvla.Case(episodes, **flags), (None, None)
     if not flags:
@@ -101,8 +107,9 @@ def test_a_step_of_dualvla_waits_for_nothing(gpu, episodes, flags):
 
 
 @pytest.mark.parametrize("script, flags", [
-    (test_twinbrain, {}), (test_twinbrain, {"head": "oft"}), (test_vita_vla, {}),
-    (test_vita_vla, {"stage": "teacher"}), (test_dualvla, {}),
+    (test_twinbrain, {}), (test_vita_vla, {}), (test_dualvla, {}),
+    pytest.param(test_twinbrain, {"head": "oft"}, marks=SLOW),
+    pytest.param(test_vita_vla, {"stage": "teacher"}, marks=SLOW),
 ], ids=lambda x: getattr(x, "__name__", str(x)))  # fmt: skip
 def test_a_control_step_waits_for_its_action_alone(gpu, episodes, script, flags):
     case, memories = script.Case(episodes, **flags), [{}, {}]
@@ -141,7 +148,7 @@ WHOLE = {
 }
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize("words", WHOLE)
 def test_whole_runs_on_a_gpu(gpu, words, tmp_path, monkeypatch):
     _, *flags = words.split()

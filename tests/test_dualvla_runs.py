@@ -17,6 +17,8 @@ import dualvla
 from parts import runs
 from worlds import benchmarks, reports
 
+pytestmark = pytest.mark.usefixtures("brief")
+
 TINY = [
     "--steps", "2", "--save-every", "1", "--log-every", "1", "--demos", "20", "--episodes", "2",
     "--gifs", "0", "--execute", "8", "--questions", "2", "--batch", "4", "--domains", "in",

@@ -16,6 +16,8 @@ import dualvla
 import twinbrain
 import vita_vla
 
+pytestmark = pytest.mark.usefixtures("brief")
+
 ROOT = Path(__file__).resolve().parents[1]
 TINY = [
     "--steps", "2", "--save-every", "1", "--log-every", "1", "--episodes", "2", "--gifs", "0",

@@ -217,6 +217,7 @@ def test_sharded_models_are_whole_for_questions_and_at_the_end(tmp_path):
     assert found[0]["right"].keys() == found[2]["left"].keys() and found[1] is None
 
 
+@pytest.mark.slow
 def test_stage_1_takes_its_teachers_decoder_when_it_is_sharded(tmp_path):
     teacher, words = tmp_path / "teacher", [*TINY, *OWN["vita_vla"], "--stage"]
     cfg = common.parse(vita_vla.Config, {}, {}, [*words, "teacher"])

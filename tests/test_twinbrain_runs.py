@@ -20,6 +20,8 @@ import twinbrain
 from parts import runs
 from worlds import loop, tabletop
 
+pytestmark = pytest.mark.usefixtures("brief")
+
 TINY = [
     "--steps", "4", "--save-every", "2", "--log-every", "1", "--demos", "20", "--episodes", "4",
     "--gifs", "1", "--questions", "2", "--batch", "8", "--domains", "in", "--width", "32",

@@ -20,6 +20,8 @@ from parts import checkpoints, seer
 from vita_vla import Config
 from worlds import loop
 
+pytestmark = pytest.mark.usefixtures("brief")
+
 TINY = [
     "--steps", "4", "--save-every", "2", "--log-every", "1", "--demos", "20", "--episodes", "2",
     "--gifs", "1", "--batch", "4", "--width", "32", "--depth", "1", "--heads", "2", "--queries",
