@@ -214,7 +214,7 @@ def encode(tokenizer, text):
 
 def places(tokenizer):
     """-> ids of the words that stand for other vectors."""
-    return {"states": encode(tokenizer, STATE)[0], "acts": encode(tokenizer, ACT)[0]}
+    return {n: tokenizer.convert_tokens_to_ids(w) for n, w in (("states", STATE), ("acts", ACT))}
 
 
 def chat(sample, grids, cfg, processor):

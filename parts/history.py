@@ -22,8 +22,7 @@ def keep_pictures(memories, seen, grids):
     n, cameras = len(memories), len(grids) // len(memories)
     parts = zip(*(level.unflatten(0, (n, -1)) for level in seen))
     for i, (memory, mine) in enumerate(zip(memories, parts)):
-        mine = {"grid": [tuple(g) for g in grids[i * cameras :][:cameras]], "seen": mine}
-        memory["steps"][-1] |= mine
+        memory["steps"][-1] |= {"grid": grids[i * cameras :][:cameras], "seen": mine}
 
 
 def grids_of(memory):

@@ -81,9 +81,9 @@ def layout(visual, grids, device):
     """What a Qwen's vision tower makes of its pictures' grids, for its forward(): kept, and made on
     the CPU, as a GPU would be waited for."""
     kept = visual.__dict__.setdefault("layouts", {})
-    if len(kept) == 64:  # pictures of many sizes, mixed anew in each batch
-        kept.clear()
     if (grids, device) not in kept:
+        if len(kept) == 64:  # pictures of many sizes, mixed anew in each batch
+            kept.clear()
         grid, merge = torch.tensor(grids), visual.spatial_merge_size
         bounds, longest = vision_utils.get_vision_attention_seqlens(grid, visual.config)
         made = {"cu_seqlens": bounds, "max_seqlen": longest, "grid_thw": grid}

@@ -1,6 +1,7 @@
 """A stand-in for a GPU: its tensors compute on the CPU, say that they are on cuda:0, refuse to meet
 a tensor of the CPU, and note whatever would make the CPU wait for the GPU."""
 
+import time
 import traceback
 
 import torch
@@ -123,10 +124,17 @@ def move(name, x, *how, device=None, dtype=None, non_blocking=False, other=None,
 
 
 class Event:
+    def __init__(self, **_):
+        self.now = None
+
     def record(self):
+        self.now = time.perf_counter()
+
+    def synchronize(self):
         """Nothing is under way."""
 
-    synchronize = record
+    def elapsed_time(self, other):
+        return 1000 * (other.now - self.now)
 
 
 def install(patch):
@@ -149,6 +157,8 @@ def install(patch):
         "is_available": True, "device_count": 1, "set_device": None, "set_rng_state": None,
         "get_rng_state": torch.zeros(16, dtype=torch.uint8), "is_bf16_supported": True,
         "get_device_name": "a stand-in", "mem_get_info": (10**11, 10**11), "memory_reserved": 0,
+        "memory_allocated": 0, "max_memory_allocated": 10**9, "reset_peak_memory_stats": None,
+        "empty_cache": None, "synchronize": None, "set_sync_debug_mode": None,
     }.items():  # fmt: skip
         patch.setattr(torch.cuda, name, lambda *_, value=value, **__: value)
     patch.setattr(torch.cuda, "Event", Event)

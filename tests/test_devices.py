@@ -1,6 +1,9 @@
 """The scripts on a stand-in for a GPU: all tensors are where they have to be, nothing waits."""
 
+import importlib
 import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +20,9 @@ import dualvla
 import twinbrain
 import vita_vla
 from worlds import tabletop
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
+import methods  # noqa: E402
 
 SLOW = pytest.mark.slow  # as the others in what could be wrong with them
 
@@ -164,3 +170,26 @@ def test_whole_runs_on_a_gpu(gpu, words, tmp_path, monkeypatch):
     WHOLE[words].main(["--eval-only", str(run), "--out", str(tmp_path / "again")])
     after = next((tmp_path / "again").rglob("result.json")).read_text()
     assert json.loads(after)["success"] == json.loads(before)["success"]
+
+
+@SLOW
+@pytest.mark.parametrize("words", [
+    "step --steps 1 --batch 2", "step --method vita_vla --stage align --steps 1 --batch 2",
+    "step --method dualvla --steps 1 --batch 3", "latency --repeats 1 --seconds 0.1",
+])  # fmt: skip
+def test_a_benchmark_on_a_gpu(gpu, words, monkeypatch, capsys):
+    """Its table, in which no training step has waited; nothing is written to bench/results."""
+    name, *flags = words.split()
+    importlib.reload(methods)  # it has looked for a GPU
+    bench, rows = importlib.reload(importlib.import_module(name)), []
+    monkeypatch.setattr(bench, "append", lambda kind, row: rows.append(row))
+    monkeypatch.setattr(bench, "bf16", lambda policy: policy, raising=False)
+    monkeypatch.setattr(sys, "argv", [name, *flags])
+    try:
+        bench.main()
+    finally:
+        monkeypatch.undo()
+        importlib.reload(methods)
+        importlib.reload(bench)
+    assert rows and all(row.get("waits", 0) == 0 for row in rows)
+    assert "a stand-in" in capsys.readouterr().out
