@@ -4,7 +4,7 @@ A picture's tokens are kept as long as its step is in the window; the VLM's keys
 the window still grows. Once it slides, all positions change and the window is read anew.
 A memory holds "steps" (each with its "state", "grid" and "seen" of its pictures), "length", the
 number of steps that were read, and "past", [(keys, values)] by layer, each (heads, tokens, dim).
-Letters: n histories, W tokens to read, P kept ones, D width of the VLM.
+Letters: n histories, W tokens to read, P kept ones, D width of the VLM, N actions.
 """
 
 import torch
@@ -62,9 +62,8 @@ def read_on(model, rows, memories, grow, words):
     ends = torch.searchsorted(prompt["acts"], W * torch.arange(1, len(rows) + 1))
     prompt["newest"] = prompt["acts"][ends[:, None] + torch.arange(-N, 0)]  # (n, N)
     behind = torch.arange(P) >= P - torch.tensor(kept)[:, None]  # (n, P)
-    real = torch.cat([behind, prompt["real"]], dim=1)
-    real = [flat(row).to(device, non_blocking=True) for row in real]
-    prompt, behind = to_device([prompt, behind], device)
+    real = [flat(row) for row in torch.cat([behind, prompt["real"]], dim=1)]
+    prompt, behind, real = to_device([prompt, behind, real], device)
     cache = DynamicCache()
     for layer in range(model.vlm.language.config.num_hidden_layers if grow else 0):
         both = zip(*(m["past"][layer] for m in memories))

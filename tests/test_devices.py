@@ -142,32 +142,33 @@ def test_a_run_on_a_gpu(gpu, tmp_path, monkeypatch):
     assert waits == ["_local_scalar_dense"]
 
 
-WHOLE = {
-    "twinbrain --brain nofreeze --head oft --qa-every 2": twinbrain,
-    "twinbrain --brain vanilla --head fast": twinbrain,
-    "twinbrain --head pi --lora 2 --frozen bf16 --ensemble": twinbrain,
-    "twinbrain --grad-checkpoint --accumulate 2 --cotrain 0.1 --attention kernel": twinbrain,
-    "vita_vla --teacher train": vita_vla,
-    "vita_vla --teacher train --recipe freeze-vlm --mapper decoder --no-cache": vita_vla,
-    "dualvla --prune action": dualvla,
-    "dualvla --actions tokens --prune none": dualvla,
-}
+WHOLE = [
+    "twinbrain --brain nofreeze --head oft --qa-every 2",
+    "twinbrain --brain vanilla --head fast",
+    "twinbrain --head pi --lora 2 --frozen bf16 --ensemble",
+    "twinbrain --grad-checkpoint --accumulate 2 --cotrain 0.1 --attention kernel",
+    "vita_vla --teacher train",
+    "vita_vla --teacher train --recipe freeze-vlm --mapper decoder --no-cache",
+    "dualvla --prune action",
+    "dualvla --actions tokens --prune none --horizon 2 --execute 2",
+]
 
 
 @SLOW
 @pytest.mark.parametrize("words", WHOLE)
 def test_whole_runs_on_a_gpu(gpu, words, tmp_path, monkeypatch):
-    _, *flags = words.split()
+    name, *flags = words.split()
     for world in ("bridge", "abc_d"):
         data.demonstrations(f"tabletop:{world}", 8)
     monkeypatch.setattr(tabletop.Tabletop, "max_steps", 3)
     brief = ["--steps", "2", "--demos", "8", "--episodes", "1", "--parallel", "1", "--batch", "2",
              "--domains", "in", "--width", "32", "--heads", "2"]  # fmt: skip
-    WHOLE[words].main([*brief, *flags, "--out", str(tmp_path)])
+    script = importlib.import_module(name)
+    script.main([*brief, *flags, "--out", str(tmp_path)])
     assert [*tmp_path.rglob("result.json")] and [*tmp_path.rglob("*.gif")]
     run = sorted(tmp_path.rglob("checkpoints"))[-1].parent
     before = (run / "result.json").read_text()
-    WHOLE[words].main(["--eval-only", str(run), "--out", str(tmp_path / "again")])
+    script.main(["--eval-only", str(run), "--out", str(tmp_path / "again")])
     after = next((tmp_path / "again").rglob("result.json")).read_text()
     assert json.loads(after)["success"] == json.loads(before)["success"]
 
