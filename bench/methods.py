@@ -32,6 +32,13 @@ def config(method, flags, stage=""):
     """A script's own flags -> its Config, of one stage; what no flag says is that stage's."""
     script = SCRIPTS[method]
     cfg = common.parse(script.Config, script.PRESETS, script.ABLATIONS, flags)
+    common.refuse({
+        f"--brain {getattr(cfg, 'brain', '')}: the twin is timed here, and with --variants vanilla "
+        "its right brain alone": getattr(cfg, "brain", "twin") == "vanilla",
+        "--head oft, fast and --actions tokens have no flow, which is timed here":
+            getattr(cfg, "head", "flow") in ("oft", "fast")
+            or getattr(cfg, "actions", "flow") == "tokens",
+    })  # fmt: skip
     if method == "dualvla":
         kept = {name: getattr(cfg, name) for name in cfg.explicit}
         cfg = replace(cfg, **dualvla.STAGES[stage] | {"lr": cfg.lr or 1e-3} | kept)

@@ -36,6 +36,15 @@ PAPERS = {"twinbrain": "Qwen3-VL-4B", "vita_vla": "VITA-1.5", "dualvla": "Eagle2
 TINY = ["--batch", "2", "--dtype", "fp32", "--threads", "1"]
 
 
+@pytest.mark.parametrize("method, words, says", [
+    ("twinbrain", "--brain vanilla", "--variants vanilla"), ("twinbrain", "--head oft", "no flow"),
+    ("dualvla", "--actions tokens", "no flow"),
+])  # fmt: skip
+def test_what_is_not_timed_is_refused(method, words, says):
+    with pytest.raises(common.UserError, match=says):
+        methods.config(method, words.split(), "dual" if method == "dualvla" else "")
+
+
 def test_the_lockstep_peer_computes_the_same():
     cfg = twinbrain.Config(batch=2, deepstack=False, dtype="fp32")
     model, processor = methods.build("twinbrain", cfg, False)
