@@ -363,7 +363,7 @@ ABILITIES = ("pope", "seed", "scienceqa", "mme")  # the world's questions in the
 
 def label(prompt, answers):
     """Gives a prompt whose rows end with their answers "labels" (B, T), -100 everywhere else, and
-    "spoken", which of its B * T predict one: found here, as a GPU would be waited for."""
+    "spoken", which of its B * T predict one."""
     prompt["labels"] = labels = torch.full_like(prompt["input_ids"], -100)
     for ids, answer in zip(labels, answers):
         ids[len(ids) - len(answer) :] = torch.tensor(answer)

@@ -903,10 +903,7 @@ def main(argv=None):
         return common.describe(cfg.backbone, common.load_backbone, builds)
     if cfg.export:
         policy = load_policy(cfg.export, torch.device("cpu"))
-        name, tokenizer = policy.cfg.backbone, policy.processor.tokenizer
-        out = cfg.out or f"{cfg.export}/export"
-        common.merge_lora(policy.model.right)
-        return common.export_backbone(policy.model.right, name, tokenizer, out)
+        return runs.export(cfg, policy, policy.model.right)
     dist = common.setup(cfg)
     session(common.resume_auto(cfg, dist), dist)
     dist.destroy()

@@ -850,10 +850,7 @@ def main(argv=None):
         if not isinstance(policy.model, VitaVLA):
             words = "a teacher has no VLM; name a student's run"
             raise common.UserError(f"--export {cfg.export}: {words}")
-        name, tokenizer = policy.cfg.backbone, policy.processor.tokenizer
-        out = cfg.out or f"{cfg.export}/export"
-        common.merge_lora(policy.model.vlm)
-        return common.export_backbone(policy.model.vlm, name, tokenizer, out)
+        return runs.export(cfg, policy, policy.model.vlm)
     dist = common.setup(cfg)
     for stage in chain(common.resume_auto(cfg, dist, "chain.json"), dist):
         session(stage, dist)

@@ -235,8 +235,7 @@ class Processor:
         return prompt | self.find(prompt, pictures=self.image_token_id, **words)
 
     def find(self, prompt, **words):
-        """Of words by name, name=id, the places in a prompt's B * T: on the CPU, since a GPU would
-        be waited for."""
+        """Of words by name, name=id, the places in a prompt's B * T; on the CPU: see sight.py."""
         ids, real = prompt["input_ids"], prompt["real"]
         return {name: flat(real & (ids == word)) for name, word in words.items()}
 

@@ -210,6 +210,13 @@ def same_flags(name, given, theirs, cfg, flags):
             raise common.UserError(f"--{name} {given} has {words} {its}, this run {mine}")
 
 
+def export(cfg, policy, vlm):
+    """--export: a run's VLM as an ordinary checkpoint, its LoRA merged into its weights."""
+    common.merge_lora(vlm)
+    out = cfg.out or f"{cfg.export}/export"
+    common.export_backbone(vlm, policy.cfg.backbone, policy.processor.tokenizer, out)
+
+
 def same_units(name, given, theirs, robots, parts=20):
     """What the run given by --name reads and says lies between the bounds of its own recordings,
     `theirs`: of each of ours, one of them must have about the same, within one of so many parts of

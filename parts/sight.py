@@ -1,7 +1,8 @@
 """How a language model sees: a vision tower's tokens of all pictures, and where they go in.
 
-What a Qwen's tower needs to know of its pictures' sizes is found on the CPU and kept: whatever is
-asked of a GPU's own numbers waits for all that it has to do. Letters: B batch, T tokens, D width.
+What a Qwen's tower needs to know of its pictures' sizes, and where pictures stand in a prompt, is
+found on the CPU: whatever is asked of a GPU's own numbers waits for all that it has to do. Letters:
+B batch, T tokens, D width.
 """
 
 import inspect
@@ -78,8 +79,7 @@ def see(model, batch):
 
 
 def layout(visual, grids, device):
-    """What a Qwen's vision tower makes of its pictures' grids, for its forward(): kept, and made on
-    the CPU, as a GPU would be waited for."""
+    """What a Qwen's vision tower makes of its pictures' grids, for its forward(); kept."""
     kept = visual.__dict__.setdefault("layouts", {})
     if (grids, device) not in kept:
         if len(kept) == 64:  # pictures of many sizes, mixed anew in each batch

@@ -55,7 +55,6 @@ def tiny_once():
 @pytest.fixture(scope="module")
 def brief():
     """Who has not learned to act need not fail for as long as a world allows."""
-
     call, evaluate = loop.call, loop.evaluate
 
     def soon_over(world, *what):

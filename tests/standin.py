@@ -19,7 +19,7 @@ MIXES = {"index", "index_put", "_index_put_impl_", "copy_"}  # these take tensor
 class OnGPU(torch.Tensor):
     """Holds a tensor of the CPU."""
 
-    waits = []  # (operation, function that asked) in order
+    waits = []  # (operation, names of the functions around it) in order
 
     @staticmethod
     def __new__(cls, x):

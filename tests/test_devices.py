@@ -24,7 +24,7 @@ from worlds import tabletop
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 import methods  # noqa: E402
 
-SLOW = pytest.mark.slow  # as the others in what could be wrong with them
+SLOW = pytest.mark.slow
 
 
 @pytest.fixture
