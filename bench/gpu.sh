@@ -81,6 +81,7 @@ if [ "$have" = 1 ]; then
         --random --steps 3 "${note[@]}" --preset calvin --batch 8 --frozen bf16 --grad-checkpoint
     part "a step, Eagle2" 90 "$python" bench/step.py --method dualvla --random --steps 3 \
         "${note[@]}" --preset paper --frozen bf16
+    part "a left brain in 8 bits" 60 "$python" bench/fp8.py --random "${note[@]}" --preset paper
     part "a step, tiny" 60 "$python" bench/step.py "${note[@]}"
 else
     echo "there is no GPU here: CPU parts only"

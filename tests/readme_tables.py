@@ -673,6 +673,18 @@ def attention_table():
     return rows(["attention", "dtype", "tokens", "ms (of the fastest)", "machine"], body)
 
 
+def fp8_table():
+    body = []
+    for x in newest("fp8", "form", "backbone", "batch"):
+        changed = f"{x['changed']} of {x['asked']:,}" if "asked" in x else ""
+        right = ", ".join(f"{k} {v:.1%}" for k, v in x.get("answers", {}).items())
+        time = f"{x['ms']:.1f} ({x['of_bfloat16']:.2f})" if "ms" in x else "not run"
+        own = [x["form"], x["backbone"], f"{x['keys']:.1%}", changed, right, time]
+        body.append([*own, machine_cell(x)])
+    head = ["in 8 bits", "backbone", "keys and values off by", "answers changed", "right"]
+    return rows([*head, "ms of a pass (of bfloat16)", "machine"], body)
+
+
 def loader_table():
     body = []
     for x in newest("loader", "reader", "workers", "side", "batch"):
@@ -762,6 +774,7 @@ TABLES = {
     "steps": steps_table,
     "losses": losses_table,
     "attention": attention_table,
+    "fp8": fp8_table,
     "loader": loader_table,
     "world": world_table,
     "length": length_table,

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
 
 import figure  # noqa: E402
+import fp8  # noqa: E402
 import guide  # noqa: E402
 import latency  # noqa: E402
 import loader  # noqa: E402
@@ -256,6 +257,39 @@ def test_gpu_sh_fails_when_a_part_does():
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "joint attention: done" in done.stdout
     assert "a step, tiny: skipped, it may take 80 s, 3" in done.stdout
+
+
+def test_a_matrix_in_float8_is_exact_where_float8_is():
+    """Rows whose largest number is 448 times a power of two have a scale that rounds nothing."""
+    numbers = torch.tensor([[448.0, -3.25, 0.0625, 13.0], [-112.0, 28.0, 0.5, 0.0]])
+    linear = torch.nn.Linear(4, 2)
+    linear.weight.data, linear.bias.data = numbers, torch.tensor([1.0, -2.0])
+    x = torch.tensor([[[1.75, 0.5, 0.0, -1.0]], [[-7.0, 3.5, 1.0, 0.25]]])
+    exact = (x.unsqueeze(-2) * numbers).sum(-1) + linear.bias  # (2, 1, 2)
+    for states in (True, False):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = fp8.Float8(linear, states)(x)
+        assert y.dtype == torch.bfloat16 and torch.allclose(y.float(), exact, rtol=2**-7)
+
+
+def test_float8_rounds_to_four_bits():
+    x = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    x8, scale = fp8.rounded(x)
+    error = (x8.float() * scale - x).abs()
+    grain = torch.maximum(x.abs() * 2**-4, scale * 2**-10)  # half of a step; half of the least one
+    assert scale.shape == (64, 1) and (error <= grain * 1.001).all() and error.max() > 0
+
+
+def test_a_left_brain_in_8_bits_answers_and_its_keys_hardly_move(monkeypatch, capsys):
+    kept = []
+    monkeypatch.setattr(fp8, "append", lambda name, row: kept.append(row))
+    words = ["fp8.py", "--questions", "10", "--batch", "2", "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", words)
+    fp8.main()
+    plain, weights, both = kept
+    assert plain["keys"] == plain["changed"] == 0 and plain["asked"] == weights["asked"]
+    assert 0.005 < weights["keys"] < both["keys"] < 0.2
+    assert min(both["answers"].values()) > 0.5 and "answers changed" in capsys.readouterr().out
 
 
 def test_drawn_weights_are_never_looked_for():
