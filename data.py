@@ -49,12 +49,11 @@ from parts.formats import (
     parquet_pictures,
     read_lines,
     reading,
-    resized,
-    scaled,
-    shift,
     stopped_by,
+    sweep,
     whole,
 )
+from parts.units import bounds, normalise, resized, scaled, shift, squeeze, summary, unnormalise  # noqa: F401
 from worlds import drawing, loop, pictures
 
 CACHE = Path(os.environ.get("ONEFILE_VLA_CACHE", Path.home() / ".cache" / "onefile-vla"))
@@ -73,6 +72,7 @@ class Episode:
     phase: list[int] = field(default_factory=list)
     task: str = ""  # the world's name for what is demonstrated
     failed: list[str] = field(default_factory=list)  # tasks at which the expert failed before
+    number: int = -1  # what a dataset on disk counts it as
 
 
 # --- A world's own demonstrations -----------------------------------------------------------------
@@ -125,7 +125,8 @@ def _record_many(world, seeds, **how):
 def demonstrations(world, episodes=1000, seed=0, size=64, wrist_size=32, noise=0.3):
     """The experts' demonstrations of a `--world`: made on first use, on all cores, then cached."""
     World, suite = loop.find(world)
-    code = b"".join(Path(m.__file__).read_bytes() for m in (sys.modules[World.__module__], drawing))
+    makers = [sys.modules[kind.__module__] for kind in World.__mro__[:-1]] + [drawing]
+    code = b"".join(Path(module.__file__).read_bytes() for module in makers)
     source = hashlib.sha256(code + world.encode()).hexdigest()[:12]
     name = re.sub(r"[^\w.-]", "-", world)[:80]
     path = CACHE / f"{name}-{episodes}-{seed}-{size}-{wrist_size}-{noise}-{source}.npz"
@@ -148,10 +149,14 @@ def demonstrations(world, episodes=1000, seed=0, size=64, wrist_size=32, noise=0
                 bar.update(len(block))
     tqdm.write(f"demonstrations of {world}: {expert_rates(made)}")
     path.parent.mkdir(parents=True, exist_ok=True)
+    sweep(path.parent)
     temporary = path.with_suffix(f".{os.urandom(4).hex()}.tmp")
-    with open(temporary, "wb") as file:
-        save_demonstrations(file, made)
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            save_demonstrations(file, made)
+        os.replace(temporary, path)
+    finally:  # where the disk is full
+        temporary.unlink(missing_ok=True)
     return made
 
 
@@ -217,6 +222,10 @@ class Episodes:
                 if number in self.reasoning or not texts:
                     raise ValueError(f"episode {number}: one line, a list of texts")
                 self.reasoning[number] = words
+            # LeRobot numbers its episodes, others' are counted
+            self.numbered = getattr(reader, "numbered", range(len(reader.names)))
+            if strange := self.reasoning.keys() - set(self.numbered):
+                raise ValueError(f"episode {min(strange)}: there is none of this number")
 
     def __len__(self):
         return len(self.lengths)
@@ -233,10 +242,11 @@ class Episodes:
 
     def read(self, i):
         """Episode i, checked in everything but its pictures."""
-        number = self.kept[i] if self.store else i
+        place = self.kept[i] if self.store else i
+        number = self.numbered[place]
         said = self.reasoning.get(number, [])
         with reading(self.names[i]):
-            frames = self.reader.frames(number)
+            frames = self.reader.frames(place)
             if self.lengths[i] < 1:
                 raise ValueError("the episode is empty")
             state, action, words = (self.store or self.reader).numbers(i)
@@ -253,13 +263,14 @@ class Episodes:
         if self.gripper in ("+1", "-1") and not self.store:
             action[:, -1] = (1 + float(self.gripper) * action[:, -1]) / 2
         frames = {name: frames[name] for name in self.source.cameras or frames}
-        return Episode(frames, state, action, words, self.reader.fps, said)
+        return Episode(frames, state, action, words, self.reader.fps, said, number=number)
 
     def settle(self, skip_bad=False, every=False, again=False):
         """Reads everything once, keeps the numbers in CACHE; faults stop it, or are left out. What
         was found when `every` picture was tried is what counts from then on."""
         if self.store is None:
-            folder = CACHE / f"{self.path.name}-{fingerprint(self.path, self.source)}"
+            name = self.path.resolve().name
+            folder = CACHE / f"{name}-{fingerprint(self.path, self.source)}"
             deep = folder.with_name(f"{folder.name}-deep")
             every = every or deep.exists()
             folder = deep if every else folder
@@ -350,9 +361,9 @@ def open_episodes(spec, skip_bad=False, every=None, again=False):
         with reading(path, MEND):
             return load_demonstrations(path)
     marks = (("index.json", Store), ("meta/info.json", LeRobot), ("ep_start_end_ids.npy", Calvin),
-             ("training/ep_start_end_ids.npy", Calvin), ("**/*.hdf5", Libero))  # fmt: skip
-    found = (Reader for mark, Reader in marks if path.is_dir() and any(path.glob(mark)))
-    Reader = Libero if path.suffix in (".hdf5", ".h5") else next(found, None)
+             ("training/ep_start_end_ids.npy", Calvin))  # fmt: skip
+    found = (Reader for mark, Reader in marks if (path / mark).exists())
+    Reader = next(found, Libero if Libero.files(path) else None)
     if Reader is None:
         words = "LeRobot: meta/info.json, CALVIN: ep_start_end_ids.npy, .hdf5, .json, .jsonl, .tsv"
         raise UserError(f"{path}: no dataset is recognised here ({words})")
@@ -365,16 +376,20 @@ def open_episodes(spec, skip_bad=False, every=None, again=False):
 Part = namedtuple("Part", "name episodes stats weight normalise")
 
 
+def there(word):
+    return bool(word) and Path(word).expanduser().exists()
+
+
 def named(spec):
     """`bridge,fractal=2,my/folder` -> {what it names: weight}; what is nowhere is an error."""
     words, wanted = [], {}
-    for word in filter(None, spec.split(",")):
+    for word in [spec] if there(spec) else filter(None, spec.split(",")):
         if words and loop.known(f"{words[-1]},{word.partition('=')[0]}"):
             words[-1] += f",{word}"  # a world's suite may be a list itself
         else:
             words.append(word)
     for word in words:
-        name, _, weight = word.partition("=")
+        name, _, weight = (word, "", "") if there(word) else word.partition("=")
         weight = convert(f"--data {word}:", weight or "1", float, ())
         if not 0 < weight < np.inf:
             raise UserError(f"--data {word}: a weight is above 0")
@@ -425,8 +440,13 @@ def recordings(cfg, dist, resumed=None):
         }
         first, unit = part.episodes[0], getattr(part.episodes, "gripper", "") and "unit"
         stats |= {"cameras": list(first.images), "fps": first.fps, "gripper": unit}
-        known = resumed.meta["robots"] if resumed else {}
-        acts[i] = part._replace(stats=known.get(part.name, stats))
+        stats |= {"episodes": len(part.episodes), "steps": sum(lengths(part.episodes))}
+        known = resumed.meta["robots"].get(part.name, stats) if resumed else stats
+        for what in ("episodes", "steps") if resumed and resumed.train_state else ():
+            if known.get(what, stats[what]) != stats[what]:  # other samples would follow
+                words = f"{stats[what]} {what} now, {known[what]} when the run began"
+                raise UserError(f"--resume {resumed.path}: {part.name} has {words}")
+        acts[i] = part._replace(stats=known)
     return acts, asks
 
 
@@ -441,7 +461,7 @@ def acting(robots, name):
 
 def robot_name(recordings):
     """What a prompt calls the robot of these recordings: bridge, tabletop, a folder's name."""
-    return Path(recordings).name.partition(":")[0]
+    return Path(os.path.abspath(recordings)).name.partition(":")[0]
 
 
 def dims(robots):
@@ -450,55 +470,12 @@ def dims(robots):
     return len(stats["state"]["q01"]), len(stats["action"]["q01"])
 
 
-# --- Normalisation --------------------------------------------------------------------------------
-
-
-def summary(x):
-    """(N, D) -> q01, q99, min, max of each dimension, exact over all N, as lists."""
-    places = {"q01": 0.01, "q99": 0.99, "min": 0.0, "max": 1.0}
-    columns = (np.asarray(column, np.float64) for column in x.T)  # one at a time in memory
-    rows = [np.quantile(column, [*places.values()]).tolist() for column in columns]
-    return {name: [row[k] for row in rows] for k, name in enumerate(places)}
-
-
 def statistics(episodes):
     """Over all steps, for each dimension of state and action: q01, q99, min, max as lists."""
     if isinstance(episodes, Episodes):
         return episodes.settle(bool(episodes.faults)).stats
     keys = ("state", "action")
     return {k: summary(np.concatenate([getattr(e, k) for e in episodes])) for k in keys}
-
-
-def bounds(stats):
-    """-> (low, high) float32, q01 and q99, or min and max where stats["how"] is "minmax" or where
-    hardly anything moves; one to either side of what never does."""
-    q01, q99, low, high = (np.array(stats[k], np.float32) for k in ("q01", "q99", "min", "max"))
-    tails = (stats.get("how") != "minmax") & (q99 - q01 >= 1e-6)
-    low, high = np.where(tails, q01, low), np.where(tails, q99, high)
-    still = high - low < 1e-6
-    return low - still, high + still
-
-
-def normalise(x, stats):
-    """(..., A) in the recording's units -> [-1, 1] between the bounds, clipped there; zeros take
-    the place of numbers that another robot has and this one has not."""
-    return squeeze(x, *bounds(stats))
-
-
-def squeeze(x, low, high):
-    wider = len(low) - np.shape(x)[-1]
-    if wider < 0:
-        words = f"a state or action of {np.shape(x)[-1]} numbers, trained on {len(low)}"
-        raise UserError(f"another robot: {words}")
-    x = np.pad(x, [(0, 0)] * (np.ndim(x) - 1) + [(0, wider)]) if wider else x
-    return np.clip(2 * (x - low) / (high - low) - 1, -1, 1).astype(np.float32)
-
-
-def unnormalise(x, stats):
-    """The inverse of `normalise` inside the bounds; what never moved stays where it was."""
-    low, high = bounds(stats)
-    still = np.subtract(stats["max"], stats["min"]) < 1e-6
-    return (np.where(still, 0, x) + 1) / 2 * (high - low) + low
 
 
 # --- Windows and mixtures -------------------------------------------------------------------------
@@ -560,6 +537,8 @@ class Mixture:
 
     def __init__(self, parts, weights=None, seed=0):
         weights = np.array(weights if weights else [len(p) for p in parts], np.float64)
+        if not all(map(len, parts)):
+            raise UserError("--data: a part of it has no episode long enough to learn from")
         self.parts, self.share, self.seed = parts, np.cumsum(weights / weights.sum()), seed
 
     def __getitem__(self, i):

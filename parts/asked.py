@@ -79,7 +79,8 @@ class QuestionFile:
         `every`, and remembered in folder."""
         images = {number: asked[0][0] for number, asked in items.items() if asked}
         files = [image for some in images.values() for image in some if isinstance(image, Path)]
-        kept = folder / f"{self.path.name}-{stamp([self.path, *files], 'questions')}.json"
+        files = [file.resolve() for file in (self.path, *files)]
+        kept = folder / f"{files[0].name}-{stamp(files, 'questions')}.json"
         if not again:
             with suppress(UserError):  # there is none yet, or only half of it
                 return read_json(kept)

@@ -108,6 +108,8 @@ def locate(spec):
         names = [*SOURCES, *GROUPS, *loop.WORLDS]
         raise UserError(f"no dataset or path {spec!r} (did you mean {nearest(spec, names)}?)")
     source = source or next((s for s in SOURCES.values() if s.hub == spec), Source(spec))
+    if source.hub and (folder := Path(source.hub).expanduser()).exists():
+        return folder, source
     if source.hub.startswith("http"):
         place = DATA / source.hub.rpartition("/")[2].removesuffix(".zip")
         command = f"wget {source.hub} and unzip it there"
@@ -374,34 +376,25 @@ def whole(arrays, text):
 
 
 def fingerprint(path, source):
-    """Of all that is in a dataset, and of how it is read."""
-    return stamp(files_of(path), f"3 {source} {path.resolve()}")
-
-
-# --- Pictures -------------------------------------------------------------------------------------
-
-
-def resized(image, side):
-    """The picture at side x side, bicubic; 0: as it is."""
-    if not side or image.shape[:2] == (side, side):
-        return image
-    return np.asarray(Image.fromarray(image).resize((side, side), Image.BICUBIC))
-
-
-def shift(image, dx, dy):
-    """The picture (height, width, 3) moved by whole pixels, its edge repeated."""
-    height, width = image.shape[:2]
-    rows = np.clip(np.arange(height) + dy, 0, height - 1)
-    columns = np.clip(np.arange(width) + dx, 0, width - 1)
-    return image[rows][:, columns]
-
-
-def scaled(images, sides):
-    """A picture of each camera, the first at sides[0], the others at sides[1] (0: as they are)."""
-    return [resized(image, sides[k > 0]) for k, image in enumerate(images)]
+    """Of all that is in a dataset, and of how it is read; not of a picture drawn beside it."""
+    root, drawn = path.resolve(), (".png", ".jpg", ".webp")
+    files = [file for file in map(Path, files_of(root))
+             if file.parent != root or file.suffix.lower() not in drawn]  # fmt: skip
+    files += [] if root.is_dir() else [root.parent / "reasoning.jsonl"]
+    return stamp(files, f"3 {source} {root}")
 
 
 # --- Formats: names, lengths, fps, dims (S, A); numbers(i), frames(i) -----------------------------
+
+
+def sentence(task):
+    """A row of LeRobot's meta/tasks -> its words; in v3.0 they may be the index of a pandas table,
+    which then has a name of pandas' own."""
+    named = [task[key] for key in ("task", "__index_level_0__") if key in task]
+    words = (named + [v for v in task.values() if isinstance(v, str)] + [None])[0]
+    if not isinstance(words, str):
+        raise ValueError(f"task {task['task_index']} has no words")
+    return words
 
 
 class LeRobot:
@@ -459,10 +452,7 @@ class LeRobot:
         else:
             self.rows, tasks = read_lines(meta / "episodes.jsonl"), read_lines(meta / "tasks.jsonl")
         with reading(f"{meta}, tasks", MEND):
-            text = [[v for k, v in task.items() if k != "task_index"] for task in tasks]
-            if [] in text:
-                raise ValueError(f"task {tasks[text.index([])]['task_index']} has no words")
-            self.tasks = {task["task_index"]: words for task, (words, *_) in zip(tasks, text)}
+            self.tasks = {task["task_index"]: sentence(task) for task in tasks}
         self.first = {}  # v3.0: data file -> number of its first row in the whole dataset
         with reading(f"{meta}, episodes", MEND):
             self.numbered = [int(row["episode_index"]) for row in self.rows]
@@ -595,9 +585,13 @@ class Libero:
     gripper, fps, dims = "-1", 20.0, (8, 7)
     cameras = {"image": "agentview_rgb", "wrist_image": "eye_in_hand_rgb"}
 
+    @staticmethod
+    def files(root):
+        return sorted(p for p in map(Path, files_of(root)) if p.suffix in (".hdf5", ".h5"))
+
     def __init__(self, root, source):
         h5py, self.rows, self.lengths, self.faults = need("h5py"), [], [], []
-        for path in sorted(root.glob("**/*.hdf5")) if root.is_dir() else [root]:
+        for path in self.files(root):
             try:
                 with reading(path), h5py.File(path) as file:
                     if path.stem.endswith("_demo"):
@@ -657,11 +651,11 @@ def drafted(folder):
 
 def sweep(parent):
     """Removes what killed runs left of their drafts, after a day without a write."""
-    for draft in parent.glob("*.part-????????/store"):
+    for draft in (*parent.glob("*.part-????????/store"), *parent.glob("*.tmp")):
         with suppress(OSError):  # another run was faster
-            last = max(path.stat().st_mtime for path in (draft, *draft.iterdir()))
-            if time.time() - last > 86400:
-                shutil.rmtree(draft.parent)
+            inside = draft.iterdir() if draft.is_dir() else ()
+            if time.time() - max(p.stat().st_mtime for p in (draft, *inside)) > 86400:
+                draft.unlink() if draft.is_file() else shutil.rmtree(draft.parent)
 
 
 class Store:

@@ -79,10 +79,15 @@ def stamp(files, words):
 
 
 def files_of(path):
-    """Every file under a path but those in hidden folders; a file itself."""
+    """Every file under a path but those in hidden folders, behind links too; a file itself."""
     if not path.is_dir():
         yield path
-    for folder, folders, names in os.walk(path):
+    been = set()
+    for folder, folders, names in os.walk(path, followlinks=True):
+        place = os.stat(folder)
+        if (place.st_dev, place.st_ino) in been:  # a link may lead back
+            folders[:] = names[:] = []
+        been.add((place.st_dev, place.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (os.path.join(folder, name) for name in sorted(names))
 

@@ -214,7 +214,7 @@ def test_a_row_may_have_several_pictures(tmp_path):
         ("2", "", "['a.png', 'b.png']", "q", "x"), ("3", "1", "", "q", "x"),
     ]  # fmt: skip
     for row in benchmarks.read(table(tmp_path / "MMMU_DEV_VAL.tsv", *rows)):
-        assert [image.mean() for image in row["images"]] == [0, 200]
+        assert [benchmarks.formats.decode(i).mean() for i in row["images"]] == [0, 200]
 
 
 def test_a_picture_that_would_start_another_program_is_refused(tmp_path):
@@ -271,7 +271,8 @@ def test_files_of_the_world_and_pairs(tmp_path):
     benchmarks.export("mme", 8, file)
     rows = benchmarks.read(file)
     assert len(rows) == 8 and benchmarks.metric_of(file, rows) == "pairs"
-    assert rows[0]["images"][0].shape == (64, 64, 3) and rows[0]["group"] == rows[1]["group"]
+    assert benchmarks.formats.decode(rows[0]["images"][0]).shape == (64, 64, 3)
+    assert rows[0]["group"] == rows[1]["group"]
     found, *_ = answered(file, [r["answers"][0] for r in rows])
     assert found == {"accuracy": 1, "accuracy+": 1, "score": 200, "questions": 8}
     half = benchmarks.total(marked(file, 1, 1, 1, 0, 1, 1, 1, 1), "pairs")
@@ -417,6 +418,7 @@ def test_each_brain_of_a_twin_answers(tmp_path, capsys, status):
     twinbrain.main(["--eval-only", run, "--benchmark", str(file), "--out", str(out)])
     said = capsys.readouterr().out
     asked = [r | {"answer": r["answers"][0]} for r in benchmarks.read(file)]
+    asked = [r | {"images": [benchmarks.formats.decode(i) for i in r["images"]]} for r in asked]
     policy = twinbrain.load_policy(run, twinbrain.torch.device("cpu"))
     for side, vlm in policy.model.brains().items():
         assert f"POPE_tabletop.tsv (yesno), {side} brain: accuracy" in said

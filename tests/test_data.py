@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from test_formats import Evil
 
+import common
 import data
+from worlds import loop, tabletop
 
 
 def made_up(T, seed=0, S=3, A=2):
@@ -230,6 +232,38 @@ def test_demonstrations_are_made_once(tmp_path, monkeypatch):
         assert episode.images["wrist"].shape == (T, 16, 16, 3)
         assert T == len(episode.state) == len(episode.phase) == len(episode.reasoning)
         assert episode.phase == sorted(episode.phase) and episode.instruction
+
+
+def test_demonstrations_of_a_world_are_made_anew_when_the_one_it_extends_changed(
+    tmp_path, monkeypatch
+):
+    source = "from worlds.tabletop import Tabletop\nclass Dusk(Tabletop):\n    pass\n"
+    (tmp_path / "dusk.py").write_text(source)
+    (tmp_path / "changed.py").write_text("another table")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(loop.WORLDS, "dusk", "dusk:Dusk")
+    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    for files, code in ((1, tabletop.__file__), (1, tabletop.__file__), (2, "changed.py")):
+        monkeypatch.setattr(tabletop, "__file__", str(tmp_path / code))
+        data.demonstrations("dusk", episodes=1, size=16, wrist_size=16)
+        assert len([*(tmp_path / "cache").iterdir()]) == files
+
+
+def test_a_full_disk_leaves_no_half_of_the_demonstrations(tmp_path, monkeypatch):
+    def full(file, made):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(data, "CACHE", tmp_path)
+    monkeypatch.setattr(data, "save_demonstrations", full)
+    with pytest.raises(OSError, match="No space"):
+        data.demonstrations("tabletop:bridge", episodes=1, size=16, wrist_size=16)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_part_without_a_window_is_refused():
+    with pytest.raises(common.UserError, match="no episode long enough"):
+        data.Mixture([range(3), ()])
 
 
 def cut(path, mark):

@@ -44,7 +44,7 @@ def test_f1_by_relative_distance():
 
 def test_scores_of_some_frames_are_boundaries_of_those(tmp_path):
     """DDM-Net scores every few frames: its radius and ends count in places of its own list."""
-    film, file = SimpleNamespace(action=np.zeros((60, 7))), tmp_path / "scores.json"
+    film, file = SimpleNamespace(action=np.zeros((60, 7)), number=-1), tmp_path / "scores.json"
     at = list(range(1, 60, 3))
     scores = [0.9 if t in (16, 43) else 0.1 for t in at]
     for rows in ({"frame_idx": [float(t) for t in at], "scores": scores}, np.eye(60)[20].tolist()):

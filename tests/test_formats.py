@@ -16,6 +16,7 @@ from PIL import Image
 import data
 from common import Dist, UserError
 from parts import asked, formats
+from worlds import events
 
 TASKS = ["push the red block", "open the drawer"]
 LENGTHS = [5, 7, 4, 6]
@@ -606,6 +607,9 @@ def test_reasoning_beside_a_dataset(tmp_path):
     lines(root / "reasoning.jsonl", [{"episode": 3, "reasoning": ["one too few"]}])
     with pytest.raises(UserError, match="episode 3.*field reasoning: 1 for"):
         data.load(str(root))
+    lines(root / "reasoning.jsonl", [{"episode": 4, "reasoning": []}])
+    with pytest.raises(UserError, match="episode 4: there is none of this number"):
+        data.open_episodes(root)
     lines(root / "reasoning.jsonl", [{"said": 3}])
     with pytest.raises(UserError, match="reasoning.jsonl, fields episode, reasoning"):
         data.load(str(root))
@@ -1107,17 +1111,90 @@ def test_two_runs_that_read_the_same_dataset_at_once(tmp_path, monkeypatch):
 
 
 def test_drafts_of_killed_runs_are_removed_after_a_day(tmp_path):
-    names = ["set-1.part-abcd_123", "set-2.part-abcd_124", "my.part-1"]
-    for name in names:
+    names = ["set-1.part-abcd_123", "set-2.part-abcd_124", "my.part-1", "a.tmp", "b.tmp"]
+    for name in names[:3]:
         (tmp_path / name / "store").mkdir(parents=True)
         (tmp_path / name / "store/action").write_bytes(b"123")
+    for name in names[3:]:  # demonstrations
+        (tmp_path / name).write_bytes(b"123")
     old = os.stat(tmp_path).st_mtime - 2 * 86400
     for name in (names[0], names[2]):
         for path in (tmp_path / name / "store/action", tmp_path / name / "store"):
             os.utime(path, (old, old))
+    os.utime(tmp_path / "a.tmp", (old, old))
     with formats.drafted(tmp_path / "there"):
         pass
-    assert {path.name for path in tmp_path.iterdir()} == {*names[1:], "there"}
+    assert {path.name for path in tmp_path.iterdir()} == {*names[1:3], "b.tmp", "there"}
+
+
+@pytest.mark.parametrize("task, words", [
+    ({"task_name": "t-0", "task": "push"}, "push"), ({"extra": 7, "__index_level_0__": "push"},
+    "push"), ({"instruction": "push"}, "push"), ({"extra": 7}, ""), ({}, ""), ({"task": 7}, ""),
+])  # fmt: skip
+def test_a_task_is_named_by_its_sentence(task, words):
+    if words:
+        assert formats.sentence({"task_index": 3} | task) == words
+        return
+    with pytest.raises(ValueError, match="task 3 has no words"):
+        formats.sentence({"task_index": 3} | task)
+
+
+def test_what_changes_behind_a_link_is_read_again(tmp_path):
+    """However the path is written, and whatever is drawn beside it."""
+    root, shown = write_v2(tmp_path / "disk", False), tmp_path / "shown"
+    shown.mkdir()
+    for part in ("meta", "data"):
+        (shown / part).symlink_to(root / part)
+    (root / "data/back").symlink_to(root)  # a ring
+    first = data.load(str(shown))[0].stats
+    (tmp_path / "other").symlink_to(shown)
+    (shown / "sheet.png").write_bytes(b"drawn")
+    assert data.load(str(tmp_path / "other"))[0].stats == first
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    rewrite(root, A=numbers(2, LENGTHS[2], 7) * 9)
+    assert data.load(str(shown))[0].stats != first
+
+
+def test_files_of_libero_are_found_behind_a_link(tmp_path):
+    write_libero(tmp_path / "disk")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/suite").symlink_to(tmp_path / "disk")
+    assert len(data.open_episodes(tmp_path / "set")) == 4
+
+
+def test_a_row_may_name_a_folder_and_a_folder_may_be_named_anyhow(tmp_path, monkeypatch):
+    root = write_v2(tmp_path / "a=1,b", False)
+    monkeypatch.setitem(data.SOURCES, "mine", data.Source(str(root)))
+    assert len(data.load("mine")[0].episodes) == len(data.load(str(root))[0].episodes) == 4
+    monkeypatch.chdir(root)
+    assert data.robot_name(".") == "a=1,b"
+
+
+def test_scores_of_another_detector_go_by_an_episodes_number(tmp_path):
+    root = write_v2(tmp_path / "set", False)
+    bad_picture(root)  # of episode 2
+    (part,) = data.load(str(root), skip_bad=True)
+    rows = {str(e): np.eye(T)[2].tolist() if e == 3 else [0.0] * T for e, T in enumerate(LENGTHS)}
+    (tmp_path / "scores.json").write_text(json.dumps(rows))
+    found = events.from_file(tmp_path / "scores.json", part.episodes)
+    assert found == [[], [], [2]]
+    with pytest.raises(UserError, match="several datasets count from 0"):
+        events.from_file(tmp_path / "scores.json", [*part.episodes, *part.episodes])
+
+
+def test_a_run_goes_on_with_the_recordings_that_it_began_with(tmp_path):
+    root, alone = write_v2(tmp_path / "set", False), Dist(0, 1, None)
+    bad_picture(root)
+    cfg = SimpleNamespace(data=str(root), world="none", skip_bad=True, normalise="auto")
+    (part,), _ = data.recordings(cfg, alone)
+    meta = {"robots": {part.name: part.stats}}
+    resumed = SimpleNamespace(meta=meta, path="RUN", train_state={"seconds": 1.0})
+    assert data.recordings(cfg, alone, resumed)[0][0].stats == part.stats
+    write_v2(root, False)  # the picture is mended
+    with pytest.raises(UserError, match="--resume RUN: .*set has 4 episodes now, 3 when the run"):
+        data.recordings(cfg, alone, resumed)
+    resumed.train_state = {}  # another run begins with what this one has learned
+    assert len(data.recordings(cfg, alone, resumed)[0][0].episodes) == 4
 
 
 def test_statistics_are_read_once(tmp_path, monkeypatch):

@@ -238,7 +238,7 @@ def ask_judge(rows, cfg, file, say):
 
 
 def read(path):
-    """-> rows: {"index", "images" [(h, w, 3)], "question", "answers", "options", "hint",
+    """-> rows: {"index", "images" [bytes or path], "question", "answers", "options", "hint",
     "category", "split", "group": what its pictures are called}"""
     flag, rows, pictures = f"--benchmark {path}", [], {}
     csv.field_size_limit(2**31 - 1)
@@ -280,7 +280,9 @@ def pictures_of(row, folder, known):
         files = [base64.b64decode(part, validate=True) for part in several(text)]
     else:
         files = [folder / name for name in several(path)]
-    return [formats.decode(file) for file in files], path or hash(text)
+    for file in files:  # tried now and decoded again when asked: all at once would fill the memory
+        formats.decode(file)
+    return files, path or hash(text)
 
 
 def several(text):
@@ -377,7 +379,8 @@ def run(path, write, cfg, say=print, who="", at_once=32):
         raise common.UserError(f"--benchmark {path}: MM-Vet needs dualvla.py's --judge URL")
     for i in range(0, len(rows), at_once):
         some = rows[i : i + at_once]
-        samples = [{"images": r["images"], "question": asked(r)} for r in some]
+        seen = ([formats.decode(file) for file in r["images"]] for r in some)
+        samples = [{"images": i, "question": asked(r)} for i, r in zip(seen, some)]
         for row, said in zip(some, write(samples, LIMITS.get(metric, 64))):
             row["said"] = said
             row["mark"] = None if metric == "judge" else grade(said, row, metric)

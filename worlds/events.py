@@ -88,7 +88,10 @@ def from_file(path, episodes):
     flag = f"--event-scores {path}"
     try:
         table = json.loads(Path(path).read_text())
-        rows = [table[str(i)] for i in range(len(episodes))]
+        numbers = [i if e.number < 0 else e.number for i, e in enumerate(episodes)]
+        if len(set(numbers)) < len(numbers):
+            raise ValueError("several datasets count from 0, this file is of one")
+        rows = [table[str(number)] for number in numbers]
         frames = [r["frame_idx"] if isinstance(r, dict) else range(len(r)) for r in rows]
         rows = [np.array(r["scores"] if isinstance(r, dict) else r, float) for r in rows]
     except (OSError, ValueError, TypeError) as error:
@@ -96,7 +99,7 @@ def from_file(path, episodes):
     except KeyError as error:
         raise common.UserError(f"{flag}: no scores for episode {error}") from None
     found = []
-    for i, (at, scores, episode) in enumerate(zip(frames, rows, episodes)):
+    for i, at, scores, episode in zip(numbers, frames, rows, episodes):
         T = len(episode.action)
         whole = len(at) == T if isinstance(at, range) else all(t in range(T) for t in at)
         if not whole or scores.shape != (len(at),):
