@@ -390,8 +390,11 @@ def test_trajectories_of_a_judge_that_looks_are_acted_once(stub, tmp_path, monke
     before = len(Stub.asked)
     assert score.judged(policy, cfg, tmp_path, print, formula, True) == first
     assert len(acted) == 1 and len(Stub.asked) == before == 2
-    score.judged(policy, replace(cfg, seed=1), tmp_path, print, formula, True)
-    assert len(acted) == 2
+    for changed in ({"seed": 1}, {"euler": 7}, {"eval_only": "another"}):
+        score.judged(policy, replace(cfg, **changed), tmp_path, print, formula, True)
+    policy.trained = 4, 1
+    score.judged(policy, replace(cfg, **changed), tmp_path, print, formula, True)
+    assert len(acted) == 5
 
 
 # --- the hand's way in recordings of any layout ---------------------------------------------------

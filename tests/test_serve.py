@@ -32,7 +32,7 @@ import dualvla  # noqa: E402
 import parts.runs  # noqa: E402
 import twinbrain  # noqa: E402
 import vita_vla  # noqa: E402
-from worlds import serve, tabletop  # noqa: E402
+from worlds import client, loop, serve, tabletop  # noqa: E402
 
 ALONE = common.Dist(0, 1, torch.device("cpu"))
 SMALL = dict(width=32, depth=1, heads=2, dtype="fp32", device="cpu")
@@ -275,6 +275,7 @@ WRONG = [
     (message() | {"observation/state": np.zeros(14)}, "state has 14 numbers", "8 were", "--state"),
     (message() | {"observation/state": [0.0] * 7 + [np.inf]}, "not finite"),
     (message() | {"observation/state": "home"}, "observation/state is 'home', not numbers"),
+    (message() | {"observation/state": [*range(7), "7"]}, "observation/state is a list, not num"),
     (message() | {"observation/state": {"x": 1}}, "observation/state is a dict, not numbers"),
     (message() | {"observation/image": np.zeros((8, 8), np.uint8)}, "(8, 8), not a picture"),
     (message() | {"observation/image": np.zeros((8, 8, 3), int)}, "int64: pictures are uint8"),
@@ -346,22 +347,45 @@ def test_a_checkpoint_tells_its_cameras_and_its_rate():
 
 def test_the_gripper_speaks_the_clients_way():
     policy = Fake()
-    for spec, closed, open_ in (("", -1, 1), ("bridge", 0, 1)):
-        policy.cfg.data = spec
+    for name, closed, open_ in (("tabletop:bridge", -1, 1), ("bridge", 0, 1)):
+        policy.robots = {name: policy.stats}
         for want, said in serve.GRIPPERS.items():
             scale, offset = serve.gripper(policy, want)
             assert (scale * closed + offset, scale * open_ + offset) == said
     assert serve.gripper(policy, "") == (1, 0)
-    policy.cfg.data = "my/folder"
-    with pytest.raises(common.UserError, match="does not tell what its last number means"):
+    policy.robots = {"my/folder": policy.stats}
+    with pytest.raises(common.UserError, match="my/folder does not tell what its last number"):
         serve.gripper(policy, "minus")
     policy.stats["gripper"] = "unit"  # its reader knew
     assert serve.gripper(policy, "minus") == (-2, 1)
-    policy.cfg.data, policy.stats["gripper"] = "", ""
+    policy.robots, policy.stats["gripper"] = {"tabletop": policy.stats}, ""
     with serving(policy, gripper="minus") as s, Caller(s.port) as c:
         got = c.ask(message())["actions"]
     want = np.random.default_rng(0).standard_normal((4, 7), np.float32)
     assert np.array_equal(got[:, :6], want[:, :6]) and np.array_equal(got[:, 6], -want[:, 6])
+
+
+@pytest.mark.parametrize("name", ["metaworld:push-v3,reach-v3", "night", "tabletop:bridge"])
+def test_above_zero_opens_in_every_world(name, monkeypatch):
+    """As worlds/__init__.py has it; its name is that of what was trained on."""
+    monkeypatch.setitem(loop.WORLDS, "night", "worlds.tabletop:Tabletop")
+    policy = Fake()
+    policy.cfg.data, policy.robots = f"qa.json,{name}", {name: policy.stats}
+    about = serve.describe(policy, "twinbrain", serve.Config(gripper="unit"), reader(policy))
+    assert about["opens"] == "unit" and about["available_unnorm_keys"] == [name]
+    assert serve.opens(policy) == "plus" and about["action_low"][-1] == 0
+
+
+def test_our_client_opens_as_the_server_says(tmp_path):
+    with serving(Fake()) as s:
+        theirs = client.Server(f"127.0.0.1:{s.port}")
+        seen = {"images": {k: np.zeros((8, 8, 3), np.uint8) for k in client.KEYS}, "state": [0] * 8}
+        got = theirs.infer(seen, WORDS, 7)[:, 6]
+        assert client.Server(f"127.0.0.1:{s.port}", gripper="minus").gripper == "minus"
+    want = np.random.default_rng(0).standard_normal((4, 7), np.float32)[:, 6]
+    assert np.array_equal(got, want > 0) and not np.array_equal(got, want > 0.5)
+    about = client.Results("x", tmp_path / "r.json", {"gripper": "unit"}, theirs, {}).about
+    assert about["protocol"] == {"gripper": "plus"}
 
 
 def test_a_policy_without_state_asks_for_none():
@@ -573,7 +597,7 @@ def test_bars_are_cut_off():
     assert not np.array_equal(serve.picture(square, "x", 16), want)
     seen, _ = reader(aspect=2.0).rows(message(side=32))[0]
     shot = message(side=32)["observation/image"]
-    assert np.array_equal(seen["images"]["static"], serve.formats.resized(shot[8:24], 8))
+    assert np.array_equal(seen["images"]["static"], data.resized(shot[8:24], 8))
 
 
 def test_a_pause_begins_an_episode(monkeypatch):
@@ -589,9 +613,9 @@ def test_a_pause_begins_an_episode(monkeypatch):
 @pytest.mark.parametrize(
     "method, flags, data, said, unsaid",
     [
-        ("twinbrain", {}, "", "1 open, -1 closed", "remembers"),
-        ("twinbrain", {"gripper": "minus"}, "", "-1 open, 1 closed", "openpi"),
-        ("twinbrain", {"client": "droid"}, "", "takes 8 numbers, not 7", "LIBERO"),
+        ("twinbrain", {}, "tabletop", "1 open, -1 closed", "remembers"),
+        ("twinbrain", {"gripper": "minus"}, "tabletop", "-1 open, 1 closed", "openpi"),
+        ("twinbrain", {"client": "droid"}, "tabletop", "takes 8 numbers, not 7", "LIBERO"),
         ("twinbrain", {"ensemble": True}, "my/folder", "as it was recorded", "--gripper minus"),
         ("vita_vla", {"forget": 2.0}, "bridge", "--gripper minus", "remembers"),
         ("vita_vla", {}, "bridge", "--forget 2 begins", "DROID"),
@@ -599,7 +623,7 @@ def test_a_pause_begins_an_episode(monkeypatch):
 )
 def test_what_a_client_should_know_is_said(method, flags, data, said, unsaid):
     policy, lines = Fake(), []
-    policy.cfg.data = data
+    policy.robots = {data: policy.stats}
     cfg = serve.Config(**flags)
     about = serve.describe(policy, method, cfg, reader(policy))
     serve.hint(cfg, about, lines.append)
@@ -703,6 +727,8 @@ def test_no_more_clients_than_there_is_room_for(server):
     with pytest.raises(InvalidStatus) as refused:
         Caller(server.port)
     assert refused.value.response.status_code == 503 and health(server.port)[0] == 200
+    with pytest.raises(common.UserError, match="[0-9] is full: its --max-clients"):
+        client.Server(f"127.0.0.1:{server.port}")
     callers.pop().ws.close()
     for _ in range(100):
         if len(server.server.clients) < 6:
@@ -726,6 +752,35 @@ def test_a_plan_that_comes_too_late_is_none():
         assert "no plan within --timeout 1 s" in c.ask(message("wait"))
         policy.go.set()
         assert well(c)
+
+
+class Counting(Fake):
+    """It says how many plans it remembers."""
+
+    def act(self, observations, instructions, rng):
+        for o in observations:
+            o["memory"]["n"] = o["memory"].get("n", 0) + 1
+        chunks = super().act(observations, instructions, rng)
+        self.said = [str(o["memory"]["n"]) for o in observations]
+        return chunks
+
+
+def test_a_plan_that_comes_too_late_is_not_remembered():
+    policy = Counting()
+    with serving(policy, timeout=1.0, ensemble=True) as s, Caller(s.port) as c:
+        assert "no plan within" in c.ask(message("wait"))
+        policy.go.set()
+        assert [c.ask(message("wait"))["said"] for _ in range(2)] == ["1", "2"]
+        (theirs,) = s.server.clients
+        assert len(theirs.episodes[0].memory["chunks"]) == 2 and policy.batches == [1, 1, 1]
+
+
+@pytest.mark.parametrize("wrong", [{"reset": 1}, {"stop": "yes"}])
+def test_a_reset_is_true_or_false(wrong):
+    with serving(Counting()) as s, Caller(s.port) as c:
+        assert c.ask(message())["said"] == "1" and "true or false" in c.ask(message() | wrong)
+        assert c.ask(message(reset=False))["said"] == "2"
+        assert c.ask(message(reset=True))["said"] == "1"
 
 
 def test_who_says_nothing_is_let_go():
@@ -758,6 +813,9 @@ def test_token_origin_and_health():
             with pytest.raises(InvalidStatus) as refused:
                 Caller(s.port, additional_headers=headers)
             assert refused.value.response.status_code == 401
+        for given in ("", "wrong"):
+            with pytest.raises(common.UserError, match="[0-9] asks for the --token"):
+                client.Server(f"127.0.0.1:{s.port}", given)
         for scheme in ("Api-Key", "Bearer"):
             headers = {"Authorization": f"{scheme} s3cret"}
             with Caller(s.port, additional_headers=headers) as c:

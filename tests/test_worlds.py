@@ -1,5 +1,6 @@
 """The contract of worlds/__init__.py, held by a toy; Meta-World behind it; films; the keyboard."""
 
+import copy
 import importlib.util
 import os
 import pty
@@ -109,6 +110,26 @@ def test_a_world_keeps_the_contract(floors, world):
         assert isinstance(expert.reasoning, str) and int(expert.phase) == expert.phase
         steps += 1
     assert here.success and here.observe()["state"].shape == one["state"].shape
+
+
+class Exact(Floor):
+    """Its expert takes what the contract says, no less; and it can be copied."""
+
+    def expert(self, seed, noise):
+        return super().expert(seed, noise)
+
+    def state_dict(self):
+        return copy.deepcopy(vars(self))
+
+    def load_state_dict(self, state):
+        vars(self).update(state)
+
+
+def test_an_expert_is_asked_for_as_the_contract_says():
+    world, scratch = Exact("", 32, 16), Exact("", 32, 16)
+    assert score.sight(world, 3, 1)["images"].keys() == {"top", "wrist"}
+    assert loop.measures(world) == (["top", "wrist"], 3) and "i must" in score.truth(world)
+    assert 0 < score.steps_to_go(world, scratch) < 30 and scratch.success and not world.success
 
 
 def test_the_readmes_world_is_another_ones_by_night(floors):

@@ -33,6 +33,8 @@ KEYS = {"static": "observation/image", "wrist": "observation/wrist_image"}  # op
 STATE, PROMPT = "observation/state", "prompt"
 OPEN = {"unit": lambda g: g > 0.5, "plus": lambda g: g > 0, "minus": lambda g: g < 0,
         "closed": lambda g: g < 0.5}  # fmt: skip
+REFUSALS = {401: "asks for the --token that it was started with",
+            503: "is full: its --max-clients are there"}  # fmt: skip
 
 
 class UserError(getattr(sys.modules.get("common"), "UserError", Exception)):
@@ -65,10 +67,10 @@ def unpack_array(fields):
 class Server:
     """A policy behind a websocket. `metadata` is what it said of itself."""
 
-    def __init__(self, address, token="", gripper="unit", patience=600.0):
+    def __init__(self, address, token="", gripper="", patience=600.0):
         try:
             import msgpack
-            from websockets.exceptions import WebSocketException
+            from websockets.exceptions import InvalidStatus, WebSocketException
             from websockets.sync.client import connect
         except ImportError as error:
             words = "reaching a policy server needs `pip install websockets msgpack`"
@@ -76,7 +78,7 @@ class Server:
         host, _, port = address.partition("://")[2 * ("://" in address)].rpartition(":")
         if not host or not port.isdigit() or not 0 < int(port) < 65536:
             raise UserError(f"--server {address}: HOST:PORT is needed, such as 127.0.0.1:8000")
-        self.address, self.patience, self.gripper = address, patience, gripper
+        self.address, self.patience = address, patience
         self.msgpack, self.broken = msgpack, WebSocketException
         about = {"compression": None, "max_size": 2**26, "open_timeout": 10}
         if token:
@@ -91,16 +93,20 @@ class Server:
             self.metadata = self.read()
             self.reset()
         except (OSError, ValueError, WebSocketException) as error:
+            status = error.response.status_code if isinstance(error, InvalidStatus) else 0
+            if status in REFUSALS:
+                raise UserError(f"the policy server {address} {REFUSALS[status]}") from None
             why = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise UserError(
                 f"no policy server on host {host}, port {port} ({why}): start one there with "
                 f"`python worlds/serve.py --checkpoint RUN --port {port}`"
             ) from None
-        said = self.metadata.get("gripper")
-        if said in OPEN and said != gripper:
+        said, opens = (self.metadata.get(name) for name in ("gripper", "opens"))
+        self.gripper = gripper or (opens if opens in OPEN else "unit")
+        if said in OPEN and said != self.gripper:
             raise UserError(f"the policy server {address} has --gripper {said}: say so here too")
         low = self.metadata.get("action_low") or [0.0]
-        if gripper == "unit" and low[-1] < -0.5 and not self.metadata.get("opens", "said"):
+        if self.gripper == "unit" and low[-1] < -0.5 and not self.metadata.get("opens", "said"):
             words = "begins at -1, and its recordings do not say whether that is open"
             raise UserError(f"the policy server {address}: the gripper {words}: --gripper plus or "
                             "minus says it")  # fmt: skip
@@ -210,9 +216,9 @@ def parser(doc, name, episodes, seeded=False):
     add("--execute", type=int, default=0, metavar="N", help="actions of each chunk (the paper's)")
     add("--ensemble", type=int, default=-1, metavar="N",
         help="plan at each step, blend the last N chunks; 0: do not (the paper's)")  # fmt: skip
-    add("--gripper", default="unit", choices=list(OPEN),
-        help="how the policy says open: unit (1, closed 0; this project's), plus (1, closed -1), "
-        "minus (-1, closed 1; openpi's for LIBERO) or closed (0, closed 1)")  # fmt: skip
+    add("--gripper", default="", choices=list(OPEN),
+        help="how the policy says open: unit (1, closed 0), plus (1, closed -1), minus (-1, closed "
+        "1; openpi's for LIBERO) or closed (0, closed 1); as its server says, or unit")  # fmt: skip
     add("--gifs", type=int, default=0, metavar="N", help="films of the first N goals, beside --out")
     if seeded:
         add("--seed", type=int, help="of the simulator (the protocol's)")
@@ -239,7 +245,7 @@ def chosen(words, known, flag):
 
 def settings(args, protocol, **more):
     """The protocol with what the command line changes of it, to be written with the results."""
-    out = dict(protocol) | more | {"gripper": args.gripper}
+    out = dict(protocol) | more | {"gripper": args.gripper or "unit"}
     seed = getattr(args, "seed", None)
     if args.execute < 0 or args.ensemble < -1 or (seed or 0) < 0:
         raise UserError("--execute, --ensemble and --seed: at least 0")
@@ -316,6 +322,8 @@ class Results:
         self.path = Path(out or time.strftime(f"{name}-%Y%m%d-%H%M%S.json"))
         self.start, self.steps, self.wins, self.lengths = time.time(), 0, {}, []
         self.gifs, self.frames = gifs, []
+        if "gripper" in protocol:  # the server may have told it
+            protocol = protocol | {"gripper": server.gripper}
         machine = {"python": platform.python_version(), "numpy": np.__version__}
         versions = {n: v for n, v in ({n: version(p) for n, p in versions.items()}).items() if v}
         words = ["..." if sys.argv[i - 1] == "--token" else w for i, w in enumerate(sys.argv)][1:]

@@ -84,7 +84,8 @@ def acted(policy, cfg, folder):
     on a GPU say, they may differ, and what was paid for would be asked anew."""
     file = folder / "trajectories.json"
     names = "world", "seed", "steps", "score_episodes", "execute", "ensemble", "talk", "speak"
-    facts = {name: getattr(cfg, name) for name in names}
+    facts = {name: getattr(cfg, name) for name in (*names, "euler", "eval_only")}
+    facts["trained"] = list(getattr(policy, "trained", ()))
     if cfg.judge != "offline" and file.exists():
         kept = common.read_json(file, "of", "runs")
         if kept["of"] == facts:
@@ -110,7 +111,7 @@ def knows(world):
 def steps_to_go(world, scratch, limit=200):
     """Steps that the scripted expert needs from here to success."""
     scratch.load_state_dict(world.state_dict())
-    expert, n = scratch.expert(), 0
+    expert, n = scratch.expert(0, 0.0), 0
     while not scratch.success and n < limit:
         scratch.step(expert.act())
         n += 1
@@ -119,7 +120,7 @@ def steps_to_go(world, scratch, limit=200):
 
 def truth(world):
     """What the expert would say here."""
-    expert = world.expert()
+    expert = world.expert(0, 0.0)
     expert.act()
     return expert.reasoning
 
@@ -517,7 +518,7 @@ def report(path, runs, rows, cfg):
 
 def sight(world, seed, steps):
     """-> what is seen in an episode after some steps of its expert."""
-    observation, expert = world.reset(seed), world.expert()
+    observation, expert = world.reset(seed), world.expert(0, 0.0)
     for _ in range(steps):
         world.step(expert.act())
         observation = world.observe()

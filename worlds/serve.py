@@ -51,7 +51,6 @@ import numpy as np  # noqa: E402
 import common  # noqa: E402
 import data  # noqa: E402
 from common import UserError  # noqa: E402
-from parts import formats  # noqa: E402
 from worlds import loop  # noqa: E402
 
 try:
@@ -242,7 +241,12 @@ def picture(value, key, side, aspect=0.0):
         rows, columns = min(h, round(w / aspect)), min(w, round(h * aspect))
         top, left = (h - rows) // 2, (w - columns) // 2
         value = value[top : top + rows, left : left + columns]
-    return formats.resized(np.ascontiguousarray(value), side)
+    return data.resized(np.ascontiguousarray(value), side)
+
+
+def wordy(value):
+    """Whether a client's value is a word, or a list with one in it."""
+    return isinstance(value, (str, bytes)) or isinstance(value, list) and any(map(wordy, value))
 
 
 def numbers(value, key):
@@ -250,6 +254,8 @@ def numbers(value, key):
     try:
         with np.errstate(over="ignore"):
             vector = np.asarray(value, np.float32).reshape(-1)
+        if wordy(value):  # numpy reads "1" as a number
+            raise ValueError
     except (ValueError, TypeError, OverflowError):
         raise UserError(f"{key} is {short(value)}, not numbers") from None
     if not np.isfinite(vector).all():
@@ -257,11 +263,9 @@ def numbers(value, key):
     return vector
 
 
-def source(cfg):
-    """The recordings that a policy acts like: their name, their row of SOURCES or None."""
-    name = (cfg.robot or cfg.data or cfg.world).split(",")[0].partition("=")[0]
-    name = next(iter(data.GROUPS.get(name, [name])))
-    return name.partition(":")[0], data.SOURCES.get(name)
+def source(policy):
+    """The name of the recordings that a policy acts like, one of those it was trained on."""
+    return policy.cfg.robot or next(iter(policy.robots))
 
 
 def cameras(policy, images):
@@ -275,8 +279,9 @@ def cameras(policy, images):
 
 def opens(policy):
     """How the last number of an action says open, as trained: a key of GRIPPERS, "": not known."""
-    name, row = source(policy.cfg)
-    known = "plus" if name == "tabletop" else "unit" if row and row.gripper else ""
+    name = source(policy)
+    row, own = data.SOURCES.get(name), name.partition(":")[0] in loop.WORLDS
+    known = "plus" if own else "unit" if row and row.gripper else ""
     return policy.stats.get("gripper") or known
 
 
@@ -285,8 +290,8 @@ def gripper(policy, want):
     if not want:
         return 1.0, 0.0
     if not (own := opens(policy)):
-        name = source(policy.cfg)[0]
-        raise UserError(f"--gripper {want}: {name} does not tell what its last number means")
+        words = f"{source(policy)} does not tell what its last number means"
+        raise UserError(f"--gripper {want}: {words}")
     (closed, open_), (to_closed, to_open) = GRIPPERS[own], GRIPPERS[want]
     scale = (to_open - to_closed) / (open_ - closed)
     return scale, to_closed - scale * closed
@@ -304,8 +309,7 @@ class Reader:
         self.blind = not (reads and self.width)  # it reads no state
         self.words = set(policy.processor.tokenizer.get_added_vocab())
         self.default, self.most, self.aspect = cfg.default_prompt, cfg.batch, cfg.aspect
-        self.robots = [*policy.robots]
-        self.robot = policy.cfg.robot or self.robots[0]
+        self.robots, self.robot = [*policy.robots], source(policy)
         names, n = CLIENTS[cfg.client], len(self.sides)
         images = cfg.images or names.images[:n]
         self.keys = Keys(images, cfg.state or names.state, cfg.prompt or names.prompt)
@@ -390,6 +394,7 @@ class Request:
     words: str
     episode: Episode
     noise: np.ndarray | None = None
+    memory: dict = field(default_factory=dict)  # the episode's, once this is answered
     answer: concurrent.futures.Future = field(default_factory=concurrent.futures.Future)
 
 
@@ -460,7 +465,7 @@ class Planner(threading.Thread):
                     self.plan([r])
 
     def act(self, requests):
-        memories = [dict(r.episode.memory) for r in requests]  # a failed plan leaves no trace
+        memories = [dict(r.episode.memory) for r in requests]
         seen = [r.observation | {"memory": m} for r, m in zip(requests, memories)]
         began = time.perf_counter()
         chunks = self.policy.act(seen, [r.words for r in requests], Noise(requests))
@@ -475,7 +480,7 @@ class Planner(threading.Thread):
         chunks[..., -1] = self.scale * chunks[..., -1] + self.offset
         said = getattr(self.policy, "said", None) or [""] * len(requests)
         for r, memory, chunk, words in zip(requests, memories, chunks, said):
-            r.episode.memory = memory
+            r.memory = memory
             r.answer.set_result((chunk, words, took))
 
 
@@ -589,8 +594,11 @@ class Server:
             calls = isinstance(kind, str) and kind in ("ping", "init", "reset")
             star = calls or "examples" in message or isinstance(message.get("payload"), dict)
             name = given if isinstance(given, (str, int)) else name
-            stop = message.pop("stop", False) is True
-            if message.pop("reset", False) is True or stop or (calls and kind != "ping"):
+            reset, stop = (message.pop(word, False) for word in ("reset", "stop"))
+            if not (isinstance(reset, bool) and isinstance(stop, bool)):
+                has = f"reset is {short(reset)}, stop is {short(stop)}"
+                raise UserError(f"{has}: each is true or false")
+            if reset or stop or (calls and kind != "ping"):
                 client.reset()
                 if stop:
                     return encode({"stopped": True, "actions": np.zeros((0, self.A), np.float32)})
@@ -620,6 +628,8 @@ class Server:
             made = await asyncio.wait_for(answers, self.cfg.timeout)
         except asyncio.TimeoutError:  # an old picture's actions are worse than none
             raise UserError(f"no plan within --timeout {self.cfg.timeout:g} s") from None
+        for r in requests:  # a plan that failed or came too late is forgotten
+            r.episode.memory = r.memory
         took = max(seconds for _, _, seconds in made)
         timing = {"infer_ms": 1000 * took, "wait_ms": 1000 * (time.perf_counter() - began - took)}
         if client.last is not None:
@@ -702,7 +712,7 @@ def describe(policy, method, cfg, reader):
         "cameras": {name: {"key": key, "side": side} for (name, side), key in seen},
         "state_dim": 0 if reader.blind else reader.width, "state_keys": list(keys.state),
         "prompt_key": keys.prompt, "control_hz": policy.stats.get("fps"),
-        "available_unnorm_keys": [source(theirs)[0]], "default_unnorm_key": source(theirs)[0],
+        "available_unnorm_keys": [reader.robot], "default_unnorm_key": reader.robot,
     }  # fmt: skip
 
 

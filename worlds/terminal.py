@@ -47,7 +47,7 @@ class Hand:
 
     def restart(self):
         self.world.reset(self.seed, self.task)
-        self.expert, self.grip, self.steps = self.world.expert(), 1.0, 0
+        self.expert, self.grip, self.steps = self.world.expert(0, 0.0), 1.0, 0
 
     def press(self, key):
         action = np.zeros(self.width, np.float32)
@@ -89,7 +89,7 @@ def drive(world, seed=0, task=None):
         print("error: this needs a terminal, as its keyboard and its screen", file=sys.stderr)
         return 2
     world.reset(seed, task)
-    hand = Hand(world, seed, task, len(world.expert().act()))
+    hand = Hand(world, seed, task, len(world.expert(0, 0.0).act()))
     inside, before = sys.stdin.fileno(), termios.tcgetattr(sys.stdin)
     stop = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
