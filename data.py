@@ -53,7 +53,16 @@ from parts.formats import (
     sweep,
     whole,
 )
-from parts.units import bounds, normalise, resized, scaled, shift, squeeze, summary, unnormalise  # noqa: F401
+from parts.units import (  # noqa: F401, some for the scripts
+    bounds,
+    normalise,
+    resized,
+    scaled,
+    shift,
+    squeeze,
+    summary,
+    unnormalise,
+)
 from worlds import drawing, loop, pictures
 
 CACHE = Path(os.environ.get("ONEFILE_VLA_CACHE", Path.home() / ".cache" / "onefile-vla"))

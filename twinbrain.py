@@ -495,8 +495,10 @@ class Block(nn.Module):
             h = h.flatten(0, 1)  # (B * R, N, width)
             k, v = (self.split(z) for z in self.kv(h).chunk(2, dim=-1))
             y = common.attend(self.split(self.q(h)), k, v)
-        x = x + self.dropout(self.o(y.transpose(1, 2).reshape(x.shape)))
-        return x + self.dropout(self.down(F.gelu(self.up(self.norm(x)))))
+        y = self.dropout(self.o(y.transpose(1, 2).reshape(x.shape)))
+        x = x + self.dropout(y)  # twice, as in the framework
+        h = self.dropout(F.gelu(self.up(self.norm(x))))
+        return x + self.dropout(self.down(h))
 
 
 class DiT(nn.Module):
@@ -691,8 +693,7 @@ def train(cfg, dist, run, model, batches, meta, resumed, measure, teacher=None):
         start, began = resumed.step, began - resumed.train_state["seconds"]
         common.load_optimizers(opts, resumed)
         common.set_rng_state(resumed.local_state["rng"])
-    # nofreeze: of the left's last layer only keys and values count  # [method]
-    ddp = common.parallel(model, dist, cfg.brain == "nofreeze")  # [method]
+    ddp = common.parallel(model, dist, cfg.brain == "nofreeze")  # [method] its last MLP is idle
     todo = range(start * cfg.accumulate, cfg.steps * cfg.accumulate)
     feed = common.feed(batches, todo, cfg.workers)
     action_dim = data.dims(meta["robots"])[1]  # [method]
@@ -786,8 +787,8 @@ def load_policy(folder, device, robot=""):
 
 def prepare(cfg, dist, run, resumed):
     """Demonstrations, statistics, model -> Policy, batches, meta, the teacher if there is one."""
-    if dist.processes == 1:
-        cfg = replace(cfg, shard="none")  # with LoRA both brains keep one copy then
+    whole, alone = cfg, dist.processes == 1  # on more processes it goes on in shards
+    cfg = replace(cfg, shard="none") if alone else cfg  # with LoRA both brains keep one copy then
     common.foresee(cfg, dist, *[lambda: build(cfg, 8, 7)[0]] * (2 if cfg.distill else 1))
     acts, asks = data.recordings(cfg, dist, resumed)
     robots = {part.name: part.stats for part in acts}
@@ -813,16 +814,15 @@ def prepare(cfg, dist, run, resumed):
     run.say(runs.counted(acts, windows, model))
     if dist.main and not resumed:
         samples = [mixtures[0][i] for i in range(4)]
-        ids = sense(samples, cfg, processor)["right"]["input_ids"]
-        rows = [(s["images"], processor.words(row)) for s, row in zip(samples, ids)]
-        pictures.contact_sheet(run.folder / "first_batch.png", rows)
+        prompt = sense(samples, cfg, processor)["right"]
+        runs.first_batch(run, [s["images"] for s in samples], prompt, processor)
     join = partial(collate, cfg=cfg, processor=processor)
     batches = data.Batches(mixtures, join, cfg.batch, dist.rank, dist.processes)
-    meta = runs.about("twinbrain", cfg, robots, resumed)
+    meta = runs.about("twinbrain", whole, robots, resumed)
     meta |= {"fast": processor.fast.state} if cfg.head == "fast" else {}
-    whole = model.left if cfg.replicate_left else None
+    copied = model.left if cfg.replicate_left else None
     beside = {"teacher": teacher} if teacher else {}
-    model = common.place(model, cfg, dist, run.say, whole, beside)
+    model = common.place(model, cfg, dist, run.say, copied, beside)
     return Policy(model, cfg, processor, robots, dist.device), batches, meta, teacher
 
 

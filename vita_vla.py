@@ -172,7 +172,7 @@ CALVIN = dict(
     foresight=16, patch=16, dropout=0.1, attention_dropout=0.1, embedding_dropout=0.1,
     foresight_steps=0, history=10, batch=8, lr=1e-4, lr_head=1e-4, lr_teacher=1e-3, augment=0,
     gripper_weight=0.01, optimizer="adamw", size=200, wrist_size=84, act_index=1, episodes=1000,
-    workers=4, normalise="raw", frozen="bf16",
+    workers=4, normalise="raw", frozen="bf16", shard="full",
 )  # fmt: skip
 LIBERO = dict(teacher_steps=42_000, align_steps=3_200, finetune_steps=2_100, warmup=1_000,
               width=384, heads=12, queries=6, foresight=9, history=7, act_index=0, ensemble=True,
@@ -294,22 +294,6 @@ class Seer(seer.Seer):
 # --- Model: the student ---------------------------------------------------------------------------
 
 
-class DecoderMapper(nn.Module):
-    """ABLATION mapper-decoder: the action states look at each other, then become Seer's width."""
-
-    def __init__(self, D, H):
-        super().__init__()
-        self.enter = nn.Linear(D, H)
-        self.blocks = nn.ModuleList(seer.Block(H, H // 32, seer.Block.GPT2) for _ in range(2))
-
-    def forward(self, h):
-        lead, h = h.shape[:-2], self.enter(h).flatten(0, -3)  # (B * S, N, H)
-        mask = torch.ones(h.shape[1], h.shape[1], dtype=torch.bool, device=h.device).tril()
-        for block in self.blocks:
-            h = block(h, mask)
-        return h.unflatten(0, lead)
-
-
 class VitaVLA(nn.Module):
     """The VLM with a state token, action tokens, the mapper M and Seer's decoder."""
 
@@ -321,7 +305,7 @@ class VitaVLA(nn.Module):
         std = vlm.language.get_input_embeddings().weight.std()  # at home among the words
         self.action_token = nn.Parameter(std * torch.randn(count, D))
         if cfg.mapper == "decoder":
-            self.mapper = DecoderMapper(D, H)
+            self.mapper = seer.DecoderMapper(D, H)  # ABLATION mapper-decoder
         else:
             layers = nn.Linear(D, H), nn.GELU(), nn.Linear(H, H), nn.GELU(), nn.Linear(H, H)
             self.mapper = nn.Sequential(*layers)
@@ -697,9 +681,8 @@ def prepare(cfg, dist, run, resumed, teacher=None):
     run.say(runs.counted(acts, windows, model))
     if dist.main and not resumed:
         samples = [mixtures[0][i] for i in range(4)]
-        ids = sense(samples, cfg, processor)["prompt"]["input_ids"]
-        rows = [(s["images"][-1], processor.words(row)) for s, row in zip(samples, ids)]
-        pictures.contact_sheet(run.folder / "first_batch.png", rows)
+        prompt = sense(samples, cfg, processor)["prompt"]
+        runs.first_batch(run, [s["images"][-1] for s in samples], prompt, processor)
     join = partial(sense, cfg=cfg, processor=processor)
     batches = data.Batches(mixtures, join, cfg.batch, dist.rank, dist.processes)
     meta = runs.about("vita_vla", cfg, robots, resumed)
@@ -783,13 +766,15 @@ def chain(cfg, dist):
     cfg, folder = runs.begin_chain(cfg, dist, "vita_vla", FREE, check)
     runs.note_chain(cfg, dist, "vita_vla", STAGES[cfg.recipe], folder)
     teacher, before = cfg.teacher, cfg.student
-    for name in STAGES[cfg.recipe]:
-        if name == "teacher" and cfg.teacher:
-            continue
+    todo = [n for n in STAGES[cfg.recipe] if not (n == "teacher" and cfg.teacher)]
+    for name in todo:  # now, not after another stage's steps
+        foresee(staged(cfg, name), dist)
+    for name in todo:
         here = replace(staged(cfg, name), teacher=teacher, student=before, out=str(folder / name),
                        resume="")  # fmt: skip
         if name == "teacher":  # ABLATION no-gripper: the released student's loss alone lacks it
-            here.gripper_weight = cfg.gripper_weight or Config.gripper_weight
+            usual = PRESETS.get(cfg.preset, {}).get("gripper_weight", Config.gripper_weight)
+            here.gripper_weight = cfg.gripper_weight or usual
         here.explicit = tuple(name for name in cfg.explicit if name in FREE and name != "out")
         standing = runs.standing(folder / name)
         if standing == "begun":
@@ -800,6 +785,12 @@ def chain(cfg, dist):
         before = "" if name == "teacher" else str(folder / name)
     if dist.main:
         runs.finish(folder, {name: folder / name for name in STAGES[cfg.recipe]})
+
+
+def foresee(cfg, dist, taught=False):
+    """An error where a stage, with the teacher beside it if it is taught, cannot fit."""
+    needed = [replace(cfg, stage=s, student="") for s in (cfg.stage, *["teacher"] * taught)]
+    common.foresee(cfg, dist, *(lambda c=c: build(c)[0] for c in needed))
 
 
 def session(cfg, dist):
@@ -813,8 +804,7 @@ def session(cfg, dist):
     if not policy:
         begins = cfg.stage == "finetune" and cfg.teacher and not (cfg.student or resumed)
         taught = cfg.stage == "align" or bool(begins)
-        needed = [replace(cfg, stage=s, student="") for s in (cfg.stage, *["teacher"] * taught)]
-        common.foresee(cfg, dist, *(lambda c=c: build(c)[0] for c in needed))
+        foresee(cfg, dist, taught)
         teacher = load_teacher(cfg, dist.device) if taught else None
         policy, batches, meta = prepare(cfg, dist, run, resumed, teacher)
         teacher = teacher if cfg.stage == "align" else None  # else its decoder was all

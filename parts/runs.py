@@ -11,7 +11,7 @@ import numpy as np
 
 import common
 import data
-from worlds import loop
+from worlds import loop, pictures
 
 FREE = (  # what a resumed or evaluated run of any script may change
     "steps", "episodes", "domains", "execute", "ensemble", "parallel", "gifs", "render", "out",
@@ -96,6 +96,12 @@ def counted(acts, windows, model):
     episodes, steps = sum(len(p.episodes) for p in acts), sum(map(len, windows))
     sizes = (f"{name} {common.human(n)}" for name, n in common.param_counts(model).items())
     return f"{names}: {episodes} episodes, {steps} steps; parameters: {', '.join(sizes)}"
+
+
+def first_batch(run, images, prompt, processor):
+    """Draws some samples' pictures over their words, as the model reads them."""
+    rows = list(zip(images, map(processor.words, prompt["input_ids"])))
+    pictures.contact_sheet(run.folder / "first_batch.png", rows)
 
 
 def seen(observations, instructions, cfg, robot, stats):

@@ -410,6 +410,22 @@ class Seer(nn.Module):
         return self.image_decoder_pred(self.image_decoder_norm(h[:, -(side**2) :])).float()
 
 
+class DecoderMapper(nn.Module):
+    """vita_vla.py --mapper decoder: action states look at each other, in Seer's width."""
+
+    def __init__(self, D, H):
+        super().__init__()
+        self.enter = nn.Linear(D, H)
+        self.blocks = nn.ModuleList(Block(H, H // 32, Block.GPT2) for _ in range(2))
+
+    def forward(self, h):
+        lead, h = h.shape[:-2], self.enter(h).flatten(0, -3)  # (B * S, N, H)
+        mask = torch.ones(h.shape[1], h.shape[1], dtype=torch.bool, device=h.device).tril()
+        for block in self.blocks:
+            h = block(h, mask)
+        return h.unflatten(0, lead)
+
+
 # --- Released checkpoints -------------------------------------------------------------------------
 
 

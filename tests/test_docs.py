@@ -344,7 +344,9 @@ def test_paths_links_and_flags_exist(name):
 
 def test_functions_named_in_the_guide_exist():
     start, *evenings = re.split(r"^## Evening", TEXT["guide.md"], flags=re.MULTILINE)
-    shared = [ROOT / f for f in ("worlds/events.py", "worlds/score.py", "parts/seer.py")]
+    shared = [
+        ROOT / f for f in ("worlds/events.py", "worlds/score.py", "parts/seer.py", "parts/units.py")
+    ]
     files = {name: [ROOT / f"{name}.py"] for name in SCRIPTS}
     files["all"] = [*(ROOT / f"{name}.py" for name in SCRIPTS), ROOT / "data.py"]
     assert len(evenings) == 4
@@ -500,7 +502,7 @@ def test_sums_done_by_hand():
         assert all(word in text for word in words), words
 
     assert data.squeeze(np.array([5.0]), np.array([2.0]), np.array([6.0])) == 0.5
-    says("= 0.5* (`data.normalise()`)", f"0.99^40 = {0.99**40:.0%}", "36 / 2 = 18 plans")
+    says("= 0.5* (`normalise()`", f"0.99^40 = {0.99**40:.0%}", "36 / 2 = 18 plans")
     assert (twinbrain.Config.horizon, twinbrain.Config.execute) == (8, 2)
     scores, values = torch.tensor([0.0, 0.0, math.log(2)]), torch.tensor([4.0, 8.0, 2.0])
     k, one = scores[None, None, :, None], torch.ones(1, 1, 1, 1)
