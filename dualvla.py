@@ -872,8 +872,6 @@ def prepare(cfg, dist, run, resumed, teachers, last):
             events.check(episodes, last)  # now, not after E's and G's steps
         kept = keep_labels(episodes, cfg, run.say) if dist.main else []
         bits = dist.share(["".join(str(int(k)) for k in row) for row in kept])
-    if cfg.actions == "tokens" and cfg.stage == "expert" and not resumed:  # they begin as one
-        common.redraw_untrained(model.vlm, [model.first], only=model.words or None)
     if cfg.new_words and cfg.tune == "lora" and cfg.stage != "expert":
         model.learn_words(events.all_words(episodes, processor.tokenizer))
         if cfg.stage == "generalist" and not resumed:
