@@ -1016,8 +1016,9 @@ def main(argv=None):
     runs.note_chain(cfg, dist, "dualvla", ORDER, out)
     folders = {n: folders[n] for n in ORDER[: ORDER.index(last_stage(cfg)) + 1]}
     last = staged(cfg, last_stage(cfg), folders)
+    idle = {"expert"} - {last.stage, *teaching(last)} if cfg.generalist else ()
     for stage, folder in folders.items():
-        if folder == out / stage and runs.standing(folder) != "done":
+        if folder == out / stage and stage not in idle and runs.standing(folder) != "done":
             session(staged(cfg, stage, folders), dist, last)
     if dist.main:
         reports.stages(runs.finish(out, folders))

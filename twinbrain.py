@@ -837,7 +837,7 @@ def check(cfg):
             cfg.ablation == "t9-student" and not cfg.distill,
         "--distill teaches a single brain: add --brain vanilla":
             cfg.distill and cfg.brain != "vanilla",
-        "--lora trains no word embeddings (--head fast) and no left brain":
+        "--lora trains no word embeddings (--head fast) and no left brain: --lora 0":
             cfg.lora and (cfg.head == "fast" or cfg.brain == "nofreeze"),
         f"--width {cfg.width}: even, and a multiple of --heads {cfg.heads}":
             cfg.width % 2 or cfg.width % cfg.heads,

@@ -108,6 +108,14 @@ def test_a_stage_starts_from_given_folders(finished, tmp_path, capsys, quick):
     assert result(tmp_path / "run")["arm"] == "no-reason-teacher"
 
 
+def test_who_begins_from_a_generalist_trains_no_expert_that_nobody_asks(finished, tmp_path, quick):
+    words = [*TINY, "--steps", "1", "--ablation", "no-action-teacher"]
+    words += ["--generalist", str(finished / "generalist"), "--out", str(tmp_path / "run")]
+    dualvla.main(words)
+    assert [p.name for p in (tmp_path / "run").iterdir() if p.is_dir()] == ["dual"]
+    assert result(tmp_path / "run")["arm"] == "no-action-teacher"
+
+
 def test_a_teacher_of_another_stage_is_refused(finished, tmp_path, status):
     words = [*TINY, "--expert", str(finished / "generalist"), "--out", str(tmp_path / "run")]
     code, _, err = status(dualvla.main, *words)
