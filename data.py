@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from collections import Counter, namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -50,7 +51,6 @@ from parts.formats import (
     read_lines,
     reading,
     stopped_by,
-    sweep,
     whole,
 )
 from parts.units import (  # noqa: F401, some for the scripts
@@ -158,7 +158,9 @@ def demonstrations(world, episodes=1000, seed=0, size=64, wrist_size=32, noise=0
                 bar.update(len(block))
     tqdm.write(f"demonstrations of {world}: {expert_rates(made)}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    sweep(path.parent)
+    for draft in CACHE.glob(f"*.{8 * '[0-9a-f]'}.tmp"):  # of a run killed while it wrote
+        if time.time() - draft.stat().st_mtime > 86400:
+            draft.unlink(missing_ok=True)
     temporary = path.with_suffix(f".{os.urandom(4).hex()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -372,7 +374,7 @@ def open_episodes(spec, skip_bad=False, every=None, again=False):
     marks = (("index.json", Store), ("meta/info.json", LeRobot), ("ep_start_end_ids.npy", Calvin),
              ("training/ep_start_end_ids.npy", Calvin))  # fmt: skip
     found = (Reader for mark, Reader in marks if (path / mark).exists())
-    Reader = next(found, Libero if Libero.files(path) else None)
+    Reader = next(found, None) or (Libero if Libero.files(path) else None)
     if Reader is None:
         words = "LeRobot: meta/info.json, CALVIN: ep_start_end_ids.npy, .hdf5, .json, .jsonl, .tsv"
         raise UserError(f"{path}: no dataset is recognised here ({words})")

@@ -651,11 +651,11 @@ def drafted(folder):
 
 def sweep(parent):
     """Removes what killed runs left of their drafts, after a day without a write."""
-    for draft in (*parent.glob("*.part-????????/store"), *parent.glob("*.tmp")):
+    for draft in parent.glob("*.part-????????/store"):
         with suppress(OSError):  # another run was faster
-            inside = draft.iterdir() if draft.is_dir() else ()
-            if time.time() - max(p.stat().st_mtime for p in (draft, *inside)) > 86400:
-                draft.unlink() if draft.is_file() else shutil.rmtree(draft.parent)
+            last = max(path.stat().st_mtime for path in (draft, *draft.iterdir()))
+            if time.time() - last > 86400:
+                shutil.rmtree(draft.parent)
 
 
 class Store:

@@ -1,5 +1,6 @@
 """data.py: normalisation, windows, mixtures, and the tabletop's cached demonstrations."""
 
+import os
 import pickle
 from itertools import islice
 
@@ -247,6 +248,16 @@ def test_demonstrations_of_a_world_are_made_anew_when_the_one_it_extends_changed
         monkeypatch.setattr(tabletop, "__file__", str(tmp_path / code))
         data.demonstrations("dusk", episodes=1, size=16, wrist_size=16)
         assert len([*(tmp_path / "cache").iterdir()]) == files
+
+
+def test_drafts_of_demonstrations_are_removed_after_a_day(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "CACHE", tmp_path)
+    for name in ("a.0123abcd.tmp", "b.0123abcd.tmp", "theirs.tmp"):
+        (tmp_path / name).touch()
+    for name in ("a.0123abcd.tmp", "theirs.tmp"):
+        os.utime(tmp_path / name, (0, 0))
+    data.demonstrations("tabletop:bridge", episodes=1, size=16, wrist_size=16)
+    assert {p.name for p in tmp_path.glob("*.tmp")} == {"b.0123abcd.tmp", "theirs.tmp"}
 
 
 def test_a_full_disk_leaves_no_half_of_the_demonstrations(tmp_path, monkeypatch):
