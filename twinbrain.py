@@ -776,7 +776,7 @@ def load_policy(folder, device, robot=""):
     """A run folder (or one checkpoint of it) -> Policy."""
     checkpoint = common.load_checkpoint(folder, "twinbrain")
     cfg = common.resume_config(Config(), checkpoint.meta["config"])
-    cfg.robot = robot or cfg.robot
+    cfg.robot, cfg.shard = robot or cfg.robot, "none"  # it acts on one process
     robots = checkpoint.meta["robots"]
     model, processor = build(cfg, *data.dims(robots), checkpoint)
     common.store_frozen(model, cfg, device)

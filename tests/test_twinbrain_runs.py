@@ -457,3 +457,11 @@ def test_shifts_are_even_handed(episodes):
     for _ in range(400):
         moves.append(int(windows.get(0, rng)["images"][0][16, 16, 0]) - 16)
     assert set(moves) == {-1, 0, 1} and abs(moves.count(-1) - moves.count(1)) < 80
+
+
+def test_a_run_begun_on_one_process_goes_on_in_shards(tmp_path, quick):
+    out = tmp_path / "run"
+    twinbrain.main([*TINY, "--steps", "1", "--shard", "full", "--out", str(out)])
+    saved = common.load_checkpoint(out, "twinbrain").meta["config"]
+    policy = twinbrain.load_policy(out, torch.device("cpu"))
+    assert (saved["shard"], policy.cfg.shard) == ("full", "none")
