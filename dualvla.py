@@ -168,7 +168,7 @@ class Config:
     speak: float = 0.15  # says why where words are likelier than this (A10; 0.5: about greedy)
     execute: int = 2  # actions executed of each chunk
     ensemble: bool = False  # plan every step, blend the last 7 chunks (SimplerEnv)
-    parallel: int = 100  # episodes acted side by side
+    parallel: int = 100  # episodes acted side by side; they share a generator of noise
     gifs: int = 2  # rollouts drawn in each domain
     render: str = "gif"  # gif | mp4 | show: what they become; show plays them in the terminal too
     questions: int = 100  # of each of the four kinds (POPE, SEED-Bench, ScienceQA, MME)

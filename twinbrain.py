@@ -144,7 +144,7 @@ class Config:
     domains: tuple[str, ...] = ()  # what differs from training; empty: all that the suite knows
     execute: int = 2  # actions executed of each chunk (paper: LIBERO all 8, GR1 12 of 16)
     ensemble: bool = False  # plan every step, blend the last 7 chunks (SimplerEnv)
-    parallel: int = 50  # episodes acted side by side
+    parallel: int = 50  # episodes acted side by side; they share a generator of noise
     gifs: int = 2  # rollouts drawn in each domain
     render: str = "gif"  # gif | mp4 | show: what they become; show plays them in the terminal too
     questions: int = 100  # of each of the four kinds (POPE, SEED-Bench, ScienceQA, MME)
