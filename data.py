@@ -139,12 +139,19 @@ def demonstrations(world, episodes=1000, seed=0, size=64, wrist_size=32, noise=0
     source = hashlib.sha256(code + world.encode()).hexdigest()[:12]
     name = re.sub(r"[^\w.-]", "-", world)[:80]
     path = CACHE / f"{name}-{episodes}-{seed}-{size}-{wrist_size}-{noise}-{source}.npz"
+    temporary = path.with_suffix(f".{os.urandom(4).hex()}.tmp")
     if path.exists():
         try:
             with reading(path):
                 return load_demonstrations(path)
         except UserError:
             print(f"{path} is damaged: made anew", flush=True)
+    try:  # now, not after the recording
+        CACHE.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+    except OSError as error:
+        words = f"cannot be written ({error.strerror}); ONEFILE_VLA_CACHE names another folder"
+        raise UserError(f"{CACHE}: {words}") from None
     seeds = range(seed * 1_000_000, seed * 1_000_000 + episodes)
     share = 4 if World.slow else 20
     shares = [seeds[i : i + share] for i in range(0, episodes, share)]
@@ -157,11 +164,9 @@ def demonstrations(world, episodes=1000, seed=0, size=64, wrist_size=32, noise=0
                 made.extend(block)
                 bar.update(len(block))
     tqdm.write(f"demonstrations of {world}: {expert_rates(made)}")
-    path.parent.mkdir(parents=True, exist_ok=True)
     for draft in CACHE.glob(f"*.{8 * '[0-9a-f]'}.tmp"):  # of a run killed while it wrote
         if time.time() - draft.stat().st_mtime > 86400:
             draft.unlink(missing_ok=True)
-    temporary = path.with_suffix(f".{os.urandom(4).hex()}.tmp")
     try:
         with open(temporary, "wb") as file:
             save_demonstrations(file, made)
@@ -435,6 +440,8 @@ def recordings(cfg, dist, resumed=None):
     def demonstrate(world):
         return demonstrations(world, cfg.demos, cfg.seed, cfg.size, cfg.wrist_size, cfg.noise)
 
+    if not cfg.data and cfg.world == "none":
+        raise UserError("--world none acts nowhere and demonstrates nothing: add --data")
     parts = dist.first(lambda: load(cfg.data or cfg.world, cfg.skip_bad, demonstrate))
     faults = [fault for p in parts for fault in getattr(p.episodes, "faults", ())]
     if faults and dist.main:

@@ -868,7 +868,8 @@ def prepare(cfg, dist, run, resumed, teachers, last):
     episodes = [e for part in acts for e in part.episodes]
     bits = resumed.meta["kept"] if resumed else None
     if not resumed:
-        if (cfg.data or cfg.event_scores) and dist.main and last.prune not in ("none", "action"):
+        early = cfg.data or cfg.event_scores or cfg.events == "phase"
+        if early and dist.main and last.prune not in ("none", "action"):
             events.check(episodes, last)  # now, not after E's and G's steps
         kept = keep_labels(episodes, cfg, run.say) if dist.main else []
         bits = dist.share(["".join(str(int(k)) for k in row) for row in kept])

@@ -189,7 +189,8 @@ ABLATIONS = {  # the paper's average in % (Qwen3-VL-4B, SimplerEnv), what it cal
 
 def ours(line):
     """A line of assets/results -> what `--ablation list` shows, % in-domain and out of domain."""
-    return 100 * line["success"], 100 * line["success_out"]
+    outside = [line["domains"][n]["success"] for n in loop.OUTSIDE if n in line["domains"]]
+    return 100 * line["success"], 100 * np.mean(outside) if outside else np.nan
 
 
 # --- Prompts (Appendix E), and the one path from observations to tensors --------------------------
@@ -883,7 +884,7 @@ def session(cfg, dist):
         words = ", ".join(f"{name} {share:.1%}" for name, share in scores.items())
         run.say(f"  questions to the {side} brain alone: {words}")
     learned = policy.trained if cfg.eval_only else (cfg.steps, dist.processes)
-    outside = [r["success"] for name, r in results.items() if name not in ("in", "look")]
+    outside = [results[name]["success"] for name in loop.OUTSIDE if name in results]
     result = runs.facts("twinbrain", cfg, cfg.brain, *learned, seconds) | loop.headline(results)
     result |= {"success_out": sum(outside) / len(outside) if outside else None}
     result |= {"domains": results, "vqa": vqa, "params": common.param_counts(policy.model)}

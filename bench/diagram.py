@@ -3,6 +3,7 @@
   python bench/diagram.py        # writes assets/figures/methods.png
 """
 
+import argparse
 import math
 import sys
 from pathlib import Path
@@ -171,6 +172,7 @@ def dual(pen, y, picture):
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     height = TOP + 3 * ROW + FOOT
     pen = Pen(height)
     world = tabletop.Tabletop("bridge")

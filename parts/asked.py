@@ -104,7 +104,10 @@ class QuestionFile:
     def rows(self):
         with reading(self.path):
             if self.path.suffix == ".json":
-                return list(json.loads(self.path.read_text("utf-8")))
+                rows = json.loads(self.path.read_text("utf-8"))
+                if not isinstance(rows, list):
+                    raise ValueError("not a list of conversations")
+                return rows
             if self.path.suffix == ".jsonl":
                 return [line for line in self.path.read_text("utf-8").split("\n") if line.strip()]
             csv.field_size_limit(2**31 - 1)

@@ -9,6 +9,7 @@ import os
 import pickle
 import random
 import shutil
+import sys
 import warnings
 from pathlib import Path
 
@@ -251,6 +252,10 @@ def load_checkpoint(path, method: str, dist: Dist | None = None, hint: str = "")
             reason = f"; --resume auto --out {path} begins it again"
         raise UserError(f"no checkpoint in {path}{reason}{hint}")
     path = found[-1].resolve()
+    beside, own = {f.name for f in path.parents[1].glob("*.py")}, Path(sys.argv[0]).name
+    if beside and not beside & {own, f"{method}.py"}:
+        print(f"{path.parents[1]} was trained by {min(beside)}, whose code may differ from "
+              f"{method}.py's, which reads it now")  # fmt: skip
     file, train_state, local_state = path / "meta.json", {}, {}
     try:
         meta = json.loads(file.read_text())

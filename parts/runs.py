@@ -43,6 +43,12 @@ def check(cfg, *counts):
     scores = getattr(cfg, "event_scores", "")
     if scores and not (cfg.resume or cfg.eval_only or Path(scores).is_file()):
         raise common.UserError(f"--event-scores {scores}: no such file")
+    stage, brain = (getattr(cfg, name, "") for name in ("stage", "brain"))
+    reads = {"distill": brain == "vanilla", "student": stage == "finetune"}
+    for name in ("distill", "student", "expert", "generalist"):
+        given = reads.get(name, True) and getattr(cfg, name, "")
+        if given and not (cfg.resume or cfg.eval_only or list(Path(given).glob("**/meta.json"))):
+            common.load_checkpoint(given, "")  # says what is not there, before anything is made
     loop.check(cfg)
     data.named(cfg.data)
     common.find_backbone(cfg.backbone)
@@ -235,5 +241,5 @@ def same_units(name, given, theirs, robots, parts=20):
         near = (ours[1] - ours[0]) / parts
         if not any(a.shape == ours.shape and (abs(a - ours) <= near).all() for a in others):
             words = f"--{name} {given} learned from {', '.join(theirs)}, whose bounds of state and"
-            raise common.UserError(f"{words} action are not those of {recordings}: more --demos, "
-                                   "its --data and --seed, or train one on these")  # fmt: skip
+            raise common.UserError(f"{words} action are not those of {recordings}: more --demos "
+                                   "(200 or more), its --data and --seed, or train one on these")

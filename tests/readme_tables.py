@@ -586,7 +586,14 @@ def measured(name):
 def newest(name, *keys):
     """The last line of each kind, on each kind of machine."""
     keys, usual = keys + ("machine",), {"weights": "float32", "lora": 0, "compile": False}
-    return list({tuple(x.get(k, usual.get(k)) for k in keys): x for x in measured(name)}.values())
+    found = measured(name)
+    kinds = (tuple(x.get(k, usual.get(k)) for k in keys) + (in_fp32(x),) for x in found)
+    return list(dict(zip(kinds, found)).values())
+
+
+def in_fp32(x):
+    """Whether a measurement is of float32 where bfloat16 is usual: its note says so."""
+    return "--dtype fp32" in x.get("note", "") and "without bfloat16" not in x["machine"]
 
 
 def how_trained(x):
@@ -726,7 +733,8 @@ def speed(backbone):
     """The last measurement of each kind of machine."""
     found = {}
     for x in measured("step"):
-        if (x["backbone"], x["variant"]) == (backbone, "twin") and not x["busy"]:
+        mine = (x["backbone"], x["variant"]) == (backbone, "twin") and not in_fp32(x)
+        if mine and not x["busy"]:
             kind = x["machine"] + how_trained(x)
             found[kind] = f"{x['samples_s']:.0f} ({kind})"
     return "; ".join(found.values()) or "not run"

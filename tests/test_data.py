@@ -260,6 +260,14 @@ def test_drafts_of_demonstrations_are_removed_after_a_day(tmp_path, monkeypatch)
     assert {p.name for p in tmp_path.glob("*.tmp")} == {"b.0123abcd.tmp", "theirs.tmp"}
 
 
+def test_a_cache_that_cannot_be_written_is_known_before_the_recording(tmp_path, monkeypatch):
+    (tmp_path / "cache").write_text("a file")
+    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(data, "ProcessPoolExecutor", None)
+    with pytest.raises(common.UserError, match="cache: cannot be written .*ONEFILE_VLA_CACHE"):
+        data.demonstrations("tabletop:bridge", episodes=1, size=16, wrist_size=16)
+
+
 def test_a_full_disk_leaves_no_half_of_the_demonstrations(tmp_path, monkeypatch):
     def full(file, made):
         file.write(b"half")

@@ -15,8 +15,7 @@ import common
 import data
 import dualvla
 import twinbrain
-import vita_vla
-from parts import instructvla
+from parts import instructvla, seer
 
 
 def groups(make, model, cfg, monkeypatch):
@@ -171,7 +170,7 @@ def test_the_mapper_is_three_layers_with_gelu_between(episodes):
 
 def test_a_decoder_as_mapper_is_causal():
     torch.manual_seed(0)
-    mapper, h = vita_vla.DecoderMapper(16, 64), torch.randn(2, 1, 3, 16)
+    mapper, h = seer.DecoderMapper(16, 64), torch.randn(2, 1, 3, 16)
     before = mapper(h)
     h[:, :, 2] += torch.randn(16)
     assert torch.allclose(mapper(h)[:, :, :2], before[:, :, :2], atol=1e-6)

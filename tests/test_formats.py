@@ -1179,6 +1179,12 @@ def test_scores_of_another_detector_go_by_an_episodes_number(tmp_path):
         events.from_file(tmp_path / "scores.json", [*part.episodes, *part.episodes])
 
 
+def test_a_json_of_something_else_is_no_question_file(tmp_path):
+    (tmp_path / "q.json").write_text('{"conversations": []}')
+    with pytest.raises(UserError, match="q.json: not a list of conversations"):
+        data.open_episodes(tmp_path / "q.json")
+
+
 def test_a_run_goes_on_with_the_recordings_that_it_began_with(tmp_path):
     root, alone = write_v2(tmp_path / "set", False), Dist(0, 1, None)
     bad_picture(root)

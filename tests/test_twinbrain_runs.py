@@ -465,3 +465,34 @@ def test_a_run_begun_on_one_process_goes_on_in_shards(tmp_path, quick):
     saved = common.load_checkpoint(out, "twinbrain").meta["config"]
     policy = twinbrain.load_policy(out, torch.device("cpu"))
     assert (saved["shard"], policy.cfg.shard) == ("full", "none")
+
+
+def test_a_folder_without_a_teacher_is_known_before_demonstrations_are_made(
+    tmp_path, status, monkeypatch
+):
+    monkeypatch.setattr(data, "recordings", None)
+    words = ["--brain", "vanilla", "--distill", str(tmp_path / "nowhere")]
+    code, _, err = status(twinbrain.main, *TINY, *words, "--out", str(tmp_path / "run"))
+    assert code == 2 and err == f"error: no checkpoint in {tmp_path / 'nowhere'}: no such folder\n"
+
+
+def test_a_fork_s_run_is_not_read_by_the_original_without_a_word(finished, tmp_path, capsys):
+    fork = tmp_path / "fork"
+    shutil.copytree(finished, fork)
+    (fork / "twinbrain.py").rename(fork / "mine.py")
+    for folder, told in ((finished, False), (fork, True)):
+        capsys.readouterr()
+        common.load_checkpoint(folder, "twinbrain")
+        assert ("trained by mine.py" in capsys.readouterr().out) == told
+
+
+def test_out_of_domain_is_what_no_demonstration_has():
+    line = {"success": 0.5, "success_out": 0.9, "domains": {"chain": {"success": 0.9}}}
+    assert np.isnan(twinbrain.ours(line)[1])
+    line["domains"] |= {"colour": {"success": 0.25}, "pick_all": {"success": 1.0}}
+    assert twinbrain.ours(line) == (50.0, 25.0)
+
+
+def test_nowhere_to_act_and_nothing_to_learn_from(tmp_path, status):
+    code, _, err = status(twinbrain.main, *TINY, "--world", "none", "--out", str(tmp_path / "run"))
+    assert code == 2 and "--world none acts nowhere and demonstrates nothing: add --data" in err

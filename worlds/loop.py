@@ -21,6 +21,7 @@ from worlds import pictures
 from worlds.client import blend
 
 FIRST_TEST_SEED = 10_000_000  # demonstrations of --seed s take theirs from 20_000_000 s on
+OUTSIDE = "colour", "shape", "pair", "wording"  # what no demonstration has; their mean is "out"
 NOTHING = {"success": None, "ci95": None, "episodes": 0, "per_task": {}}  # of `--world none`
 WORLDS = {  # `--world NAME`: its class; what it fulfils is in worlds/__init__.py
     "tabletop": "worlds.tabletop:Tabletop",
