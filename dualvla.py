@@ -894,8 +894,8 @@ def prepare(cfg, dist, run, resumed, teachers, last):
         run.say(f"reasoning stays at {share:.1%} of the steps")
     if dist.main and not resumed:
         shown = [mixtures[0][i] for i in range(4)]
-        prompt = sense(shown, cfg, processor)["prompt"]
-        runs.first_batch(run, [s["images"] for s in shown], prompt, processor)
+        seen, prompt = [s["images"] for s in shown], sense(shown, cfg, processor)["prompt"]
+        runs.first_batch(run, seen, prompt, processor)
     join = partial(collate, cfg=cfg, processor=processor)
     batches = data.Batches(mixtures, join, cfg.batch, dist.rank, dist.processes, cfg.mix)
     meta = runs.about("dualvla", cfg, robots, resumed) | {"kept": bits, "share": share}

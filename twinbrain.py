@@ -815,8 +815,8 @@ def prepare(cfg, dist, run, resumed):
     run.say(runs.counted(acts, windows, model))
     if dist.main and not resumed:
         samples = [mixtures[0][i] for i in range(4)]
-        prompt = sense(samples, cfg, processor)["right"]
-        runs.first_batch(run, [s["images"] for s in samples], prompt, processor)
+        seen, marks = [s["images"] for s in samples], {processor.tokenizer.pad_token: "<state>"}
+        runs.first_batch(run, seen, sense(samples, cfg, processor)["right"], processor, marks)
     join = partial(collate, cfg=cfg, processor=processor)
     batches = data.Batches(mixtures, join, cfg.batch, dist.rank, dist.processes)
     meta = runs.about("twinbrain", whole, robots, resumed)

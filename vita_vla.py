@@ -681,8 +681,8 @@ def prepare(cfg, dist, run, resumed, teacher=None):
     run.say(runs.counted(acts, windows, model))
     if dist.main and not resumed:
         samples = [mixtures[0][i] for i in range(4)]
-        prompt = sense(samples, cfg, processor)["prompt"]
-        runs.first_batch(run, [s["images"][-1] for s in samples], prompt, processor)
+        seen, marks = [sum(s["images"], []) for s in samples], {STATE: "<state>", ACT: "<act>"}
+        runs.first_batch(run, seen, sense(samples, cfg, processor)["prompt"], processor, marks)
     join = partial(sense, cfg=cfg, processor=processor)
     batches = data.Batches(mixtures, join, cfg.batch, dist.rank, dist.processes)
     meta = runs.about("vita_vla", cfg, robots, resumed)

@@ -215,9 +215,12 @@ class Processor:
         """How a picture of n tokens stands in a text."""
         return "<|vision_start|>" + self.image * n + "<|vision_end|>"
 
-    def words(self, ids):
-        """Ids -> readable text, without padding and with each picture as one mark."""
-        text = self.tokenizer.decode(ids).replace(self.tokenizer.pad_token, "")
+    def words(self, ids, marks=()):
+        """Ids -> readable text, without padding and with each picture as one mark; marks: {word:
+        what is shown in its place}."""
+        text = self.tokenizer.decode(ids)
+        for word, shown in {self.tokenizer.pad_token: "", **dict(marks)}.items():
+            text = text.replace(word, shown)
         return re.sub(f"({re.escape(self.image)})+", "<image>", text)
 
     def pad(self, rows, grids, **words):

@@ -104,9 +104,11 @@ def counted(acts, windows, model):
     return f"{names}: {episodes} episodes, {steps} steps; parameters: {', '.join(sizes)}"
 
 
-def first_batch(run, images, prompt, processor):
-    """Draws some samples' pictures over their words, as the model reads them."""
-    rows = list(zip(images, map(processor.words, prompt["input_ids"])))
+def first_batch(run, images, prompt, processor, marks=()):
+    """Draws some samples' pictures over their words, as the model reads them. marks: {word that
+    stands for another vector: how it is shown}."""
+    rows = zip(images, prompt["input_ids"], prompt["real"])
+    rows = [(seen, processor.words(ids[real], marks)) for seen, ids, real in rows]
     pictures.contact_sheet(run.folder / "first_batch.png", rows)
 
 

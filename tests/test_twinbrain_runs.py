@@ -496,3 +496,14 @@ def test_out_of_domain_is_what_no_demonstration_has():
 def test_nowhere_to_act_and_nothing_to_learn_from(tmp_path, status):
     code, _, err = status(twinbrain.main, *TINY, "--world", "none", "--out", str(tmp_path / "run"))
     assert code == 2 and "--world none acts nowhere and demonstrates nothing: add --data" in err
+
+
+def test_the_first_batch_shows_where_the_state_stands(finished, monkeypatch):
+    policy, seen = twinbrain.load_policy(finished, torch.device("cpu")), []
+    world = tabletop.Tabletop("bridge")
+    prompt = policy.batch([world.reset(0), world.reset(1)], ["go", "pick up the red block"])["right"]
+    monkeypatch.setattr(runs.pictures, "contact_sheet", lambda path, rows: seen.extend(rows))
+    marks = {policy.processor.tokenizer.pad_token: "<state>"}
+    run = SimpleNamespace(folder=finished)
+    runs.first_batch(run, [[], []], prompt, policy.processor, marks)
+    assert all(text.startswith("<|im_start|>") and text.count("<state>") == 1 for _, text in seen)

@@ -83,7 +83,7 @@ def caption_frame(images: list, lines: list[str], scale=4, success: bool | None 
     tiles = [Image.fromarray(np.asarray(image)) for image in images]
     tiles = [t.resize((t.width * height // t.height, height), Image.NEAREST) for t in tiles]
     width = max(sum(tile.width + 6 for tile in tiles) + 6, 280)
-    text = [part for line in lines for part in textwrap.wrap(line, width // 7) or [""]]
+    text = [part for line in lines for part in textwrap.wrap(line, width // 8) or [""]]
     frame = Image.new("RGB", (width, height + 18 + 18 * len(text)), "white")
     draw, x = ImageDraw.Draw(frame), 6
     for tile in tiles:
