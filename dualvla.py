@@ -203,13 +203,13 @@ PAPER = dict(
     warmup=0,
     steps=20_000,  # ours
     size=224, wrist_size=224, augment=0, state=False, execute=1, ensemble=True, repeats=1,
-    workers=4,  # ours
+    workers=4, frozen="bf16",  # ours
     talk=50, new_words=False,
     speak=0.5,  # ours: about greedy, as InstructVLA decodes
 )  # fmt: skip
 LARGER = {k: PAPER[k] for k in ("optimizer", "lr", "lr_head", "rank", "queries", "width", "depth",
                                 "heads", "batch", "size", "wrist_size", "workers", "new_words",
-                                "talk")}  # fmt: skip
+                                "talk", "frozen")}  # fmt: skip
 PRESETS = {"paper": PAPER, "larger": LARGER}
 
 ABLATIONS = {  # the paper's average of robots and answers in %, what it calls the row, flags
@@ -651,7 +651,8 @@ class Policy:
         """n observations and instructions -> action chunks (n, H, A) in the world's units;
         `said`: what it said before each."""
         shape = len(observations), self.cfg.horizon, len(self.stats["action"]["q01"])
-        x_0 = torch.from_numpy(rng.standard_normal(shape, np.float32)).to(self.device)
+        x_0 = torch.from_numpy(rng.standard_normal(shape, np.float32))
+        x_0 = common.to_device(x_0, self.device)
         self.model.eval()
         with common.autocast(self.device, self.cfg.dtype):
             batch = self.batch(observations, instructions)

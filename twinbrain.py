@@ -624,7 +624,8 @@ class Policy:
     def act(self, observations, instructions, rng):
         """n observations and instructions -> action chunks (n, H, A) in the world's units."""
         shape = len(observations), self.cfg.horizon, len(self.stats["action"]["q01"])
-        a_0 = torch.from_numpy(rng.standard_normal(shape, np.float32)).to(self.device)
+        a_0 = torch.from_numpy(rng.standard_normal(shape, np.float32))
+        a_0 = common.to_device(a_0, self.device)
         self.model.eval()
         with common.autocast(self.device, self.cfg.dtype):
             a = self.model.act(self.batch(observations, instructions), a_0)

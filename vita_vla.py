@@ -475,7 +475,7 @@ class Policy:
             return self.model.mapper(self.recall(samples, observations))
         batch = common.to_device(sense(samples, self.cfg, self.processor), self.device)
         h = self.model.mapper(self.model.hidden(batch)) if student else self.model.hidden(batch)[0]
-        return h[torch.arange(len(h)), batch["steps"].sum(1) - 1]
+        return h[torch.arange(len(h), device=h.device), batch["steps"].sum(1) - 1]
 
     def recall(self, samples, observations):
         """As `hidden` at the newest step, (n, N, D), but a picture is encoded once, and keys and

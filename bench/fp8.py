@@ -86,6 +86,7 @@ class Left:
     def __init__(self, cfg, random):
         model, self.processor = methods.build("twinbrain", replace(cfg, brain="vanilla"), random)
         self.model, self.cfg = model.requires_grad_(False).eval(), cfg
+        common.store_frozen(model, cfg, methods.DEVICE)  # built, it was to train
         self.vlm = model.right
         self.language = self.vlm.model.language_model  # as loaded; copies of it are changed
         self.batch = common.to_device(methods.batches("twinbrain", cfg, self.processor)[0],

@@ -11,10 +11,13 @@
 # install liger-kernel torchao` the peers that are compared where they are there. Triton, which
 # comes with PyTorch, wants a C compiler and Python's headers.
 # PYTHON names the interpreter, LEROBOT_PYTHON one that has lerobot, RUNS run folders whose control
-# step is timed besides that of untrained models, NOTE is said beside the numbers.
+# step is timed besides that of untrained models, NOTE is said beside the numbers. ONLY="a step"
+# takes the parts whose names begin so: the compiled step may need a call of its own. OUT names a
+# folder that has a copy of the numbers and of what was printed after each part.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-python=${PYTHON:-python}
+python=${PYTHON:-$(command -v python || command -v python3)}
+export HF_HUB_OFFLINE=1 # what is timed has random weights, and a machine without a network no wait
 export PYTHONUNBUFFERED=1 # else what a part has printed is lost when its time is over
 have=1 dry=
 for word in "$@"; do
@@ -37,6 +40,10 @@ note=(--note "${NOTE:-}")
 part() { # name, seconds at most, command
     local name=$1 limit=$2 began=$SECONDS left=$((${LIMIT:-580} - SECONDS)) code
     shift 2
+    case $name in
+        "${ONLY:-}"*) ;;
+        *) return ;;
+    esac
     if [ -n "$dry" ]; then
         printf '%s, at most %s s\n ' "$name" "$limit"
         printf ' %q' "$@" | tee -a "$log"
@@ -60,6 +67,10 @@ part() { # name, seconds at most, command
             ;;
         *) broken=1 ended+=("$name: failed ($code), $(grep -v '^ *$' "$log" | tail -n 1 | cut -c -120)") ;;
     esac
+    if [ -n "${OUT:-}" ]; then
+        cat "$log" >>"$OUT/gpu.log"
+        cp bench/results/*.jsonl "$OUT"
+    fi
 }
 
 skip() { # name, reason
@@ -81,7 +92,7 @@ if [ "$have" = 1 ]; then
         --random --steps 3 "${note[@]}" --preset calvin --batch 8 --frozen bf16 --grad-checkpoint
     part "a step, Eagle2" 90 "$python" bench/step.py --method dualvla --random --steps 3 \
         "${note[@]}" --preset paper --frozen bf16
-    part "a left brain in 8 bits" 60 "$python" bench/fp8.py --random "${note[@]}" --preset paper
+    part "a left brain in 8 bits" 90 "$python" bench/fp8.py --random "${note[@]}" --preset paper
     part "a step, tiny" 60 "$python" bench/step.py "${note[@]}"
 else
     echo "there is no GPU here: CPU parts only"

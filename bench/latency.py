@@ -242,10 +242,12 @@ def arguments(words):
 
 def main():
     args, flags = arguments(sys.argv[1:])
+    measured = 0
     for method, name, make in policies(args, flags):
         try:
             policy = make()
             report(method, name, policy, args)
+            measured += 1
             if methods.DEVICE.type == "cuda":
                 report(method, f"{name}, weights in bfloat16", bf16(policy), args)
         except torch.OutOfMemoryError:
@@ -254,6 +256,8 @@ def main():
         gc.collect()  # what a clock watches refers to itself
         torch.cuda.empty_cache()
     print(f"{machine()}; {args.note}")
+    if not measured:
+        raise common.UserError("none of them fits in this GPU's memory")
 
 
 if __name__ == "__main__":

@@ -167,7 +167,8 @@ def batches(method, cfg, processor):
         sides = cfg.size, cfg.wrist_size
         windows = data.Windows(episodes, stats, cfg.horizon, cfg.augment, sides)
         join = twinbrain.collate
-    mixtures, mix = [data.Mixture([windows], seed=cfg.seed)], getattr(cfg, "mix", 0)
+    mixtures = [data.Mixture([windows], seed=cfg.seed)]
+    mix = getattr(cfg, "mix", 0) or int(getattr(cfg, "cotrain", 0) > 0)
     if mix:
         mixtures.append(data.Mixture([data.Questions(cfg.size, cfg.wrist_size)], seed=cfg.seed))
     join = partial(join, cfg=cfg, processor=processor)

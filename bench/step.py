@@ -231,6 +231,8 @@ def measure(stepper, steps, wanted):
         stepper.forget()
         torch.cuda.empty_cache()
     times = {variant: [] for variant in facts}
+    if not times:
+        raise common.UserError("no variant fits in this GPU's memory")
     for i in range(steps):
         if ended and i:
             break

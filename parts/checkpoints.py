@@ -142,7 +142,7 @@ def read_shards(folder, tensors: dict[str, torch.Tensor]) -> None:
 
 def spread(value, like):
     """A tensor that each process has whole -> on the device of `like`, sharded as it is."""
-    value = value.to(like.device)
+    value = value.to(like.device, non_blocking=True)
     if isinstance(like, DTensor):
         return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
     return value

@@ -63,15 +63,15 @@ def read_on(model, rows, memories, grow, words):
     prompt["newest"] = prompt["acts"][ends[:, None] + torch.arange(-N, 0)]  # (n, N)
     behind = torch.arange(P) >= P - torch.tensor(kept)[:, None]  # (n, P)
     real = [flat(row) for row in torch.cat([behind, prompt["real"]], dim=1)]
-    prompt, behind, real = to_device([prompt, behind, real], device)
+    steps = [step for m in memories for step in (m["steps"][-1:] if grow else m["steps"])]
+    state = torch.stack([torch.from_numpy(step["state"]) for step in steps])
+    prompt, behind, real, state = to_device([prompt, behind, real, state], device)
     cache = DynamicCache()
     for layer in range(model.vlm.language.config.num_hidden_layers if grow else 0):
         both = zip(*(m["past"][layer] for m in memories))
         padded = [[F.pad(x, (0, 0, P - x.shape[1], 0)) for x in xs] for xs in both]
         cache.update(*(torch.stack(xs) for xs in padded), layer)
-    steps = [step for m in memories for step in (m["steps"][-1:] if grow else m["steps"])]
     seen = [torch.cat(level) for level in zip(*(step["seen"] for step in steps))]
-    state = torch.stack([torch.from_numpy(step["state"]) for step in steps]).to(device)
     x = model.embed(prompt, state)
     mask = behind[:, None, None].expand(-1, 1, W, -1)
     mask = torch.cat([mask, causal_mask(prompt["real"])], dim=-1)

@@ -405,7 +405,8 @@ class Seer(nn.Module):
         h = self.image_decoder_obs_pred_projector(h)
         mask = self.mask_token.expand(len(h), side**2, -1)
         width, own = h.shape[-1], math.isqrt(h.shape[1])
-        where = torch.cat([grid_code(own, width), grid_code(side, width)]).to(h)
+        where = torch.cat([grid_code(own, width), grid_code(side, width)])
+        where = where.to(h, non_blocking=True)
         h = self.image_decoder(torch.cat([h, mask.to(h.dtype)], dim=1) + where)
         return self.image_decoder_pred(self.image_decoder_norm(h[:, -(side**2) :])).float()
 

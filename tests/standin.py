@@ -115,6 +115,8 @@ def move(name, x, *how, device=None, dtype=None, non_blocking=False, other=None,
     device = device if name == "to" else name
     there = isinstance(x, OnGPU) if device is None else torch.device(device).type == "cuda"
     if there and not isinstance(x, OnGPU):
+        if not non_blocking:  # what is not pinned is waited for
+            note("to the GPU")
         x = Move.apply(x)
     elif isinstance(x, OnGPU) and not there:
         if not non_blocking:
@@ -159,6 +161,7 @@ def install(patch):
         "get_device_name": "a stand-in", "mem_get_info": (10**11, 10**11), "memory_reserved": 0,
         "memory_allocated": 0, "max_memory_allocated": 10**9, "reset_peak_memory_stats": None,
         "empty_cache": None, "synchronize": None, "set_sync_debug_mode": None,
+        "is_current_stream_capturing": False,
     }.items():  # fmt: skip
         patch.setattr(torch.cuda, name, lambda *_, value=value, **__: value)
     patch.setattr(torch.cuda, "Event", Event)

@@ -15,6 +15,7 @@ import common
 import data
 import dualvla
 import twinbrain
+import vita_vla  # noqa: F401, found by its name
 from parts import instructvla, seer
 
 

@@ -501,7 +501,8 @@ def test_nowhere_to_act_and_nothing_to_learn_from(tmp_path, status):
 def test_the_first_batch_shows_where_the_state_stands(finished, monkeypatch):
     policy, seen = twinbrain.load_policy(finished, torch.device("cpu")), []
     world = tabletop.Tabletop("bridge")
-    prompt = policy.batch([world.reset(0), world.reset(1)], ["go", "pick up the red block"])["right"]
+    scenes, words = [world.reset(0), world.reset(1)], ["go", "pick up the red block"]
+    prompt = policy.batch(scenes, words)["right"]
     monkeypatch.setattr(runs.pictures, "contact_sheet", lambda path, rows: seen.extend(rows))
     marks = {policy.processor.tokenizer.pad_token: "<state>"}
     run = SimpleNamespace(folder=finished)
