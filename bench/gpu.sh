@@ -109,8 +109,12 @@ if [ -n "${RUNS:-}" ]; then # names without spaces
 else
     skip "latency of trained runs" "RUNS names no run folders"
 fi
-part "loader" 60 "$python" bench/loader.py --episodes 20 --side 128 --workers 0,1,2 --rounds 1 \
-    --seconds 1 "${note[@]}" ${LEROBOT_PYTHON:+--lerobot-python "$LEROBOT_PYTHON"}
+if [ -n "$dry" ] || "$python" -c 'import av, pyarrow' 2>>"$log"; then
+    part "loader" 60 "$python" bench/loader.py --episodes 20 --side 128 --workers 0,1,2 --rounds 1 \
+        --seconds 1 "${note[@]}" ${LEROBOT_PYTHON:+--lerobot-python "$LEROBOT_PYTHON"}
+else
+    skip "loader" "pip install -e '.[data]' has what it reads with"
+fi
 if [ "$have" = 1 ]; then
     part "a compiled step, Qwen3-VL-4B" 300 "$python" bench/step.py --random --steps 5 \
         --variants twin "${note[@]}" --preset paper --frozen bf16 --compile

@@ -259,6 +259,15 @@ def test_gpu_sh_fails_when_a_part_does():
     assert "a step, tiny: skipped, it may take 80 s, 3" in done.stdout
 
 
+def test_gpu_sh_takes_parts_by_name_and_keeps_what_they_printed(tmp_path):
+    environment = os.environ | {"PYTHON": "echo", "RUNS": "", "ONLY": "fused", "OUT": str(tmp_path)}
+    command = ["bash", ROOT / "bench" / "gpu.sh", "--cpu"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "fused losses: done" in done.stdout
+    assert "joint attention" not in done.stdout and (tmp_path / "step.jsonl").exists()
+    assert (tmp_path / "gpu.log").read_text().startswith("bench/losses.py")
+
+
 def test_a_matrix_in_float8_is_exact_where_float8_is():
     """Rows whose largest number is 448 times a power of two have a scale that rounds nothing."""
     numbers = torch.tensor([[448.0, -3.25, 0.0625, 13.0], [-112.0, 28.0, 0.5, 0.0]])
