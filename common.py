@@ -52,6 +52,7 @@ from parts.checkpoints import (
     resume_auto,
     rng_state,
     save_checkpoint,
+    save_run,
     set_rng_state,
     spread,
     write_json,

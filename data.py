@@ -149,6 +149,7 @@ def demonstrations(world, episodes=1000, seed=0, size=64, wrist_size=32, noise=0
     try:  # now, not after the recording
         CACHE.mkdir(parents=True, exist_ok=True)
         temporary.touch()
+        temporary.unlink()
     except OSError as error:
         words = f"cannot be written ({error.strerror}); ONEFILE_VLA_CACHE names another folder"
         raise UserError(f"{CACHE}: {words}") from None

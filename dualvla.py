@@ -783,10 +783,7 @@ def train(cfg, dist, run, model, batches, meta, resumed, measure, teacher=None):
             run.log(step + 1, values | {"lr": lr, "norm": norm, "samples/s": rate})
         stopping = dist.any(stop.requested)
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or stopping:
-            tensors = {n: t for n, t in model.state_dict().items() if n not in model.untouched}
-            state = {"optimizers": [opt.state_dict() for opt in opts], "seconds": seconds}
-            local, folder = {"rng": common.rng_state()}, run.folder / "checkpoints"
-            common.save_checkpoint(folder, step + 1, tensors, state, local, meta, dist)
+            common.save_run(run, step + 1, model, opts, seconds, meta)
         if stopping and step + 1 < cfg.steps:
             run.say(f"stopped at step {step + 1}; go on with --resume {run.folder}")
             run.close()

@@ -30,6 +30,7 @@ from transformers import DynamicCache  # noqa: E402
 import common  # noqa: E402
 import data  # noqa: E402
 import twinbrain  # noqa: E402
+from parts.scale import swap  # noqa: E402
 
 CUDA = methods.DEVICE.type == "cuda"
 NATIVE = CUDA and torch.cuda.get_device_capability() >= (8, 9)
@@ -67,10 +68,7 @@ class Float8(nn.Module):
 
 def in_8_bits(language, states=True):
     """Each matrix of a language model's layers becomes a Float8."""
-    for name in [n for n, m in language.layers.named_modules() if isinstance(m, nn.Linear)]:
-        parent, _, leaf = name.rpartition(".")
-        parent = language.layers.get_submodule(parent)
-        setattr(parent, leaf, Float8(getattr(parent, leaf), states))
+    swap(language.layers, nn.Linear, lambda matrix: Float8(matrix, states))
 
 
 FORMS = {  # what a language model becomes

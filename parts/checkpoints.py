@@ -228,6 +228,14 @@ def save_checkpoint(folder, step, tensors, train_state, local_state, meta, dist)
     return final
 
 
+def save_run(run, step, model, opts, seconds, meta):
+    """A run's checkpoint: what trains, optimizers, the random state of each process."""
+    tensors = {n: t for n, t in model.state_dict().items() if n not in model.untouched}
+    state = {"optimizers": [opt.state_dict() for opt in opts], "seconds": seconds}
+    local, folder = {"rng": rng_state()}, run.folder / "checkpoints"
+    save_checkpoint(folder, step, tensors, state, local, meta, run.dist)
+
+
 def torchao():
     """torchao's optimizers; with them loaded, their states can be read from a checkpoint."""
     try:

@@ -16,6 +16,7 @@ from transformers import DynamicCache
 from parts.backbones import export_backbone
 from parts.kernels import attend, causal_mask
 from parts.process import UserError
+from parts.scale import swap
 
 # --- Experts --------------------------------------------------------------------------------------
 
@@ -44,13 +45,16 @@ class Mixture(nn.Module):
             y = y + F.linear(low.flatten(-2), B)
         return y
 
+    def merged(self):
+        """The matrix with its one expert in it."""
+        whole = self.base.weight.data.float()  # 16 bits would round most of the change away
+        self.base.weight.data = whole + self.alpha * self.up[0] @ self.down[0]
+        return self.base
+
 
 def add_experts(layers, experts, rank, alpha, gates):
     """Puts a Mixture in the place of each matrix of a language model's layers."""
-    for name in [n for n, m in layers.named_modules() if isinstance(m, nn.Linear)]:
-        parent, _, leaf = name.rpartition(".")
-        parent = layers.get_submodule(parent)
-        setattr(parent, leaf, Mixture(getattr(parent, leaf), experts, rank, alpha, gates))
+    swap(layers, nn.Linear, lambda matrix: Mixture(matrix, experts, rank, alpha, gates))
 
 
 def export_expert(policy, run, out):
@@ -61,11 +65,7 @@ def export_expert(policy, run, out):
             f"--export {run}: its two LoRA experts are weighted anew for each token, so no "
             "ordinary checkpoint equals it; --benchmark FILE asks it, --tune full can be exported"
         )
-    for name, m in [x for x in policy.model.named_modules() if isinstance(x[1], Mixture)]:
-        whole = m.base.weight.data.float()  # 16 bits would round most of the change away
-        m.base.weight.data = whole + m.alpha * m.up[0] @ m.down[0]
-        parent, _, leaf = name.rpartition(".")
-        setattr(policy.model.get_submodule(parent), leaf, m.base)
+    swap(policy.model, Mixture, Mixture.merged)
     export_backbone(policy.model.vlm, policy.cfg.backbone, policy.processor.tokenizer, out)
 
 

@@ -62,23 +62,30 @@ class LoRA(nn.Module):
     def forward(self, x):
         return self.base(x) + 2.0 * (x @ self.down.mT) @ self.up.mT
 
+    def merged(self):
+        """The matrix with the change in it."""
+        whole = self.base.weight.data.float()  # 16 bits would round most of the change away
+        self.base.weight.data = whole + 2.0 * self.up @ self.down
+        return self.base
+
+
+def swap(model, kind, make):
+    """Puts make(module) in the place of every module of a kind."""
+    for name in [n for n, m in model.named_modules() if isinstance(m, kind)]:
+        parent, _, leaf = name.rpartition(".")
+        parent = model.get_submodule(parent)
+        setattr(parent, leaf, make(getattr(parent, leaf)))
+
 
 def add_lora(layers, rank):
     """Puts a LoRA around every matrix of `layers`, a ModuleList; all else in them stands still."""
     layers.requires_grad_(False)
-    for name in [n for n, m in layers.named_modules() if isinstance(m, nn.Linear)]:
-        parent, _, leaf = name.rpartition(".")
-        parent = layers.get_submodule(parent)
-        setattr(parent, leaf, LoRA(getattr(parent, leaf), rank))
+    swap(layers, nn.Linear, lambda matrix: LoRA(matrix, rank))
 
 
 def merge_lora(model):
     """What `add_lora` put around the matrices joins them: an ordinary model again."""
-    for name, lora in [x for x in model.named_modules() if isinstance(x[1], LoRA)]:
-        whole = lora.base.weight.data.float()  # 16 bits would round most of the change away
-        lora.base.weight.data = whole + 2.0 * lora.up @ lora.down
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, lora.base)
+    swap(model, LoRA, LoRA.merged)
 
 
 def place(model, cfg, dist, say, replicate=None, beside=()):
